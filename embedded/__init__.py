@@ -1,0 +1,1 @@
+"""The embedded parts: Postgres, a scripted agent, the demo."""
