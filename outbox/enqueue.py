@@ -1,0 +1,105 @@
+"""Enqueue: insert outbox rows on a connection the caller owns, so that they join its transaction.
+
+The same from psql: `INSERT INTO outbox (topic, payload) VALUES ('email.send', '{"to": "…"}')`.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from outbox.errors import Duplicate
+
+OnDuplicate = Literal["reject", "keep", "replace"]
+
+_INSERT = """
+INSERT INTO outbox
+    (topic, payload, ordering_key, priority, available_at, max_attempts, unique_key, traceparent)
+VALUES (
+    %(topic)s, %(payload)s, %(ordering_key)s, %(priority)s,
+    coalesce(%(available_at)s, clock_timestamp()), %(max_attempts)s, %(unique_key)s, %(traceparent)s
+)
+"""
+
+# A row that runs cannot be replaced: its handler has read the old payload. The WHERE then leaves it
+# alone, nothing is returned, and the caller is told.
+_REPLACE = """
+ON CONFLICT (unique_key) WHERE state IN ('ready', 'running') AND unique_key IS NOT NULL
+DO UPDATE SET
+    payload = excluded.payload,
+    priority = excluded.priority,
+    available_at = excluded.available_at,
+    traceparent = excluded.traceparent
+WHERE outbox.state = 'ready'
+"""
+
+_KEEP = """
+ON CONFLICT (unique_key) WHERE state IN ('ready', 'running') AND unique_key IS NOT NULL
+DO NOTHING
+"""
+
+_ENQUEUE = {
+    "reject": f"{_INSERT}{_KEEP}RETURNING id",
+    "keep": f"{_INSERT}{_KEEP}RETURNING id",
+    "replace": f"{_INSERT}{_REPLACE}RETURNING id",
+}
+
+_UNFINISHED = """
+SELECT id FROM outbox WHERE unique_key = %s AND state IN ('ready', 'running')
+"""
+
+
+async def enqueue(
+    conn: psycopg.AsyncConnection[Any],
+    topic: str,
+    payload: Mapping[str, Any] | None = None,
+    *,
+    ordering_key: str | None = None,
+    priority: int = 0,
+    available_at: datetime | None = None,
+    max_attempts: int = 10,
+    unique_key: str | None = None,
+    on_duplicate: OnDuplicate = "reject",
+    traceparent: str | None = None,
+) -> int:
+    """Insert one row and return its id. It becomes work when the caller's transaction commits.
+
+    `ordering_key`: rows that share it run one at a time, by id. `priority`: higher runs first.
+    `unique_key`: no two unfinished rows share it; a duplicate is refused (`reject`), answered with the
+    id of the row that is there (`keep`), or updates that row if it has not started (`replace`).
+
+    Raises Duplicate (also for `replace`, when the row runs already), psycopg.errors.CheckViolation
+    when a value is out of bounds.
+    """
+    values = {
+        "topic": topic,
+        "payload": Jsonb(payload if payload is not None else {}),
+        "ordering_key": ordering_key,
+        "priority": priority,
+        "available_at": available_at,
+        "max_attempts": max_attempts,
+        "unique_key": unique_key,
+        "traceparent": traceparent,
+    }
+    while True:
+        cursor = await conn.execute(_ENQUEUE[on_duplicate], values)
+        if row := await cursor.fetchone():
+            return int(row[0])
+        assert unique_key is not None
+        cursor = await conn.execute(_UNFINISHED, (unique_key,))
+        # None: the other row ended between the two statements, so that the key is free again.
+        if row := await cursor.fetchone():
+            if on_duplicate == "keep":
+                return int(row[0])
+            raise Duplicate(unique_key, int(row[0]))
+
+
+async def enqueue_many(
+    conn: psycopg.AsyncConnection[Any], topic: str, payloads: Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert many rows of one topic by COPY, in order, in the caller's transaction."""
+    async with conn.cursor() as cursor, cursor.copy("COPY outbox (topic, payload) FROM STDIN") as copy:
+        for payload in payloads:
+            await copy.write_row((topic, Jsonb(payload)))

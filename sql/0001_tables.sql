@@ -1,0 +1,223 @@
+-- The tables. The database is a public interface: people insert into outbox from psql and read every
+-- table here, so states are text, each column has a comment, and nonsense is refused by a named CHECK.
+--
+--   session  a coding agent's session            outbox  work that will happen
+--   prompt   one user turn of a session          worker  a process that does it
+--   message  one JSON event the agent printed    topic   limits of a topic, set by the operator
+--   watcher  who follows a session live          idempotency  answers already given
+
+CREATE FUNCTION uuid_v7() RETURNS uuid
+LANGUAGE sql VOLATILE PARALLEL SAFE
+AS $$
+    -- 48 bits of Unix milliseconds over a random version 4, then the version bits 0111 (RFC 9562, 5.7).
+    SELECT encode(
+        set_bit(set_bit(
+            overlay(
+                uuid_send(gen_random_uuid())
+                PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3)
+                FROM 1 FOR 6
+            ), 52, 1), 53, 1),
+        'hex')::uuid
+$$;
+COMMENT ON FUNCTION uuid_v7() IS 'A UUID version 7; PostgreSQL has one of its own only since 18.';
+
+
+CREATE TABLE session (
+    id             uuid PRIMARY KEY DEFAULT uuid_v7(),
+    user_id        text NOT NULL DEFAULT 'local',
+    repo           text NOT NULL,
+    target_branch  text NOT NULL,
+    branch         text NOT NULL,
+    title          text NOT NULL,
+    parent         uuid REFERENCES session (id) ON DELETE SET NULL,
+    inbox_status   text NOT NULL DEFAULT 'active',
+    session_status text NOT NULL DEFAULT 'active',
+    sandbox        jsonb,
+    last_seq       bigint NOT NULL DEFAULT 0,
+    created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    deleted_at     timestamptz,
+    CONSTRAINT session_inbox_status_known
+        CHECK (inbox_status IN ('active', 'pending', 'completed', 'archived')),
+    CONSTRAINT session_status_known
+        CHECK (session_status IN ('active', 'archived')),
+    CONSTRAINT session_archived_has_time
+        CHECK ((session_status = 'archived') = (deleted_at IS NOT NULL)),
+    CONSTRAINT session_repo_length CHECK (length(repo) BETWEEN 1 AND 500),
+    CONSTRAINT session_branch_length
+        CHECK (length(branch) BETWEEN 1 AND 250 AND length(target_branch) BETWEEN 1 AND 250),
+    CONSTRAINT session_title_length CHECK (length(title) BETWEEN 1 AND 200),
+    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255)
+);
+CREATE INDEX session_newest ON session (created_at DESC, id DESC);
+CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
+CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
+CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
+
+COMMENT ON TABLE session IS 'A coding agent''s session on one branch of one repository.';
+COMMENT ON COLUMN session.inbox_status IS
+    'active (work waits) -> pending (a worker has it) -> completed; a new prompt makes it active again; archived.';
+COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
+COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
+COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}; null when none is.';
+COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
+
+
+CREATE TABLE prompt (
+    id          uuid PRIMARY KEY DEFAULT uuid_v7(),
+    session_id  uuid NOT NULL REFERENCES session (id) ON DELETE CASCADE,
+    text        text NOT NULL,
+    status      text NOT NULL DEFAULT 'queued',
+    reason      text,
+    result      jsonb,
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    started_at  timestamptz,
+    finished_at timestamptz,
+    CONSTRAINT prompt_status_known
+        CHECK (status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
+    CONSTRAINT prompt_text_length CHECK (length(text) BETWEEN 1 AND 200000)
+);
+CREATE INDEX prompt_of_session ON prompt (session_id, created_at, id);
+
+COMMENT ON TABLE prompt IS 'One user turn of a session.';
+COMMENT ON COLUMN prompt.status IS
+    'queued -> running -> succeeded | failed | cancelled; a retry takes it back to queued.';
+COMMENT ON COLUMN prompt.reason IS 'Why it failed or was cancelled, for a person to read.';
+COMMENT ON COLUMN prompt.result IS 'What the turn left: commits, branch, and the agent''s result event (cost, usage, turns).';
+
+
+CREATE TABLE message (
+    session_id uuid NOT NULL REFERENCES session (id) ON DELETE CASCADE,
+    seq        bigint NOT NULL,
+    prompt_id  uuid NOT NULL REFERENCES prompt (id) ON DELETE CASCADE,
+    attempt    integer NOT NULL,
+    body       jsonb NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (session_id, seq),
+    CONSTRAINT message_seq_positive CHECK (seq > 0)
+);
+CREATE INDEX message_of_prompt ON message (prompt_id, attempt, seq);
+
+COMMENT ON TABLE message IS 'What the agent printed, in order: one JSON event a row.';
+COMMENT ON COLUMN message.seq IS 'Counts per session from 1 without a gap; it is the Last-Event-ID of the event stream.';
+COMMENT ON COLUMN message.attempt IS 'The attempt of the outbox row that wrote it; lists show the last attempt of a prompt.';
+
+
+CREATE TABLE outbox (
+    id                  bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+    topic               text NOT NULL,
+    ordering_key        text,
+    payload             jsonb NOT NULL DEFAULT '{}',
+    state               text NOT NULL DEFAULT 'ready',
+    priority            smallint NOT NULL DEFAULT 0,
+    available_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
+    attempt             integer NOT NULL DEFAULT 0,
+    failures            integer NOT NULL DEFAULT 0,
+    max_attempts        integer NOT NULL DEFAULT 10,
+    blocked             boolean NOT NULL DEFAULT false,
+    limited             boolean NOT NULL DEFAULT false,
+    worker_id           uuid,
+    unique_key          text,
+    traceparent         text,
+    errors              jsonb NOT NULL DEFAULT '[]',
+    cancel_requested_at timestamptz,
+    created_at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    started_at          timestamptz,
+    finished_at         timestamptz,
+    CONSTRAINT outbox_state_known
+        CHECK (state IN ('ready', 'running', 'done', 'dead', 'cancelled')),
+    CONSTRAINT outbox_topic_form CHECK (topic ~ '^[a-z][a-z0-9_.-]{0,99}$'),
+    CONSTRAINT outbox_key_length CHECK (length(ordering_key) BETWEEN 1 AND 200),
+    CONSTRAINT outbox_unique_key_length CHECK (length(unique_key) BETWEEN 1 AND 200),
+    CONSTRAINT outbox_traceparent_length CHECK (length(traceparent) <= 200),
+    CONSTRAINT outbox_max_attempts_range CHECK (max_attempts BETWEEN 1 AND 32767),
+    CONSTRAINT outbox_running_has_worker CHECK (state <> 'running' OR worker_id IS NOT NULL),
+    CONSTRAINT outbox_available_is_finite CHECK (isfinite(available_at)),
+    CONSTRAINT outbox_session_run_payload CHECK (
+        topic <> 'session.run'
+        OR payload ->> 'session_id' ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$')
+);
+
+-- The one index the claim reads: finished, running and blocked rows are not in it, so that its cost
+-- does not grow with them; rows of one topic and priority that are due come before those that are not.
+CREATE INDEX outbox_claimable ON outbox (topic, priority DESC, available_at, id)
+    WHERE state = 'ready' AND NOT blocked;
+-- Rescue, renewal and "who runs what" find a worker's rows.
+CREATE INDEX outbox_running ON outbox (worker_id) WHERE state = 'running';
+-- A topic's limit counts its running rows.
+CREATE INDEX outbox_running_limited ON outbox (topic) WHERE state = 'running' AND limited;
+-- Order: the unfinished rows of a key by id, and never two running.
+CREATE INDEX outbox_key ON outbox (ordering_key, id)
+    WHERE state IN ('ready', 'running') AND ordering_key IS NOT NULL;
+CREATE UNIQUE INDEX outbox_key_runs_once ON outbox (ordering_key)
+    WHERE state = 'running' AND ordering_key IS NOT NULL;
+CREATE UNIQUE INDEX outbox_unique_key ON outbox (unique_key)
+    WHERE state IN ('ready', 'running') AND unique_key IS NOT NULL;
+CREATE INDEX outbox_dead ON outbox (finished_at, id) WHERE state = 'dead';
+
+COMMENT ON TABLE outbox IS
+    'Work that will happen. A producer sets topic and payload, and may set ordering_key, priority, available_at, max_attempts, unique_key, traceparent; the rest is the workers''.';
+COMMENT ON COLUMN outbox.state IS
+    'ready -> running (claim) -> done | ready (retry, hand-back, rescue) | dead (failures spent) | cancelled; dead or cancelled -> ready (outbox_retry).';
+COMMENT ON COLUMN outbox.ordering_key IS 'Rows that share it run one at a time, by id.';
+COMMENT ON COLUMN outbox.priority IS 'Higher runs first; it does not reorder the rows of one ordering_key.';
+COMMENT ON COLUMN outbox.available_at IS 'Not before this time.';
+COMMENT ON COLUMN outbox.attempt IS 'Raised by every claim, never lowered: the fencing token.';
+COMMENT ON COLUMN outbox.failures IS 'What counts against max_attempts; a hand-back, a wait or a cancel adds none.';
+COMMENT ON COLUMN outbox.blocked IS 'Found waiting for an earlier row of its ordering_key; the end of that row clears it.';
+COMMENT ON COLUMN outbox.limited IS 'Its topic had a limit when it was claimed, so that its end lets another start.';
+COMMENT ON COLUMN outbox.worker_id IS 'Who runs it, or ran it last.';
+COMMENT ON COLUMN outbox.unique_key IS 'No two unfinished rows share it.';
+COMMENT ON COLUMN outbox.errors IS 'One object an attempt that failed: {"attempt", "at", "error", "worker_id"}.';
+COMMENT ON COLUMN outbox.cancel_requested_at IS 'Set it to cancel: a ready row ends at once, a running one when its worker has stopped it.';
+
+
+CREATE TABLE worker (
+    id          uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    host        text NOT NULL,
+    pid         integer NOT NULL,
+    version     text NOT NULL,
+    topics      text[] NOT NULL,
+    concurrency integer NOT NULL,
+    started_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    presence    integer,
+    parked      boolean NOT NULL DEFAULT false,
+    draining    boolean NOT NULL DEFAULT false,
+    lease_until timestamptz,
+    ended_at    timestamptz,
+    CONSTRAINT worker_concurrency_range CHECK (concurrency BETWEEN 1 AND 10000),
+    CONSTRAINT worker_ended_is_not_parked CHECK (ended_at IS NULL OR NOT parked)
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+-- No index but the key: every update stays on its page (HOT), and a look reads a page or two.
+
+COMMENT ON TABLE worker IS 'One row a worker process and life; a worker whose lease ended comes back under a new id.';
+COMMENT ON COLUMN worker.presence IS 'The advisory lock its LISTEN connection holds: whoever holds it is alive (view worker_present).';
+COMMENT ON COLUMN worker.parked IS 'It has free slots and sleeps: producers must notify.';
+COMMENT ON COLUMN worker.lease_until IS 'Its running rows are its own until then; kept only while it runs something.';
+COMMENT ON COLUMN worker.ended_at IS 'Its lease was ended by a rescue; it may never claim again.';
+
+
+CREATE TABLE topic (
+    name        text PRIMARY KEY,
+    max_running integer,
+    timeout     interval,
+    CONSTRAINT topic_max_running_range CHECK (max_running >= 0),
+    CONSTRAINT topic_timeout_positive CHECK (timeout > interval '0')
+);
+COMMENT ON TABLE topic IS 'Limits of a topic, over all workers; a topic without a row here has none but its handler''s.';
+COMMENT ON COLUMN topic.max_running IS 'How many rows may run at once; 0 pauses the topic.';
+COMMENT ON COLUMN topic.timeout IS 'How long one attempt may run; overrides the handler''s.';
+
+
+CREATE TABLE idempotency (
+    user_id      text NOT NULL,
+    key          text NOT NULL,
+    request_hash bytea NOT NULL,
+    session_id   uuid NOT NULL REFERENCES session (id) ON DELETE CASCADE DEFERRABLE INITIALLY DEFERRED,
+    answer       jsonb NOT NULL,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (user_id, key),
+    CONSTRAINT idempotency_key_length CHECK (length(key) BETWEEN 1 AND 255)
+);
+CREATE INDEX idempotency_age ON idempotency (created_at);
+COMMENT ON TABLE idempotency IS 'The first answer given under an Idempotency-Key, per user.';

@@ -1,0 +1,263 @@
+-- Who is alive, who sleeps, and how a sleeper is woken. The protocol (parking, step by step, and why no
+-- wake-up is lost) is told at the head of worker/park.py; here is the database's half of it.
+--
+-- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
+-- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
+-- brings its timer forward. Channel sendoff_cancel carries the id of a running row to be stopped.
+--
+-- Advisory locks, two-integer form, first integer:
+--   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
+--   1397048887  an ordering_key      1397048888  a topic's limit      1397048889  migration
+
+CREATE VIEW worker_present AS
+SELECT w.*
+FROM worker AS w
+WHERE w.ended_at IS NULL
+  AND EXISTS (
+      SELECT FROM pg_locks AS l
+      WHERE l.locktype = 'advisory'
+        -- pg_locks shows the whole cluster; presence counts in this database only.
+        AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+        AND l.classid = 1397048886 AND l.objid = w.presence::bigint::oid AND l.objsubid = 2
+        AND l.granted
+  );
+COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN connection holds their presence lock.';
+
+
+-- VOLATILE, so that in READ COMMITTED each look has a snapshot of its own, taken after the caller's write.
+CREATE FUNCTION outbox_notify(row_topic text, due timestamptz) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed'
+        OR EXISTS (SELECT FROM worker WHERE parked AND (row_topic = '*' OR row_topic = ANY (topics)))
+    THEN
+        PERFORM pg_notify('sendoff_wake', row_topic || '@' || CASE
+            WHEN due <= clock_timestamp() THEN 0
+            ELSE ceil(extract(epoch FROM due) * 1000)::bigint
+        END);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION outbox_notify(text, timestamptz) IS
+    'Tells the parked workers, if there are any, that a row of this topic may be claimed from then on.';
+
+
+CREATE FUNCTION outbox_wake() RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+    SELECT pg_notify('sendoff_wake', '*@0')
+$$;
+COMMENT ON FUNCTION outbox_wake() IS
+    'Wakes every worker. For rows no trigger saw: logical replication, a restore with triggers off, COMMIT PREPARED.';
+
+
+CREATE FUNCTION outbox_inserted() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    -- Nobody sleeps, the usual case under load: one look at a page of worker, and no NOTIFY, whose lock
+    -- would make the commits of all producers go one by one.
+    IF current_setting('transaction_isolation') = 'read committed'
+        AND NOT EXISTS (SELECT FROM worker WHERE parked)
+    THEN
+        RETURN NULL;
+    END IF;
+    PERFORM outbox_notify(i.topic, min(i.available_at))
+    FROM inserted AS i
+    WHERE i.state = 'ready'
+    GROUP BY i.topic;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_inserted
+    AFTER INSERT ON outbox REFERENCING NEW TABLE AS inserted
+    FOR EACH STATEMENT EXECUTE FUNCTION outbox_inserted();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_inserted;
+
+
+-- An UPDATE is a producer when it makes a row claimable or its time earlier: a retry, a hand-back, a
+-- rescue, a freed key, or a person at psql. WHEN keeps claims and completions free of any call.
+CREATE FUNCTION outbox_made_claimable() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    PERFORM outbox_notify(NEW.topic, NEW.available_at);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_made_claimable
+    AFTER UPDATE ON outbox FOR EACH ROW
+    WHEN (
+        NEW.state = 'ready' AND NOT NEW.blocked
+        AND (OLD.state <> 'ready' OR OLD.blocked OR NEW.available_at < OLD.available_at
+             OR NEW.topic <> OLD.topic)
+    )
+    EXECUTE FUNCTION outbox_made_claimable();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_claimable;
+
+
+-- A row that stops running makes room under its topic's limit.
+CREATE FUNCTION outbox_made_room() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    PERFORM outbox_notify(OLD.topic, clock_timestamp());
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_made_room
+    AFTER UPDATE ON outbox FOR EACH ROW
+    WHEN (OLD.state = 'running' AND OLD.limited AND NEW.state <> 'running')
+    EXECUTE FUNCTION outbox_made_room();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_room;
+
+CREATE TRIGGER outbox_made_room_by_delete
+    AFTER DELETE ON outbox FOR EACH ROW
+    WHEN (OLD.state = 'running' AND OLD.limited)
+    EXECUTE FUNCTION outbox_made_room();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_room_by_delete;
+
+
+-- A limit that is raised or taken away makes room too.
+CREATE FUNCTION topic_changed() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    PERFORM outbox_notify(OLD.name, clock_timestamp());
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER topic_changed
+    AFTER UPDATE OR DELETE ON topic FOR EACH ROW EXECUTE FUNCTION topic_changed();
+ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
+
+
+-- The end of a row frees its ordering_key: the next row by id may run. Both this and the claim
+-- (outbox_take_key) decide under the key's lock and in a snapshot taken after it, so that a row is never
+-- marked blocked by a claim that missed the end, nor left blocked by an end that missed the mark.
+CREATE FUNCTION outbox_free_key() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'ending a row that has an ordering_key needs READ COMMITTED'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'An older snapshot may not show the row that waits for this one.';
+    END IF;
+    PERFORM pg_advisory_xact_lock(1397048887, hashtext(OLD.ordering_key));
+    UPDATE outbox
+    SET blocked = false
+    WHERE blocked
+      AND id = (
+          SELECT o.id FROM outbox AS o
+          WHERE o.ordering_key = OLD.ordering_key AND o.state IN ('ready', 'running')
+          ORDER BY o.id
+          LIMIT 1
+      );
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_free_key
+    AFTER UPDATE ON outbox FOR EACH ROW
+    WHEN (
+        OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running')
+        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key)
+    )
+    EXECUTE FUNCTION outbox_free_key();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key;
+
+CREATE TRIGGER outbox_free_key_by_delete
+    AFTER DELETE ON outbox FOR EACH ROW
+    WHEN (OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running'))
+    EXECUTE FUNCTION outbox_free_key();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key_by_delete;
+
+
+-- Keeps a row true to itself whoever wrote it: a cancelled wait ends at once, whether the mark or the
+-- readiness came last; ended rows have a time, others have none; only ready rows are blocked.
+CREATE FUNCTION outbox_settle() RETURNS trigger
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    IF NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL THEN
+        NEW.state := 'cancelled';
+    END IF;
+    NEW.blocked := NEW.blocked AND NEW.state = 'ready';
+    NEW.finished_at := CASE
+        WHEN NEW.state IN ('ready', 'running') THEN NULL
+        ELSE coalesce(NEW.finished_at, clock_timestamp())
+    END;
+    RETURN NEW;
+END
+$$;
+
+CREATE TRIGGER outbox_settle
+    BEFORE UPDATE ON outbox FOR EACH ROW
+    WHEN (
+        (NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL)
+        OR (NEW.blocked AND NEW.state <> 'ready')
+        OR (NEW.state IN ('ready', 'running')) = (NEW.finished_at IS NOT NULL)
+    )
+    EXECUTE FUNCTION outbox_settle();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_settle;
+
+
+-- The mark is durable, so it needs no handshake: who misses this hears of it at its next renewal.
+CREATE FUNCTION outbox_cancel_requested() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_notify('sendoff_cancel', NEW.id::text);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_cancel_requested
+    AFTER UPDATE ON outbox FOR EACH ROW
+    WHEN (
+        NEW.state = 'running'
+        AND NEW.cancel_requested_at IS NOT NULL AND OLD.cancel_requested_at IS NULL
+    )
+    EXECUTE FUNCTION outbox_cancel_requested();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_cancel_requested;
+
+
+-- Parking, step 1 (worker/park.py). Also clears the flags of sleepers that died, which would make every
+-- producer notify for nothing.
+CREATE FUNCTION outbox_park(parker uuid) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    UPDATE worker SET parked = true WHERE id = parker AND ended_at IS NULL;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'SO001';
+    END IF;
+    UPDATE worker
+    SET parked = false
+    WHERE parked AND id <> parker
+      AND NOT EXISTS (SELECT FROM worker_present AS p WHERE p.id = worker.id);
+END
+$$;
+COMMENT ON FUNCTION outbox_park(uuid) IS 'Parking, step 1: says that this worker sleeps, so that producers notify.';
+
+
+-- Parking, step 2. Only granted locks: who still waits for the lock has its look before it.
+CREATE FUNCTION outbox_writers() RETURNS text[]
+LANGUAGE sql VOLATILE
+AS $$
+    SELECT coalesce(array_agg(DISTINCT l.virtualtransaction), '{}')
+    FROM pg_locks AS l
+    WHERE l.locktype = 'relation' AND l.granted
+      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+      AND l.relation = 'public.outbox'::regclass
+      AND l.mode = 'RowExclusiveLock'
+      AND l.pid IS DISTINCT FROM pg_backend_pid() -- null: a prepared transaction
+$$;
+COMMENT ON FUNCTION outbox_writers() IS
+    'Parking, step 2: the transactions that may have written to outbox and not committed yet.';

@@ -1,0 +1,501 @@
+-- Claim, complete, fail, hand back, renew, rescue.
+--
+-- Lock order everywhere: the worker's row, then outbox rows by id, then session, then prompt.
+-- Every write to a running row is fenced by (id, attempt, worker_id, state running): it changes nothing
+-- when the row was rescued, cancelled or claimed again meanwhile, and its row lock makes a rescue come
+-- wholly before or wholly after it.
+
+CREATE TYPE outbox_claimed AS (
+    id           bigint,
+    topic        text,
+    ordering_key text,
+    payload      jsonb,
+    attempt      integer,
+    failures     integer,
+    max_attempts integer,
+    traceparent  text,
+    timeout      interval
+);
+
+
+-- May this row of an ordering_key start? Called by the claim for a row it has locked.
+-- 1. Try the key's lock; who holds it is deciding about this key, and the row stays due: look again.
+-- 2. In a snapshot taken after that (hence two statements; the claim's own is older): a row of the key
+--    that runs, or an unfinished one with a lower id, comes first. Then mark the row blocked, which
+--    takes it out of the claim's index until the end of that row clears the mark (outbox_free_key).
+CREATE FUNCTION outbox_take_key(key text, row_id bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(1397048887, hashtext(key)) THEN
+        RETURN false;
+    END IF;
+    IF EXISTS (
+        SELECT FROM outbox AS o
+        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
+          AND o.id <> row_id AND (o.state = 'running' OR o.id < row_id)
+    ) THEN
+        -- All that wait behind it too, else a long queue of one key would be read row by row, claim by
+        -- claim. Never waits: a row that another claim has locked is marked by whoever meets it next.
+        UPDATE outbox SET blocked = true
+        WHERE id IN (
+            SELECT o.id FROM outbox AS o
+            WHERE o.ordering_key = key AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
+            ORDER BY o.id
+            LIMIT 10000
+            FOR UPDATE SKIP LOCKED
+        );
+        RETURN false;
+    END IF;
+    RETURN true;
+END
+$$;
+
+
+-- How many rows of a limited topic may start. Counted under the topic's lock and in a snapshot taken
+-- after it, else two workers would count the same free place.
+CREATE FUNCTION outbox_topic_room(name text, max_running integer) RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(1397048888, hashtext(name)) THEN
+        RETURN 0;
+    END IF;
+    RETURN greatest(0, max_running - (
+        SELECT count(*) FROM outbox AS o WHERE o.topic = name AND o.state = 'running' AND o.limited
+    ));
+END
+$$;
+
+
+CREATE FUNCTION outbox_claim(
+    claimer     uuid,
+    topics      text[],
+    slots       integer,
+    lease       interval,
+    stay_parked boolean DEFAULT false
+) RETURNS SETOF outbox_claimed
+LANGUAGE plpgsql VOLATILE ROWS 100
+AS $$
+#variable_conflict use_column
+DECLARE
+    me      worker;
+    moment  timestamptz;
+    claimed integer;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a claim needs READ COMMITTED' USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+
+    -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
+    -- or after it, and then sees the rows claimed here.
+    SELECT w.* INTO me FROM worker AS w WHERE w.id = claimer AND w.ended_at IS NULL FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
+    END IF;
+
+    moment := clock_timestamp();
+    RETURN QUERY
+    WITH RECURSIVE
+    -- The priorities present in each topic, one index descent each: with both fixed, the due rows are
+    -- one range of outbox_claimable, and neither delayed rows nor other topics' are ever read.
+    level AS (
+        SELECT
+            t.name,
+            (
+                SELECT o.priority FROM outbox AS o
+                WHERE o.topic = t.name AND o.state = 'ready' AND NOT o.blocked
+                ORDER BY o.priority DESC LIMIT 1
+            ) AS priority,
+            CASE WHEN l.max_running IS NULL THEN slots
+                 ELSE outbox_topic_room(t.name, l.max_running) END AS room,
+            l.max_running IS NOT NULL AS limited,
+            l.timeout
+        FROM unnest(topics) AS t (name)
+        LEFT JOIN topic AS l ON l.name = t.name
+        UNION ALL
+        SELECT
+            v.name,
+            (
+                SELECT o.priority FROM outbox AS o
+                WHERE o.topic = v.name AND o.state = 'ready' AND NOT o.blocked
+                  AND o.priority < v.priority
+                ORDER BY o.priority DESC LIMIT 1
+            ),
+            v.room, v.limited, v.timeout
+        FROM level AS v
+        WHERE v.priority IS NOT NULL
+    ),
+    -- MATERIALIZED and pulled row by row through the LIMIT: no more than slots rows are locked.
+    due AS MATERIALIZED (
+        SELECT d.id, d.ordering_key, v.name, v.room, v.limited, v.timeout
+        FROM (SELECT * FROM level WHERE priority IS NOT NULL AND room > 0 ORDER BY priority DESC) AS v
+        CROSS JOIN LATERAL (
+            SELECT o.id, o.ordering_key
+            FROM outbox AS o
+            WHERE o.topic = v.name AND o.priority = v.priority
+              AND o.state = 'ready' AND NOT o.blocked
+              AND o.available_at <= moment
+            ORDER BY o.available_at, o.id
+            LIMIT v.room
+            FOR UPDATE SKIP LOCKED
+        ) AS d
+        LIMIT slots
+    ),
+    allowed AS MATERIALIZED (
+        SELECT *
+        FROM (SELECT *, row_number() OVER (PARTITION BY name) AS place FROM due) AS d
+        WHERE place <= room
+          AND (ordering_key IS NULL OR outbox_take_key(ordering_key, id))
+    )
+    UPDATE outbox AS o
+    SET state = 'running',
+        attempt = o.attempt + 1,
+        worker_id = claimer,
+        started_at = moment,
+        limited = a.limited
+    FROM allowed AS a
+    WHERE o.id = a.id
+    RETURNING o.id, o.topic, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
+        o.traceparent, a.timeout;
+    GET DIAGNOSTICS claimed = ROW_COUNT;
+
+    IF claimed = 0 THEN
+        RETURN;
+    END IF;
+    IF me.lease_until IS NULL OR me.lease_until < moment THEN
+        -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
+        -- had run out is news; an extended one is found when the known end passes.
+        PERFORM outbox_notify_lease(claimer, clock_timestamp() + lease);
+    END IF;
+    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5
+        OR (me.parked AND NOT stay_parked)
+    THEN
+        UPDATE worker
+        SET lease_until = greatest(lease_until, clock_timestamp() + lease),
+            parked = parked AND stay_parked
+        WHERE id = claimer;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
+    'Claims up to slots due rows of these topics for a worker, by priority, then age, and extends its lease when it must.';
+
+
+CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
+LANGUAGE sql VOLATILE
+AS $$
+    SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
+    WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
+$$;
+
+
+-- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
+-- A cancel that committed first wins.
+CREATE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
+LANGUAGE sql VOLATILE ROWS 100
+AS $$
+    UPDATE outbox AS o
+    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
+        finished_at = clock_timestamp()
+    FROM unnest(ids, attempts) AS f (id, attempt)
+    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state = 'running'
+    RETURNING o.id
+$$;
+COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
+    'Ends claimed rows as done, fenced by attempt; returns the ids it ended.';
+
+
+-- Locks a running row for a fenced write: null when it is no longer the caller's, else whether a cancel
+-- was requested.
+CREATE FUNCTION outbox_fence(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
+LANGUAGE sql VOLATILE
+AS $$
+    SELECT o.cancel_requested_at IS NOT NULL
+    FROM outbox AS o
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state = 'running'
+    FOR NO KEY UPDATE
+$$;
+COMMENT ON FUNCTION outbox_fence(uuid, bigint, integer) IS
+    'Locks a claimed row until commit; null if the attempt is fenced, else whether it is to be cancelled.';
+
+
+CREATE FUNCTION outbox_backoff(failures integer) RETURNS interval
+LANGUAGE sql VOLATILE
+AS $$
+    -- Exponential with full jitter: 0 to 1 s, 2 s, 4 s, … capped at an hour.
+    SELECT random() * least(interval '1 hour', interval '1 second' * 2 ^ least(failures - 1, 20))
+$$;
+COMMENT ON FUNCTION outbox_backoff(integer) IS 'How long to wait after so many failures.';
+
+
+CREATE FUNCTION outbox_error(row_errors jsonb, row_attempt integer, error text, worker uuid) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    -- The last hundred, each bounded: a row that fails for ever must not grow for ever.
+    SELECT CASE WHEN jsonb_array_length(row_errors) < 100 THEN row_errors ELSE row_errors - 0 END
+        || jsonb_build_object(
+            'attempt', row_attempt, 'at', clock_timestamp(), 'error', left(error, 4000), 'worker_id', worker)
+$$;
+
+
+-- delay null: by backoff. permanent: retrying is useless.
+CREATE FUNCTION outbox_fail(
+    failer      uuid,
+    row_id      bigint,
+    row_attempt integer,
+    error       text,
+    delay       interval DEFAULT NULL,
+    permanent   boolean DEFAULT false
+) RETURNS text
+LANGUAGE sql VOLATILE
+AS $$
+    UPDATE outbox AS o
+    SET state = CASE
+            WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
+            WHEN permanent OR o.failures + 1 >= o.max_attempts THEN 'dead'
+            ELSE 'ready'
+        END,
+        failures = o.failures + 1,
+        available_at = clock_timestamp() + coalesce(delay, outbox_backoff(o.failures + 1)),
+        errors = outbox_error(o.errors, o.attempt, error, failer)
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = failer AND o.state = 'running'
+    RETURNING o.state
+$$;
+COMMENT ON FUNCTION outbox_fail(uuid, bigint, integer, text, interval, boolean) IS
+    'Ends an attempt that failed: the row is ready again after delay, or dead. Returns the new state, null if fenced.';
+
+
+CREATE FUNCTION outbox_hand_back(
+    holder uuid, ids bigint[], attempts integer[], delay interval DEFAULT interval '0'
+) RETURNS SETOF bigint
+LANGUAGE sql VOLATILE ROWS 10
+AS $$
+    UPDATE outbox AS o
+    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
+    FROM unnest(ids, attempts) AS f (id, attempt)
+    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = holder AND o.state = 'running'
+    RETURNING o.id
+$$;
+COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
+    'Gives claimed rows back without a failure: a drain, or a wait for something that is not there yet.';
+
+
+-- Ends an attempt whose handler was stopped because of a cancel.
+CREATE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
+LANGUAGE sql VOLATILE
+AS $$
+    UPDATE outbox AS o
+    SET state = 'cancelled'
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state = 'running'
+      AND o.cancel_requested_at IS NOT NULL
+    RETURNING true
+$$;
+COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
+    'Ends a claimed row as cancelled once its handler has stopped; null if it is fenced or was not asked for.';
+
+
+-- Extends the lease and tells the worker which rows it still runs, and which of them are to be cancelled:
+-- a row that is missing was taken away, and its handler must stop.
+CREATE FUNCTION outbox_renew(renewer uuid, lease interval)
+RETURNS TABLE (id bigint, attempt integer, cancel boolean)
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+BEGIN
+    UPDATE worker AS w
+    SET lease_until = greatest(w.lease_until, clock_timestamp() + lease)
+    WHERE w.id = renewer AND w.ended_at IS NULL;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker % has ended', renewer USING ERRCODE = 'SO001';
+    END IF;
+    RETURN QUERY
+    SELECT o.id, o.attempt, o.cancel_requested_at IS NOT NULL
+    FROM outbox AS o
+    WHERE o.worker_id = renewer AND o.state = 'running';
+END
+$$;
+COMMENT ON FUNCTION outbox_renew(uuid, interval) IS 'Extends the lease; returns the rows the worker still runs.';
+
+
+-- Ends one worker's life and frees its rows. For a parent that saw its child die, and for outbox_rescue.
+-- The worker's row is locked and its lease ended first; the rows are freed by a new statement, whose
+-- snapshot shows what a claim in flight had claimed. The caller has locked or may wait for that row.
+CREATE FUNCTION outbox_end_worker(ended uuid, reason text) RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    freed integer;
+BEGIN
+    UPDATE worker
+    SET ended_at = coalesce(ended_at, clock_timestamp()), parked = false, lease_until = NULL
+    WHERE id = ended;
+
+    WITH lost AS MATERIALIZED (
+        SELECT id FROM outbox WHERE worker_id = ended AND state = 'running' ORDER BY id FOR UPDATE
+    )
+    UPDATE outbox AS o
+    SET state = CASE
+            WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
+            WHEN o.failures + 1 >= o.max_attempts THEN 'dead'
+            ELSE 'ready'
+        END,
+        failures = o.failures + 1,
+        -- At once the first time; a row that kills worker after worker backs off.
+        available_at = CASE
+            WHEN o.failures = 0 THEN o.available_at
+            ELSE clock_timestamp() + outbox_backoff(o.failures)
+        END,
+        errors = outbox_error(o.errors, o.attempt, reason, ended)
+    FROM lost
+    WHERE o.id = lost.id AND o.worker_id = ended AND o.state = 'running';
+    GET DIAGNOSTICS freed = ROW_COUNT;
+    RETURN freed;
+END
+$$;
+COMMENT ON FUNCTION outbox_end_worker(uuid, text) IS
+    'Ends a worker''s life and frees the rows it ran; returns how many. Only for a worker known to be dead.';
+
+
+-- Frees the rows of workers whose lease ran out, and of workers that have none (deleted by hand, say).
+-- A lease counts as run out only if the server has been up, and the rescuer connected, for one lease:
+-- after an outage every worker has that long to renew. A worker's row that is locked is skipped: its claim
+-- or renewal is in flight.
+CREATE FUNCTION outbox_rescue(rescuer uuid, lease interval, connected interval) RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    lost  uuid;
+    freed integer := 0;
+BEGIN
+    IF connected < lease OR clock_timestamp() - pg_postmaster_start_time() < lease THEN
+        RETURN 0;
+    END IF;
+    FOR lost IN
+        SELECT w.id FROM worker AS w
+        WHERE w.id <> rescuer AND w.ended_at IS NULL AND w.lease_until < clock_timestamp()
+          AND EXISTS (SELECT FROM outbox AS o WHERE o.worker_id = w.id AND o.state = 'running')
+        ORDER BY w.id
+        FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        freed := freed + outbox_end_worker(lost, 'its worker''s lease ran out');
+    END LOOP;
+    FOR lost IN
+        SELECT DISTINCT o.worker_id FROM outbox AS o
+        WHERE o.state = 'running' AND o.worker_id <> rescuer
+          AND NOT EXISTS (
+              SELECT FROM worker AS w
+              WHERE w.id = o.worker_id AND w.ended_at IS NULL AND w.lease_until IS NOT NULL)
+        ORDER BY o.worker_id
+    LOOP
+        freed := freed + outbox_end_worker(lost, 'its worker has no lease');
+    END LOOP;
+    RETURN freed;
+END
+$$;
+COMMENT ON FUNCTION outbox_rescue(uuid, interval, interval) IS
+    'Frees the rows of workers whose lease ran out; returns how many.';
+
+
+-- The next moment at which this worker must look without being told, as an interval from now: a row of
+-- its topics falls due, or another worker's lease ends. Zero or less: a due row was only skipped as
+-- locked, or a rescue is due. Null: nothing is scheduled, sleep until a notification.
+CREATE FUNCTION outbox_next_deadline(
+    looker uuid, topics text[], lease interval, connected interval,
+    OUT row_due interval, OUT lease_end interval, OUT server_time timestamptz
+)
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+DECLARE
+    first_row   timestamptz;
+    first_lease timestamptz;
+BEGIN
+    server_time := clock_timestamp();
+
+    WITH RECURSIVE level AS (
+        SELECT
+            t.name,
+            (
+                SELECT o.priority FROM outbox AS o
+                WHERE o.topic = t.name AND o.state = 'ready' AND NOT o.blocked
+                ORDER BY o.priority DESC LIMIT 1
+            ) AS priority
+        FROM unnest(topics) AS t (name)
+        LEFT JOIN topic AS l ON l.name = t.name
+        -- Without room nothing is due: the end that makes room notifies.
+        WHERE l.max_running IS NULL OR l.max_running > (
+            SELECT count(*) FROM outbox AS o WHERE o.topic = t.name AND o.state = 'running' AND o.limited
+        )
+        UNION ALL
+        SELECT
+            v.name,
+            (
+                SELECT o.priority FROM outbox AS o
+                WHERE o.topic = v.name AND o.state = 'ready' AND NOT o.blocked
+                  AND o.priority < v.priority
+                ORDER BY o.priority DESC LIMIT 1
+            )
+        FROM level AS v
+        WHERE v.priority IS NOT NULL
+    )
+    SELECT min(d.available_at) INTO first_row
+    FROM level AS v
+    CROSS JOIN LATERAL (
+        SELECT o.available_at FROM outbox AS o
+        WHERE o.topic = v.name AND o.priority = v.priority AND o.state = 'ready' AND NOT o.blocked
+        ORDER BY o.available_at, o.id
+        LIMIT 1
+    ) AS d;
+
+    SELECT min(greatest(
+        coalesce(w.lease_until, '-infinity'),
+        pg_postmaster_start_time() + lease,
+        server_time - connected + lease
+    )) INTO first_lease
+    FROM (SELECT DISTINCT o.worker_id FROM outbox AS o
+          WHERE o.state = 'running' AND o.worker_id <> looker) AS r
+    LEFT JOIN worker AS w ON w.id = r.worker_id AND w.ended_at IS NULL;
+
+    row_due := first_row - server_time;
+    lease_end := first_lease - server_time;
+END
+$$;
+COMMENT ON FUNCTION outbox_next_deadline(uuid, text[], interval, interval) IS
+    'When this worker must look again without being told: the next row due, the next lease end.';
+
+
+-- What a person may do. Each returns the row's new state, null if there was nothing to do.
+
+CREATE FUNCTION outbox_cancel(row_id bigint) RETURNS text
+LANGUAGE sql VOLATILE
+AS $$
+    -- A ready row ends at once (outbox_settle); a running one when its worker has stopped it.
+    UPDATE outbox
+    SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp())
+    WHERE id = row_id AND state IN ('ready', 'running')
+    RETURNING state
+$$;
+COMMENT ON FUNCTION outbox_cancel(bigint) IS
+    'Cancels a row: cancelled at once if it waits, running until its worker has stopped it; null if it had ended.';
+
+
+CREATE FUNCTION outbox_retry(row_id bigint) RETURNS text
+LANGUAGE sql VOLATILE
+AS $$
+    UPDATE outbox
+    SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL
+    WHERE id = row_id AND state IN ('dead', 'cancelled')
+    RETURNING state
+$$;
+COMMENT ON FUNCTION outbox_retry(bigint) IS
+    'Makes a dead or cancelled row ready again with its failures forgiven; its errors stay.';
+
+
+CREATE FUNCTION outbox_discard(row_id bigint) RETURNS text
+LANGUAGE sql VOLATILE
+AS $$
+    UPDATE outbox SET state = 'cancelled' WHERE id = row_id AND state = 'dead' RETURNING state
+$$;
+COMMENT ON FUNCTION outbox_discard(bigint) IS 'Ends a dead row for good: it is kept as cancelled until it is pruned.';

@@ -1,0 +1,311 @@
+-- Sessions on top of the outbox: what the API writes, and what follows when a row of topic session.run
+-- changes state, whoever changed it: a handler, a rescue, or an UPDATE typed into psql.
+--
+-- A session's rows share the ordering_key 'session:ID', so its turns run one at a time, in order.
+
+CREATE FUNCTION session_json(s session) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'id', s.id, 'user_id', s.user_id, 'repo', s.repo, 'target_branch', s.target_branch,
+        'branch', s.branch, 'title', s.title, 'parent', s.parent,
+        'inbox_status', s.inbox_status, 'session_status', s.session_status,
+        'created_at', s.created_at, 'updated_at', s.updated_at)
+$$;
+COMMENT ON FUNCTION session_json(session) IS 'A session as the HTTP API shows it.';
+
+CREATE FUNCTION prompt_json(p prompt) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'id', p.id, 'session_id', p.session_id, 'text', p.text, 'status', p.status,
+        'reason', p.reason, 'result', p.result, 'created_at', p.created_at,
+        'started_at', p.started_at, 'finished_at', p.finished_at)
+$$;
+COMMENT ON FUNCTION prompt_json(prompt) IS 'A prompt as the HTTP API shows it.';
+
+
+-- Session, prompt and outbox row in one statement of the client's, so one round trip and one commit.
+-- With an Idempotency-Key its row comes first: a second request under the same key waits for the first
+-- to commit, then gets the first answer. outcome: created, replayed, mismatch (another body).
+CREATE FUNCTION session_create(
+    new_session      session,
+    prompt_text      text,
+    worker_present   boolean,
+    idempotency_key  text DEFAULT NULL,
+    request_hash     bytea DEFAULT NULL,
+    trace            text DEFAULT NULL,
+    OUT outcome text, OUT answer jsonb
+)
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+DECLARE
+    new_prompt prompt;
+    earlier    idempotency;
+BEGIN
+    IF prompt_text IS NOT NULL THEN
+        new_prompt.id := uuid_v7();
+        new_prompt.session_id := new_session.id;
+        new_prompt.text := prompt_text;
+        new_prompt.status := 'queued';
+        new_prompt.created_at := new_session.created_at;
+    END IF;
+    answer := session_json(new_session) || jsonb_build_object(
+        'prompts', CASE WHEN prompt_text IS NULL THEN '[]' ELSE jsonb_build_array(prompt_json(new_prompt)) END,
+        'worker_present', worker_present);
+
+    IF idempotency_key IS NOT NULL THEN
+        INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
+        VALUES (new_session.user_id, idempotency_key, request_hash, new_session.id, answer)
+        ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            SELECT i.* INTO earlier FROM idempotency AS i
+            WHERE i.user_id = new_session.user_id AND i.key = idempotency_key;
+            outcome := CASE WHEN earlier.request_hash = request_hash THEN 'replayed' ELSE 'mismatch' END;
+            answer := earlier.answer;
+            RETURN;
+        END IF;
+    END IF;
+
+    INSERT INTO session SELECT new_session.*;
+    IF prompt_text IS NOT NULL THEN
+        INSERT INTO prompt SELECT new_prompt.*;
+    END IF;
+    INSERT INTO outbox (topic, ordering_key, payload, traceparent)
+    VALUES (
+        'session.run', 'session:' || new_session.id,
+        jsonb_strip_nulls(jsonb_build_object('session_id', new_session.id, 'prompt_id', new_prompt.id)),
+        trace);
+    outcome := 'created';
+END
+$$;
+COMMENT ON FUNCTION session_create(session, text, boolean, text, bytea, text) IS
+    'Writes a session, its prompt and its outbox row; answers as POST /sessions does.';
+
+
+-- A follow-up turn. Locks the session, so that it cannot be archived, nor its status set, meanwhile.
+-- outcome: created, replayed, mismatch, missing, archived.
+CREATE FUNCTION prompt_create(
+    of_session      uuid,
+    of_user         text,
+    prompt_text     text,
+    worker_present  boolean,
+    idempotency_key text DEFAULT NULL,
+    request_hash    bytea DEFAULT NULL,
+    trace           text DEFAULT NULL,
+    OUT outcome text, OUT answer jsonb
+)
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+DECLARE
+    target     session;
+    new_prompt prompt;
+    earlier    idempotency;
+BEGIN
+    SELECT s.* INTO target FROM session AS s
+    WHERE s.id = of_session AND (of_user IS NULL OR s.user_id = of_user)
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'missing';
+        RETURN;
+    END IF;
+    IF idempotency_key IS NOT NULL THEN
+        SELECT i.* INTO earlier FROM idempotency AS i
+        WHERE i.user_id = target.user_id AND i.key = idempotency_key;
+        IF FOUND THEN
+            outcome := CASE WHEN earlier.request_hash = request_hash THEN 'replayed' ELSE 'mismatch' END;
+            answer := earlier.answer;
+            RETURN;
+        END IF;
+    END IF;
+    IF target.session_status = 'archived' THEN
+        outcome := 'archived';
+        RETURN;
+    END IF;
+
+    INSERT INTO prompt (session_id, text) VALUES (of_session, prompt_text)
+    RETURNING * INTO new_prompt;
+    INSERT INTO outbox (topic, ordering_key, payload, traceparent)
+    VALUES (
+        'session.run', 'session:' || of_session,
+        jsonb_build_object('session_id', of_session, 'prompt_id', new_prompt.id),
+        trace);
+    UPDATE session
+    SET inbox_status = CASE inbox_status WHEN 'pending' THEN 'pending' ELSE 'active' END,
+        updated_at = clock_timestamp()
+    WHERE id = of_session;
+
+    answer := prompt_json(new_prompt) || jsonb_build_object('worker_present', worker_present);
+    IF idempotency_key IS NOT NULL THEN
+        INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
+        VALUES (target.user_id, idempotency_key, request_hash, of_session, answer);
+    END IF;
+    outcome := 'created';
+END
+$$;
+COMMENT ON FUNCTION prompt_create(uuid, text, text, boolean, text, bytea, text) IS
+    'Adds a user turn to a session, with its outbox row; answers as POST /sessions/{id}/prompts does.';
+
+
+-- Cancels what a session has waiting or running. Turns that wait end in this transaction, one that runs
+-- when its worker has stopped it.
+CREATE FUNCTION session_cancel(of_session uuid, OUT cancelled integer, OUT cancelling integer)
+LANGUAGE sql VOLATILE
+AS $$
+    WITH found AS MATERIALIZED (
+        SELECT o.id FROM outbox AS o
+        WHERE o.ordering_key = 'session:' || of_session AND o.state IN ('ready', 'running')
+          AND o.topic = 'session.run'
+        ORDER BY o.id
+        FOR UPDATE
+    ),
+    marked AS (
+        UPDATE outbox AS o
+        SET cancel_requested_at = coalesce(o.cancel_requested_at, clock_timestamp())
+        FROM found AS f
+        WHERE o.id = f.id
+        RETURNING o.state
+    )
+    SELECT count(*) FILTER (WHERE state = 'cancelled')::integer,
+           count(*) FILTER (WHERE state = 'running')::integer
+    FROM marked
+$$;
+COMMENT ON FUNCTION session_cancel(uuid) IS
+    'Cancels a session''s turns; returns how many ended at once and how many a worker has yet to stop.';
+
+
+CREATE FUNCTION session_archive(of_session uuid) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    PERFORM session_cancel(of_session);
+    UPDATE session
+    SET session_status = 'archived', inbox_status = 'archived',
+        deleted_at = clock_timestamp(), updated_at = clock_timestamp()
+    WHERE id = of_session AND session_status = 'active';
+    RETURN FOUND;
+END
+$$;
+COMMENT ON FUNCTION session_archive(uuid) IS 'Cancels a session''s turns and archives it.';
+
+
+-- The consequences of a state. Runs inside the transaction that set it, after the outbox row is locked:
+-- the prompt follows the row, the session follows its rows, and once nothing is left to run a sandbox
+-- that is still held becomes a row of topic sandbox.return.
+CREATE FUNCTION session_follow() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+DECLARE
+    of_session uuid := (OLD.payload ->> 'session_id')::uuid;
+    of_prompt  uuid := (OLD.payload ->> 'prompt_id')::uuid;
+    now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled' ELSE NEW.state END;
+    held       jsonb;
+    next_status text;
+BEGIN
+    -- The lock first, then new statements: who changes another row of this session comes before or after.
+    SELECT sandbox INTO held FROM session WHERE id = of_session FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+
+    IF of_prompt IS NOT NULL THEN
+        UPDATE prompt
+        SET status = CASE now_state
+                WHEN 'ready' THEN 'queued'
+                WHEN 'running' THEN 'running'
+                WHEN 'done' THEN 'succeeded'
+                WHEN 'cancelled' THEN 'cancelled'
+                ELSE 'failed'
+            END,
+            reason = CASE now_state
+                WHEN 'dead' THEN coalesce(NEW.errors -> -1 ->> 'error', 'given up')
+                WHEN 'cancelled' THEN 'cancelled'
+            END,
+            started_at = CASE WHEN now_state = 'running' THEN coalesce(started_at, clock_timestamp())
+                              ELSE started_at END,
+            finished_at = CASE WHEN now_state IN ('ready', 'running') THEN NULL
+                               ELSE clock_timestamp() END
+        WHERE id = of_prompt
+          -- An ended prompt changes again only when a person retries its row; a handler's own verdict
+          -- (succeeded or failed, with its reason) stands when its row ends as done.
+          AND (status IN ('queued', 'running') OR now_state = 'ready');
+    END IF;
+
+    SELECT CASE max(CASE o.state WHEN 'running' THEN 2 ELSE 1 END) WHEN 2 THEN 'pending' WHEN 1 THEN 'active'
+                ELSE 'completed' END
+    INTO next_status
+    FROM outbox AS o
+    WHERE o.ordering_key = 'session:' || of_session AND o.state IN ('ready', 'running');
+
+    UPDATE session
+    SET inbox_status = CASE WHEN session_status = 'archived' THEN 'archived' ELSE next_status END,
+        sandbox = CASE WHEN next_status = 'completed' THEN NULL ELSE sandbox END,
+        updated_at = clock_timestamp()
+    WHERE id = of_session;
+
+    IF next_status = 'completed' AND held IS NOT NULL THEN
+        INSERT INTO outbox (topic, ordering_key, payload, max_attempts)
+        VALUES (
+            'sandbox.return', NULL,
+            jsonb_build_object('session_id', of_session, 'sandbox', held),
+            32767); -- never gives up
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER session_follow
+    AFTER UPDATE ON outbox FOR EACH ROW
+    WHEN (OLD.topic = 'session.run' AND NEW.state <> OLD.state)
+    EXECUTE FUNCTION session_follow();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_follow;
+
+CREATE TRIGGER session_follow_delete
+    AFTER DELETE ON outbox FOR EACH ROW
+    WHEN (OLD.topic = 'session.run' AND OLD.state IN ('ready', 'running'))
+    EXECUTE FUNCTION session_follow();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_follow_delete;
+
+
+-- Stores what the agent printed, fenced: locks the outbox row, then numbers the messages from the
+-- session's last. fenced: nothing was written, the attempt is not the caller's any more.
+-- The first write of a new attempt puts a superseded event before it: what the earlier attempt said
+-- for this prompt no longer counts.
+CREATE FUNCTION message_append(
+    holder uuid, row_id bigint, row_attempt integer,
+    of_session uuid, of_prompt uuid, bodies jsonb[],
+    OUT fenced boolean, OUT cancel boolean, OUT last_seq bigint
+)
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+DECLARE
+    superseded integer;
+BEGIN
+    cancel := outbox_fence(holder, row_id, row_attempt);
+    fenced := cancel IS NULL;
+    IF fenced THEN
+        RETURN;
+    END IF;
+
+    SELECT m.attempt INTO superseded FROM message AS m
+    WHERE m.prompt_id = of_prompt ORDER BY m.attempt DESC LIMIT 1;
+    IF superseded < row_attempt THEN
+        bodies := array_prepend(
+            jsonb_build_object('type', 'superseded', 'attempt', superseded), bodies);
+    END IF;
+
+    UPDATE session AS s
+    SET last_seq = s.last_seq + cardinality(bodies)
+    WHERE s.id = of_session
+    RETURNING s.last_seq INTO last_seq;
+    INSERT INTO message (session_id, seq, prompt_id, attempt, body)
+    SELECT of_session, last_seq - cardinality(bodies) + b.place, of_prompt, row_attempt, b.body
+    FROM unnest(bodies) WITH ORDINALITY AS b (body, place)
+    ORDER BY b.place;
+END
+$$;
+COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[]) IS
+    'Stores an agent''s events in order, fenced by the attempt of the outbox row.';
