@@ -78,9 +78,7 @@ def _new_database(server: str, template: str = "template1") -> Iterator[str]:
     name = f"test_{secrets.token_hex(8)}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                sql.Identifier(name), sql.Identifier(template)
-            )
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
         )
     try:
         yield name

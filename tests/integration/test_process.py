@@ -59,9 +59,7 @@ async def test_killed_process_reports_the_signal() -> None:
 
 
 @pytest.mark.parametrize("start", ["session", "environment"])
-async def test_child_that_outlives_the_process_is_a_leak(
-    start: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_child_that_outlives_the_process_is_a_leak(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the tree before a signal, or by the mark in its environment after an exit."""
     monkeypatch.setattr("tests.support.process.TIMEOUT", 1.0)
     options = "start_new_session=True" + (", env={}" if start == "session" else "")

@@ -183,9 +183,7 @@ async def running(
     script = Path(sys.executable).parent / command
     mark = secrets.token_hex(8)
     changes: dict[str, str | None] = {MARK: mark, **(env or {})}
-    environment = {
-        name: value for name, value in {**os.environ, **changes}.items() if value is not None
-    }
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     child = await asyncio.create_subprocess_exec(
         script if script.exists() else command,
         *arguments,
