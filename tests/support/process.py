@@ -20,12 +20,16 @@ import os
 import secrets
 import signal
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 TIMEOUT = 60.0  # seconds
 MARK = "SENDOFF_TEST_PROCESS"  # tells a process's descendants, also those in sessions of their own
@@ -172,20 +176,30 @@ class Process:
         return ProcessError(f"{self._name} {text}\n{output}")
 
 
+def command_line(name: str) -> list[str]:
+    """What runs a console script of ours as the script itself would; any other name as it is."""
+    entry = SCRIPTS.get(name)
+    if entry is None:
+        return [name]
+    module, _, function = entry.partition(":")
+    code = f"import sys; from {module} import {function}; sys.argv[0] = {name!r}; sys.exit({function}())"
+    return [sys.executable, "-c", code]
+
+
 @asynccontextmanager
 async def running(
     command: str, *arguments: str | Path, env: Mapping[str, str | None] | None = None
 ) -> AsyncIterator[Process]:
-    """Start a console script of this environment, or any program by its path.
+    """Start one of pyproject.toml's console scripts, or any program by its path.
 
-    It gets this process's environment, changed by `env`; None takes a variable out.
+    It gets this process's environment, changed by `env`; None takes a variable out. The script is
+    taken from this tree, wherever the environment's installed packages come from.
     """
-    script = Path(sys.executable).parent / command
     mark = secrets.token_hex(8)
-    changes: dict[str, str | None] = {MARK: mark, **(env or {})}
+    changes: dict[str, str | None] = {MARK: mark, "PYTHONPATH": str(ROOT), **(env or {})}
     environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     child = await asyncio.create_subprocess_exec(
-        script if script.exists() else command,
+        *command_line(command),
         *arguments,
         env=environment,
         stdin=asyncio.subprocess.DEVNULL,

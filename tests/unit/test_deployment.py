@@ -3,17 +3,15 @@
 import os
 import shlex
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from outbox.settings import Settings
+from tests.support.process import ROOT, SCRIPTS, command_line
 
-ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -74,10 +72,9 @@ def test_the_workers_health_check_is_an_option_of_the_worker() -> None:
 
 
 def help_of(script: str, arguments: list[str]) -> str:
-    module, _, function = PROJECT["project"]["scripts"][script].partition(":")
-    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    assert script in SCRIPTS
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--help"],
+        [*command_line(script), *arguments, "--help"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
