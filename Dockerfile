@@ -1,0 +1,28 @@
+# One image for the API, the worker and migrations: the command says which. Nothing secret is in it;
+# docs/configuration.md lists the environment variables.
+FROM python:3.13-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md ./
+COPY app app
+COPY worker worker
+COPY outbox outbox
+COPY sql sql
+COPY embedded embedded
+RUN python -m venv /opt/sendoff \
+ && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check .
+
+FROM python:3.13-slim
+# git and ssh clone and push the sessions' repositories.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends ca-certificates git openssh-client \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --create-home --uid 10001 sendoff \
+ && install --directory --owner=sendoff --group=sendoff /var/lib/sendoff/workspaces
+COPY --from=build /opt/sendoff /opt/sendoff
+ENV PATH=/opt/sendoff/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    SENDOFF_WORKSPACE_ROOT=/var/lib/sendoff/workspaces
+# A number, so that Kubernetes' runAsNonRoot can check it.
+USER 10001:10001
+WORKDIR /var/lib/sendoff
+CMD ["sendoff", "--help"]

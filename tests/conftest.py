@@ -1,0 +1,87 @@
+"""A database for each test: migrated once into a template, cloned under a random name.
+
+Tests may run side by side: NOTIFY channels and advisory locks are per database.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import AsyncConnection, sql
+
+from tests.support.server import running_server, with_database
+
+Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a superuser's database on the run's server. Don't write to that database."""
+    with running_server(tmp_path_factory.mktemp("postgres") / "data") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a migrated database. Nobody may be connected to it while it is cloned."""
+    from outbox.migrate import migrate
+
+    with _new_database(server) as name:
+        asyncio.run(migrate(with_database(server, name)))
+        yield name
+
+
+@pytest.fixture
+def database(server: str, template: str) -> Iterator[str]:
+    """The URL of a migrated database that only this test uses."""
+    with _new_database(server, template) as name:
+        yield with_database(server, name)
+
+
+@pytest.fixture
+def empty_database(server: str) -> Iterator[str]:
+    """The URL of a database without any table of ours."""
+    with _new_database(server) as name:
+        yield with_database(server, name)
+
+
+@pytest.fixture
+async def connect(database: str) -> AsyncIterator[Connect]:
+    """Open connections that end with the test: `await connect()`, in autocommit mode.
+
+    To the test's database unless another URL is given; more arguments go to psycopg.
+    """
+    opened: list[AsyncConnection[Any]] = []
+
+    async def connect(url: str | None = None, **options: Any) -> AsyncConnection[Any]:
+        options = {"autocommit": True, **options}
+        connection = await AsyncConnection.connect(url or database, **options)
+        opened.append(connection)
+        return connection
+
+    yield connect
+    for connection in opened:
+        await connection.close()
+
+
+@contextmanager
+def _new_database(server: str, template: str = "template1") -> Iterator[str]:
+    name = f"test_{secrets.token_hex(8)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+        )
+    try:
+        yield name
+    finally:
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

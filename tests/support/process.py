@@ -1,0 +1,215 @@
+"""Run a real process, such as `worker`, and wait for what its log says.
+
+    async with running("worker", "--concurrency", "2", env={"DATABASE_URL": url}) as worker:
+        parked = await worker.event("parked")
+        ...
+        claimed = await worker.event("claimed", after=parked, outbox_id=7)
+        worker.send(signal.SIGTERM)
+        assert await worker.ended() == 0
+
+Events are the JSON lines on its stderr; all are kept, so one that came before it was asked for is
+found. Nothing polls: a test sleeps on the pipe. The timeouts only bound a test that hangs.
+
+Leaving the block fails if the process still runs and did not end by SIGTERM, or if anything it had
+started lives on after it.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import sys
+import tomllib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+TIMEOUT = 60.0  # seconds
+MARK = "SENDOFF_TEST_PROCESS"  # tells a process's descendants, also those in sessions of their own
+LINE_LIMIT = 16 * 2**20  # bytes
+
+
+class Event(dict[str, Any]):
+    """One log line's fields, and where it stood in the log."""
+
+    def __init__(self, fields: Mapping[str, Any], index: int) -> None:
+        super().__init__(fields)
+        self.index = index
+
+
+class ProcessError(AssertionError):
+    """The process did not do what the test waited for; the text ends with what it printed."""
+
+
+class Process:
+    """A running process. Made by `running`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, name: str, mark: str) -> None:
+        self.pid = process.pid
+        self.events: list[Event] = []
+        self.stdout: list[str] = []
+        self.stderr: list[str] = []
+        self._process = process
+        self._name = name
+        self._mark = mark
+        self._news = asyncio.Condition()
+        self._descendants: set[psutil.Process] = set()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._readers = [
+            asyncio.create_task(self._read(process.stdout, self.stdout)),
+            asyncio.create_task(self._read(process.stderr, self.stderr)),
+        ]
+
+    async def event(
+        self, name: str, *, after: Event | None = None, timeout: float = TIMEOUT, **fields: Any
+    ) -> Event:
+        """The first event of that name with these fields, behind `after`, waiting until it comes.
+
+        Raises ProcessError when the process ends without it.
+        """
+        wanted = {"event": name, **fields}
+        position = 0 if after is None else after.index + 1
+        try:
+            async with asyncio.timeout(timeout), self._news:
+                while True:
+                    for event in self.events[position:]:
+                        if wanted.items() <= event.items():
+                            return event
+                    position = len(self.events)
+                    if all(reader.done() for reader in self._readers):
+                        raise self._error(f"ended without {wanted}")
+                    await self._news.wait()
+        except TimeoutError:
+            raise self._error(f"did not say {wanted} in {timeout:.0f} s") from None
+
+    async def ended(self, *, timeout: float = TIMEOUT) -> int:
+        """Wait until process and output have ended. The exit status, or minus the signal."""
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(self._process.wait(), *self._readers)
+        except TimeoutError:
+            raise self._error(f"did not end in {timeout:.0f} s") from None
+        status = self._process.returncode
+        assert status is not None
+        return status
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, after a note of whom the process has started."""
+        self._note_descendants()
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def close(self) -> None:
+        """End the process and what it left behind. Raises ProcessError if that took force."""
+        faults: list[str] = []
+        if self.running:
+            self.send(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    await self._process.wait()
+            except TimeoutError:
+                self.kill()
+                faults.append("did not end by SIGTERM")
+        await self._process.wait()
+        leaked = await asyncio.to_thread(self._end_leaked)
+        faults += [f"left running: {line}" for line in leaked]
+        await asyncio.gather(*self._readers)
+        if faults:
+            raise self._error("; ".join(faults))
+
+    async def _read(self, stream: asyncio.StreamReader, lines: list[str]) -> None:
+        async for raw in stream:
+            line = raw.decode(errors="replace").rstrip("\n")
+            async with self._news:
+                lines.append(line)
+                if stream is self._process.stderr:
+                    self._keep_event(line)
+                self._news.notify_all()
+        async with self._news:
+            self._news.notify_all()
+
+    def _keep_event(self, line: str) -> None:
+        with suppress(ValueError):
+            fields = json.loads(line)
+            if isinstance(fields, dict) and "event" in fields:
+                self.events.append(Event(fields, len(self.events)))
+
+    def _note_descendants(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self._descendants.update(psutil.Process(self.pid).children(recursive=True))
+
+    def _end_leaked(self) -> list[str]:
+        """Give descendants time, as they may just be ending. Kill and name those who don't."""
+        _, alive = psutil.wait_procs(self._descendants | self._marked(), timeout=TIMEOUT / 2)
+        leaked = []
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    leaked.append(f"{process.pid} {' '.join(process.cmdline())}")
+                    process.kill()
+        return leaked
+
+    def _marked(self) -> set[psutil.Process]:
+        found = set()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark:
+                    found.add(process)
+        return found
+
+    def _error(self, text: str) -> ProcessError:
+        output = "\n".join([*self.stdout[-20:], *self.stderr[-40:]])
+        return ProcessError(f"{self._name} {text}\n{output}")
+
+
+def command_line(name: str) -> list[str]:
+    """What runs a console script of ours as the script itself would; any other name as it is."""
+    entry = SCRIPTS.get(name)
+    if entry is None:
+        return [name]
+    module, _, function = entry.partition(":")
+    code = f"import sys; from {module} import {function}; sys.argv[0] = {name!r}; sys.exit({function}())"
+    return [sys.executable, "-c", code]
+
+
+@asynccontextmanager
+async def running(
+    command: str, *arguments: str | Path, env: Mapping[str, str | None] | None = None
+) -> AsyncIterator[Process]:
+    """Start one of pyproject.toml's console scripts, or any program by its path.
+
+    It gets this process's environment, changed by `env`; None takes a variable out. The script is
+    taken from this tree, wherever the environment's installed packages come from.
+    """
+    mark = secrets.token_hex(8)
+    changes: dict[str, str | None] = {MARK: mark, "PYTHONPATH": str(ROOT), **(env or {})}
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    child = await asyncio.create_subprocess_exec(
+        *command_line(command),
+        *arguments,
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        limit=LINE_LIMIT,
+    )
+    process = Process(child, command, mark)
+    try:
+        yield process
+    finally:
+        await process.close()

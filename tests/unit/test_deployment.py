@@ -1,0 +1,119 @@
+"""docker-compose.yml and the Dockerfile against the code: names, commands and the old incident."""
+
+import os
+import shlex
+import subprocess
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from outbox.settings import Settings
+from tests.support.process import ROOT, SCRIPTS, command_line
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if service["image"] == "sendoff"}
+VARIABLES = {field.alias for field in Settings.model_fields.values()}
+
+
+def dockerfile() -> list[list[str]]:
+    """The instructions as words; continued lines are joined."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip(" #")]
+
+
+def instructions(name: str) -> list[list[str]]:
+    return [words[1:] for words in dockerfile() if words and words[0] == name]
+
+
+def condition(service: str, on: str) -> object:
+    return SERVICES[service].get("depends_on", {}).get(on, {}).get("condition")
+
+
+def test_the_services_are_those_a_session_needs() -> None:
+    assert set(SERVICES) == {"postgres", "migrate", "api", "worker"}
+    assert set(OURS) == {"migrate", "api", "worker"}
+
+
+def test_everything_starts_by_default() -> None:
+    """In the system before, the poller was left out and sessions stayed active for ever."""
+    for service in SERVICES.values():
+        assert "profiles" not in service
+        assert service.get("scale", 1) >= 1
+        assert service.get("deploy", {}).get("replicas", 1) >= 1
+
+
+@pytest.mark.parametrize("name", ["postgres", "api", "worker"])
+def test_what_keeps_running_has_a_health_check_and_comes_back(name: str) -> None:
+    assert SERVICES[name]["healthcheck"]["test"][0] == "CMD"
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_migrate_needs_no_health_check_as_the_others_wait_for_its_success() -> None:
+    assert "healthcheck" not in SERVICES["migrate"]
+    assert condition("migrate", "postgres") == "service_healthy"
+    assert condition("api", "migrate") == "service_completed_successfully"
+    assert condition("worker", "migrate") == "service_completed_successfully"
+
+
+@pytest.mark.parametrize("name", ["migrate", "api", "worker"])
+def test_commands_are_ours_and_take_these_arguments(name: str) -> None:
+    script, *arguments = OURS[name]["command"]
+    assert help_of(script, arguments)
+
+
+def test_the_workers_health_check_is_an_option_of_the_worker() -> None:
+    cmd, script, *arguments = SERVICES["worker"]["healthcheck"]["test"]
+    assert (cmd, script, arguments) == ("CMD", "worker", ["--check"])
+    assert "--check" in help_of(script, [])
+
+
+def help_of(script: str, arguments: list[str]) -> str:
+    assert script in SCRIPTS
+    done = subprocess.run(
+        [*command_line(script), *arguments, "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["migrate", "api", "worker"])
+def test_environment_variables_are_settings(name: str) -> None:
+    assert set(OURS[name]["environment"]) <= VARIABLES
+    assert "DATABASE_URL" in OURS[name]["environment"]
+
+
+def test_the_worker_may_drain_before_it_is_killed() -> None:
+    grace = float(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
+    assert grace > Settings.model_fields["drain_grace"].default
+
+
+def test_ports_are_published_on_loopback_only_and_the_database_not_at_all() -> None:
+    ports = {name: service.get("ports", []) for name, service in SERVICES.items()}
+    assert all(port.startswith("127.0.0.1:") for published in ports.values() for port in published)
+    assert ports["postgres"] == []
+
+
+def test_the_image_holds_every_package_and_its_variables_are_settings() -> None:
+    copied = {word for words in instructions("COPY") for word in words[:-1]}
+    packages = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    assert packages | {"pyproject.toml", PROJECT["project"]["readme"]} <= copied
+    assert all((ROOT / name).exists() for name in packages)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {f"!{name}" for name in packages} <= set(ignored)
+    (variables,) = instructions("ENV")
+    names = {word.partition("=")[0] for word in variables}
+    assert names - {"PATH", "PYTHONUNBUFFERED"} <= VARIABLES
+
+
+def test_the_image_has_git_and_does_not_run_as_root() -> None:
+    assert any("git" in words for words in instructions("RUN"))
+    assert instructions("USER") == [["10001:10001"]]
+    assert instructions("FROM")[-1] == ["python:3.13-slim"]
