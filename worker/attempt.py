@@ -13,8 +13,9 @@ import structlog
 
 from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
 from outbox.handler import Handler, Job
+from outbox.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 class Stop(Enum):

@@ -13,14 +13,14 @@ connection. Then it takes a turn:
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from random import uniform
+from typing import Any
 from uuid import UUID
 
 import psycopg
-import structlog
 from psycopg_pool import AsyncConnectionPool
 
 from outbox.claim import (
@@ -36,6 +36,7 @@ from outbox.claim import (
 from outbox.connect import bounded, connect, conninfo, is_outage
 from outbox.errors import Fenced, WorkerEnded
 from outbox.handler import Connection, Handler, Job
+from outbox.log import get_logger
 from outbox.migrate import check_schema
 from outbox.settings import Settings
 from worker.attempt import Attempt, End, Outcome, Stop
@@ -43,7 +44,7 @@ from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.park import Parking, Stage
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _BUSY = 0.02
 """Woken again within this many seconds, a worker stops being parked for every row: see _claim."""
@@ -59,6 +60,8 @@ class Worker:
         self.id: UUID | None = None
         self.connected = False
         self.draining = False
+        self.tell: Callable[[str, str], None] = lambda word, value: None
+        """Passes news on to a parent (worker/processes.py)."""
         self._settings = settings
         self._handlers = handlers
         self._topics = sorted(handlers)
@@ -128,7 +131,7 @@ class Worker:
             with bounded(self._control, settings.lease):
                 await self._introduce()
             self._listener.start(self._event.set)
-            self.connected = True
+            self._set_connected(True)
             await self._turns()
 
     async def _introduce(self) -> None:
@@ -159,7 +162,7 @@ class Worker:
     async def _disconnected(self, error: Exception, delay: float) -> None:
         if is_outage(error):
             self._lease.outage()
-        self.connected = False
+        self._set_connected(False)
         pause = uniform(delay / 2, delay)  # noqa: S311 - jitter: not all workers at once
         log.warning("disconnected", error=str(error).strip(), retry_in=round(pause, 3))
         await asyncio.sleep(pause)
@@ -169,8 +172,24 @@ class Worker:
         for attempt in self._running.values():
             attempt.stop(Stop.FENCED)
         self._ended.clear()
-        self.connected = False
+        self._set_connected(False)
         self.id = None
+
+    def _set_connected(self, connected: bool) -> None:
+        self.connected = connected
+        self.tell("connected", "yes" if connected else "no")
+        if connected:
+            self.tell("id", str(self.id))
+
+    def readiness(self) -> dict[str, Any]:
+        """What a health check shows. From memory: it must not wake the database."""
+        return {
+            "ready": self.connected,
+            "worker_id": None if self.id is None else str(self.id),
+            "stage": self._parking.stage.value,
+            "running": len(self._running),
+            "draining": self.draining,
+        }
 
     def drain(self) -> None:
         """Claim nothing more; what runs may finish. The second call hands it back at once."""
