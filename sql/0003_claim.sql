@@ -102,6 +102,7 @@ BEGIN
     level AS (
         SELECT
             t.name,
+            t.turn,
             (
                 SELECT o.priority FROM outbox AS o
                 WHERE o.topic = t.name AND o.state = 'ready' AND NOT o.blocked
@@ -111,11 +112,12 @@ BEGIN
                  ELSE outbox_topic_room(t.name, l.max_running) END AS room,
             l.max_running IS NOT NULL AS limited,
             l.timeout
-        FROM unnest(topics) AS t (name)
+        FROM unnest(topics) WITH ORDINALITY AS t (name, turn)
         LEFT JOIN topic AS l ON l.name = t.name
         UNION ALL
         SELECT
             v.name,
+            v.turn,
             (
                 SELECT o.priority FROM outbox AS o
                 WHERE o.topic = v.name AND o.state = 'ready' AND NOT o.blocked
@@ -129,7 +131,9 @@ BEGIN
     -- MATERIALIZED and pulled row by row through the LIMIT: no more than slots rows are locked.
     due AS MATERIALIZED (
         SELECT d.id, d.ordering_key, v.name, v.room, v.limited, v.timeout
-        FROM (SELECT * FROM level WHERE priority IS NOT NULL AND room > 0 ORDER BY priority DESC) AS v
+        FROM (
+            SELECT * FROM level WHERE priority IS NOT NULL AND room > 0 ORDER BY priority DESC, turn
+        ) AS v
         CROSS JOIN LATERAL (
             SELECT o.id, o.ordering_key
             FROM outbox AS o
@@ -179,7 +183,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
-    'Claims up to slots due rows of these topics for a worker, by priority, then age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
+    'Claims up to slots due rows of these topics for a worker, by priority, then in the order of topics given, then by age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
 
 
 CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void

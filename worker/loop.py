@@ -13,6 +13,7 @@ connection. Then it takes a turn:
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
@@ -64,7 +65,7 @@ class Worker:
         """Passes news on to a parent (worker/processes.py)."""
         self._settings = settings
         self._handlers = handlers
-        self._topics = sorted(handlers)
+        self._topics = deque(sorted(handlers))
         self._concurrency = concurrency
         self._lease_time = timedelta(seconds=settings.lease)
         self._lease = Lease(settings.lease, settings.outage_grace, self._lease_lost)
@@ -143,11 +144,11 @@ class Worker:
         if self.id is None:
             self.id = await register(
                 self._control,
-                self._topics,
+                sorted(self._topics),
                 concurrency=self._concurrency,
                 presence=self._listener.presence,
             )
-            log.info("registered", worker_id=str(self.id), topics=self._topics)
+            log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
         else:
             cursor = await self._control.execute(
                 "UPDATE worker SET presence = %s, parked = false WHERE id = %s AND ended_at IS NULL",
@@ -331,6 +332,7 @@ class Worker:
     async def _claim(self, completed: list[tuple[int, int]], wants: int, stay_parked: bool) -> list[Claimed]:
         assert self.id is not None
         asked_at = time.monotonic()
+        self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
         arguments = (self._topics, wants)
         if completed:
             rows, refused = await complete_and_claim(
@@ -384,7 +386,7 @@ class Worker:
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
             " extract(epoch FROM server_time)::float8"
             " FROM outbox_next_deadline(%s, %s, %s, %s)",
-            (self.id, self._topics, self._lease_time, timedelta(seconds=connected)),
+            (self.id, list(self._topics), self._lease_time, timedelta(seconds=connected)),
         )
         found = await cursor.fetchone()
         assert found is not None
