@@ -169,17 +169,17 @@ BEGIN
         PERFORM outbox_notify_lease(claimer, clock_timestamp() + lease);
     END IF;
     IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5
-        OR (me.parked AND NOT stay_parked)
+        OR (me.parked AND (claimed = slots OR NOT stay_parked))
     THEN
         UPDATE worker
         SET lease_until = greatest(lease_until, clock_timestamp() + lease),
-            parked = parked AND stay_parked
+            parked = parked AND stay_parked AND claimed < slots
         WHERE id = claimer;
     END IF;
 END
 $$;
 COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
-    'Claims up to slots due rows of these topics for a worker, by priority, then age, and extends its lease when it must.';
+    'Claims up to slots due rows of these topics for a worker, by priority, then age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
 
 
 CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
@@ -204,6 +204,33 @@ AS $$
 $$;
 COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
     'Ends claimed rows as done, fenced by attempt; returns the ids it ended.';
+
+
+-- The worker's turn under load: ends what was completed and claims the next rows in one commit and one
+-- round trip. Rows of the result without a topic are completions that were fenced. The worker's row is
+-- locked first: the order of locks is the same as a rescue's.
+CREATE FUNCTION outbox_complete_and_claim(
+    turner uuid, ids bigint[], attempts integer[],
+    topics text[], slots integer, lease interval, stay_parked boolean
+) RETURNS SETOF outbox_claimed
+LANGUAGE plpgsql VOLATILE ROWS 100
+AS $$
+DECLARE
+    ended bigint[];
+BEGIN
+    PERFORM FROM worker WHERE id = turner FOR NO KEY UPDATE;
+    ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
+    IF cardinality(ended) < cardinality(ids) THEN
+        RETURN QUERY
+        SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval
+        FROM unnest(ids, attempts) AS f (id, attempt)
+        WHERE f.id <> ALL (ended);
+    END IF;
+    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked);
+END
+$$;
+COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean) IS
+    'Ends completed rows and claims the next in one commit; rows without a topic are completions that were fenced.';
 
 
 -- Locks a running row for a fenced write: null when it is no longer the caller's, else whether a cancel
