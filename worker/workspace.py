@@ -115,6 +115,11 @@ class Workspace:
         return await self._git(*arguments, cwd=self.path)
 
 
+def attempt_directory(root: Path, session: UUID, run: UUID, attempt: int) -> Path:
+    """Where that attempt's directory is or will be."""
+    return root / str(session) / f"{run}-{attempt}"
+
+
 @asynccontextmanager
 async def open_workspace(
     root: Path,
@@ -137,13 +142,13 @@ async def open_workspace(
     TransientError (the network, a full disk, a timeout).
     """
     home = root / str(session)
-    place = home / f"{run}-{attempt}"
+    place = attempt_directory(root, session, run, attempt)
     try:
         lock = _claim(place)
     except OSError as error:
         raise TransientError(f"cannot make a workspace: {error.strerror}") from error
     try:
-        await asyncio.to_thread(_remove_dead, home, place)
+        await asyncio.to_thread(_remove_all_dead, home, place)
         transports = "https:ssh:file" if allow_file else "https:ssh"
         path = place / "repo"
         mirror = home / "mirror.git"
@@ -164,9 +169,7 @@ async def _clone(git: Git, url: str, path: Path, transports: str) -> None:
         raise error.explain("cannot clone the repository") from error
 
 
-async def _start(
-    git: Git, path: Path, mirror: Path, target_branch: str, branch: str
-) -> tuple[str, str]:
+async def _start(git: Git, path: Path, mirror: Path, target_branch: str, branch: str) -> tuple[str, str]:
     """The commit to start from, and the mirror's commit, empty if it has none."""
     try:
         heads = await _refs(git, path, "refs/remotes/origin/", target_branch, branch)
@@ -250,19 +253,23 @@ def _claim(place: Path) -> int:
         os.close(lock)
 
 
-def _remove_dead(home: Path, own: Path) -> None:
+def _remove_all_dead(home: Path, own: Path) -> None:
     """Remove what attempts of the same session left whose worker is dead."""
     for place in home.iterdir():
-        if place in (own, home / "mirror.git"):
-            continue
-        with suppress(OSError):  # locked: its worker lives, and removes it
-            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                raise
-            _remove(place, lock)
+        if place not in (own, home / "mirror.git"):
+            remove_dead(place)
+
+
+def remove_dead(place: Path) -> None:
+    """Remove an attempt's directory, unless its worker lives: then that one removes it."""
+    with suppress(OSError):  # locked, or gone
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise
+        _remove(place, lock)
 
 
 def _remove(place: Path, lock: int) -> None:
