@@ -70,6 +70,12 @@ class Settings(BaseSettings):
     listen_probe: Annotated[float, Field(ge=0)] = 0.0
     """Seconds between self-notifications that prove the LISTEN connection works; 0: none, for silence."""
 
+    health_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """Port of a worker's health checks on loopback; unset: none. 0 picks a free one."""
+
+    log_level: str = "info"
+    """debug, info, warning or error. debug tells of every row."""
+
     retention: Annotated[float, Field(ge=0)] = 7 * 86400.0
     """How long finished rows and archived sessions are kept."""
 

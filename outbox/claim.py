@@ -1,0 +1,220 @@
+"""Claim, complete, fail: a worker's side of the outbox, for the worker command and for your own loop.
+
+Each function is one call of a function in sql/0003_claim.sql, which holds the statement and its reasons.
+The connection is the caller's: in autocommit each call is a transaction, inside a transaction it joins it.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import args_row
+
+from outbox.errors import Fenced, WorkerEnded
+
+ENDED = "SO001"
+"""The SQLSTATE of a call by a worker whose lease was ended."""
+
+LEASE = timedelta(seconds=6)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row claimed: `id` and `attempt` together are the fencing token of everything done for it."""
+
+    id: int
+    topic: str
+    ordering_key: str | None
+    payload: dict[str, Any]
+    attempt: int
+    failures: int
+    max_attempts: int
+    traceparent: str | None
+    timeout: timedelta | None
+
+
+async def register(
+    conn: psycopg.AsyncConnection[Any],
+    topics: Sequence[str],
+    *,
+    concurrency: int = 1,
+    presence: int | None = None,
+) -> UUID:
+    """Make this process known as a worker and return its id, under which it claims."""
+    cursor = await conn.execute(
+        "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
+        " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id",
+        (socket.gethostname(), os.getpid(), version("sendoff"), list(topics), concurrency, presence),
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    worker_id: UUID = row[0]
+    return worker_id
+
+
+async def claim(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    topics: Sequence[str],
+    slots: int,
+    *,
+    lease: timedelta = LEASE,
+    stay_parked: bool = False,
+) -> list[Claimed]:
+    """Claim up to `slots` due rows, by priority, then age. They are the worker's for `lease`, which each
+    claim and `renew` extend; then another worker may rescue them.
+
+    Raises WorkerEnded if that has happened.
+    """
+    try:
+        async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
+            await cursor.execute(
+                "SELECT * FROM outbox_claim(%s, %s, %s, %s, %s)",
+                (worker_id, list(topics), slots, lease, stay_parked),
+                binary=True,
+            )
+            return await cursor.fetchall()
+    except psycopg.Error as error:
+        raise as_ended(error) from error
+
+
+async def complete_and_claim(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    completed: Iterable[tuple[int, int]],
+    topics: Sequence[str],
+    slots: int,
+    *,
+    lease: timedelta = LEASE,
+    stay_parked: bool = False,
+) -> tuple[list[Claimed], set[tuple[int, int]]]:
+    """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
+    `completed` that were fenced.
+
+    Raises WorkerEnded if a rescue came first.
+    """
+    tokens = sorted(completed)
+    try:
+        async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
+            await cursor.execute(
+                "SELECT * FROM outbox_complete_and_claim(%s, %s::bigint[], %s::integer[], %s, %s, %s, %s)",
+                (
+                    worker_id,
+                    [row_id for row_id, _ in tokens],
+                    [attempt for _, attempt in tokens],
+                    list(topics),
+                    slots,
+                    lease,
+                    stay_parked,
+                ),
+                binary=True,
+            )
+            rows = await cursor.fetchall()
+    except psycopg.Error as error:
+        raise as_ended(error) from error
+    # A refused completion comes back as a row without a topic.
+    refused = {(row.id, row.attempt) for row in rows if row.topic is None}
+    return ([row for row in rows if row.topic is not None] if refused else rows), refused
+
+
+async def complete(
+    conn: psycopg.AsyncConnection[Any], worker_id: UUID, rows: Iterable[tuple[int, int]]
+) -> set[int]:
+    """End rows, given as (id, attempt), as done. Returns the ids that were still the worker's to end."""
+    tokens = sorted(rows)
+    cursor = await conn.execute(
+        "SELECT * FROM outbox_complete(%s, %s::bigint[], %s::integer[])",
+        (worker_id, [row_id for row_id, _ in tokens], [attempt for _, attempt in tokens]),
+    )
+    return {row[0] async for row in cursor}
+
+
+async def fail(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    row: tuple[int, int],
+    error: str,
+    *,
+    delay: timedelta | None = None,
+    permanent: bool = False,
+) -> str:
+    """End an attempt, given as (id, attempt), as failed; return the row's new state.
+
+    `ready`: tried again after `delay`, by default by exponential backoff with full jitter. `dead`: the
+    failures are spent, or it is `permanent`. `cancelled`: a cancel was requested meanwhile.
+
+    Raises Fenced if the row is not the worker's any more.
+    """
+    cursor = await conn.execute(
+        "SELECT outbox_fail(%s, %s, %s, %s, %s, %s)", (worker_id, *row, clean(error), delay, permanent)
+    )
+    found = await cursor.fetchone()
+    if found is None or found[0] is None:
+        raise Fenced(*row)
+    return str(found[0])
+
+
+async def hand_back(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    rows: Iterable[tuple[int, int]],
+    delay: timedelta = timedelta(0),
+) -> set[int]:
+    """Give rows, as (id, attempt), back without a failure. Returns the ids that were the worker's."""
+    tokens = sorted(rows)
+    cursor = await conn.execute(
+        "SELECT * FROM outbox_hand_back(%s, %s::bigint[], %s::integer[], %s)",
+        (worker_id, [row_id for row_id, _ in tokens], [attempt for _, attempt in tokens], delay),
+    )
+    return {row[0] async for row in cursor}
+
+
+async def fence(conn: psycopg.AsyncConnection[Any], worker_id: UUID, row: tuple[int, int]) -> bool:
+    """Lock a claimed row, given as (id, attempt), until the caller's transaction ends.
+
+    What the transaction writes then happens wholly before any rescue, or not at all. Returns whether a
+    cancel was requested. Raises Fenced if the row is not the worker's any more: roll back.
+    """
+    cursor = await conn.execute("SELECT outbox_fence(%s, %s, %s)", (worker_id, *row))
+    found = await cursor.fetchone()
+    if found is None or found[0] is None:
+        raise Fenced(*row)
+    return bool(found[0])
+
+
+async def renew(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    rows: Iterable[tuple[int, int]],
+    lease: timedelta = LEASE,
+) -> dict[tuple[int, int], bool]:
+    """Extend the lease. Returns those of `rows`, as (id, attempt), that the worker still runs, and for
+    each whether a cancel was requested; a row that is missing was taken away.
+
+    Raises WorkerEnded if a rescue came first.
+    """
+    tokens = sorted(rows)
+    try:
+        cursor = await conn.execute(
+            "SELECT * FROM outbox_renew(%s, %s, %s::bigint[], %s::integer[])",
+            (worker_id, lease, [row_id for row_id, _ in tokens], [attempt for _, attempt in tokens]),
+        )
+        return {(row[0], row[1]): row[2] async for row in cursor}
+    except psycopg.Error as error:
+        raise as_ended(error) from error
+
+
+def as_ended(error: psycopg.Error) -> Exception:
+    """The same error, or WorkerEnded if that is what it says."""
+    return WorkerEnded(str(error).partition("\n")[0]) if error.sqlstate == ENDED else error
+
+
+def clean(text: str) -> str:
+    """What Postgres can store of it: no NUL, no lone surrogate."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")

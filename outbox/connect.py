@@ -1,0 +1,90 @@
+"""Connections that notice when the other side has gone.
+
+A path that goes silent must be noticed within a lease, on both ends: here, so that the worker reconnects;
+on the server, so that a dead client's session and its locks do not stay for two hours, its default.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+
+def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
+    """`url` with keepalive and user timeout for `lease`; a pooler takes no server options."""
+    seconds = lease.total_seconds()
+    # First probe after a third, then as many as fit into the rest, so that silence is known before the
+    # lease is out. The kernel counts whole seconds.
+    idle = max(1, int(seconds / 3))
+    count = max(1, int(seconds) - idle - 1)
+    server = (
+        f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval=1 -c tcp_keepalives_count={count} "
+        f"-c tcp_user_timeout={int(seconds * 1000)}"
+    )
+    extra: dict[str, Any] = {} if pooled else {"options": server}
+    return make_conninfo(
+        url,
+        application_name=name,
+        connect_timeout=max(2, int(seconds)),
+        keepalives=1,
+        keepalives_idle=idle,
+        keepalives_interval=1,
+        keepalives_count=count,
+        tcp_user_timeout=int(seconds * 1000),
+        **extra,
+    )
+
+
+async def connect(
+    url: str, name: str, lease: timedelta, *, pooled: bool = False
+) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+    """An autocommit connection. Through a pooler nothing is prepared: its server may be another each time."""
+    return await psycopg.AsyncConnection.connect(
+        conninfo(url, name, lease, pooled=pooled),
+        autocommit=True,
+        prepare_threshold=None if pooled else 2,
+    )
+
+
+@contextmanager
+def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
+    """Cut the connection if the block takes longer: what waits on it then fails with OperationalError.
+
+    A cancelled task would not do: psycopg asks the server to cancel and waits for its answer, which a
+    path gone silent never brings.
+    """
+    timer = asyncio.get_running_loop().call_later(seconds, _cut, conn)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cut(conn: psycopg.AsyncConnection[Any]) -> None:
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.pgconn.socket)) as peer:
+        peer.shutdown(socket.SHUT_RDWR)
+
+
+_OUTAGES = {
+    "57P01",  # admin_shutdown
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now: it starts up, shuts down or recovers
+    "53100",  # disk_full
+    "25006",  # read_only_sql_transaction
+}
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether this says that the server itself is down or takes no writes, for anybody: then nobody
+    else can be rescuing our rows.
+    """
+    if isinstance(error, psycopg.Error) and error.sqlstate in _OUTAGES:
+        return True
+    text = str(error)
+    return "Connection refused" in text or "the database system is" in text

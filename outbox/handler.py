@@ -1,0 +1,124 @@
+"""Handlers: what a user writes to serve a topic.
+
+    from outbox import Handler, Job, Retry
+
+    async def send(job: Job) -> None:
+        async with job.transaction() as conn:       # fenced: all of it happens, or none
+            await conn.execute("INSERT INTO sent …")
+            await job.complete(conn)                # in the same commit as its effects
+
+    handler = Handler("email.send", send)
+
+and in pyproject.toml, so that `worker` finds it:
+
+    [project.entry-points."sendoff.handlers"]
+    "email.send" = "my_package.email:handler"
+"""
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+from uuid import UUID
+
+import psycopg
+
+from outbox.claim import Claimed, complete, fence
+from outbox.errors import Cancelled, ConfigurationError, Fenced
+
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+
+class Lease(Protocol):
+    """How long the worker may count on its rows."""
+
+    def remaining(self) -> float:
+        """Seconds left; at most zero when the lease must be taken for lost."""
+
+    async def extended(self) -> None:
+        """Return when the lease has been extended."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One attempt at one row, as its handler sees it."""
+
+    row: Claimed
+    worker_id: UUID
+    lease: Lease
+    connection: Callable[[], AbstractAsyncContextManager[Connection]] = field(repr=False)
+    settled: bool = False
+    """Whether the handler has ended the row itself, by `complete`, and that has been committed."""
+    _completing: bool = field(default=False, repr=False)
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The row's payload."""
+        return self.row.payload
+
+    @property
+    def token(self) -> tuple[int, int]:
+        """The fencing token: (id, attempt)."""
+        return (self.row.id, self.row.attempt)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A transaction that holds a lock on the row: a rescue comes wholly before it or wholly after.
+
+        Raises Fenced if the row is not this attempt's any more, Cancelled if a cancel was requested.
+        """
+        self._completing = False
+        async with self.connection() as conn, conn.transaction():
+            if await fence(conn, self.worker_id, self.token):
+                raise Cancelled("a cancel was requested")
+            yield conn
+        self.settled = self._completing  # only now has it been committed
+
+    async def complete(self, conn: Connection) -> None:
+        """End the row as done in the caller's transaction, so that its effects and its end are one commit."""
+        if not await complete(conn, self.worker_id, [self.token]):
+            raise Fenced(*self.token)
+        self._completing = True
+
+
+Run = Callable[[Job], Awaitable[None] | None]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """Serves one topic. `run` returns when the work is done; a plain function runs in a thread.
+
+    It may raise Retry, Permanent or HandBack (outbox.errors); any other exception is a failure that is
+    retried by backoff. `timeout` is for one attempt; the topic table can override it.
+    """
+
+    topic: str
+    run: Run
+    timeout: timedelta | None = None
+
+    @property
+    def blocking(self) -> bool:
+        """Whether `run` is a plain function."""
+        return not inspect.iscoroutinefunction(self.run)
+
+
+def installed_handlers() -> dict[str, Handler]:
+    """The handlers of the entry point group `sendoff.handlers`, by topic.
+
+    Raises ConfigurationError if an entry point does not load, is no Handler, or serves another's topic.
+    """
+    found: dict[str, Handler] = {}
+    for entry in entry_points(group="sendoff.handlers"):
+        try:
+            handler = entry.load()
+        except Exception as error:
+            raise ConfigurationError(f"handler {entry.name} = {entry.value}: {error}") from error
+        if not isinstance(handler, Handler):
+            raise ConfigurationError(f"handler {entry.name} = {entry.value} is not an outbox.Handler")
+        if handler.topic in found:
+            raise ConfigurationError(f"two handlers serve the topic {handler.topic}")
+        found[handler.topic] = handler
+    return found

@@ -1,0 +1,125 @@
+"""One attempt at one row: runs its handler and says how it ended.
+
+Why a handler was stopped decides what becomes of its row, so a stop always names its cause.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+import structlog
+
+from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
+from outbox.handler import Handler, Job
+from outbox.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Stop(Enum):
+    """Why a handler is stopped."""
+
+    CANCEL = "cancel"
+    """Somebody cancelled the row."""
+    DRAIN = "drain"
+    """The worker shuts down: hand the row back."""
+    LOST = "lost"
+    """The lease must be taken for lost: hand back what is still ours."""
+    FENCED = "fenced"
+    """The row was taken away: write nothing."""
+
+
+class End(Enum):
+    """What is to be done with the row."""
+
+    COMPLETE = "complete"
+    FAIL = "fail"
+    HAND_BACK = "hand_back"
+    CANCELLED = "cancelled"
+    NOTHING = "nothing"
+    """The handler ended it itself, or it is not ours any more."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How an attempt ended."""
+
+    job: Job
+    end: End
+    reason: str = ""
+    delay: timedelta | None = None
+    permanent: bool = False
+
+
+_BY_STOP = {
+    Stop.CANCEL: End.CANCELLED,
+    Stop.DRAIN: End.HAND_BACK,
+    Stop.LOST: End.HAND_BACK,
+    Stop.FENCED: End.NOTHING,
+}
+
+
+class Attempt:
+    """A handler at work on a row, in a task of its own."""
+
+    __slots__ = ("_handler", "_stop", "_task", "job")
+
+    def __init__(self, job: Job, handler: Handler, ended: Callable[["Attempt", Outcome], None]) -> None:
+        self.job = job
+        self._handler = handler
+        self._stop: Stop | None = None
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(lambda task: ended(self, self._outcome()))
+
+    def stop(self, cause: Stop) -> None:
+        """Interrupt the handler. The first cause counts, but that a row was taken away always does."""
+        if self._stop is None:
+            self._stop = cause
+            self._task.cancel()
+        elif cause is Stop.FENCED:
+            self._stop = cause
+
+    async def _run(self) -> None:
+        row = self.job.row
+        timeout = row.timeout or self._handler.timeout
+        structlog.contextvars.bind_contextvars(outbox_id=row.id, attempt=row.attempt, topic=row.topic)
+        if isinstance(session := row.payload.get("session_id"), str):
+            structlog.contextvars.bind_contextvars(session_id=session)
+        log.debug("started")
+        async with asyncio.timeout(timeout.total_seconds() if timeout else None):
+            if self._handler.blocking:
+                # A thread, so that the loop, and with it the lease, goes on.
+                await asyncio.to_thread(self._handler.run, self.job)
+            else:
+                running = self._handler.run(self.job)
+                assert running is not None
+                await running
+
+    def _outcome(self) -> Outcome:
+        job = self.job
+        if self._task.cancelled():
+            cause = self._stop or Stop.DRAIN
+            return Outcome(job, End.NOTHING if job.settled else _BY_STOP[cause], f"stopped: {cause.value}")
+        error = self._task.exception()
+        if job.settled or self._stop is Stop.FENCED:
+            return Outcome(job, End.NOTHING)
+        match error:
+            case None:
+                return Outcome(job, End.COMPLETE)
+            case Fenced():
+                return Outcome(job, End.NOTHING, str(error))
+            case Cancelled():
+                return Outcome(job, End.CANCELLED, str(error))
+            case HandBack():
+                return Outcome(job, End.HAND_BACK, str(error), error.delay)
+            case Retry():
+                return Outcome(job, End.FAIL, str(error), error.delay)
+            case Permanent():
+                return Outcome(job, End.FAIL, str(error), permanent=True)
+            case TimeoutError() if not str(error):
+                return Outcome(job, End.FAIL, "timed out")
+            case _:
+                log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
+                return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")

@@ -1,0 +1,132 @@
+"""The `worker` command."""
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import uvloop
+
+from outbox import log
+from outbox.errors import ConfigurationError, SchemaError
+from outbox.handler import Handler, installed_handlers
+from outbox.settings import Settings, load
+from worker import health
+from worker.loop import Worker
+from worker.processes import Link, Parent
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Exit status 0 after a drain, 1 on a failure, 2 on a usage error."""
+    try:
+        sys.exit(_main(_parser().parse_args(argv), list(sys.argv[1:] if argv is None else argv)))
+    except (ConfigurationError, SchemaError, OSError) as error:
+        print(f"worker: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="worker",
+        description="Claims outbox rows and runs their handlers until SIGTERM. Settings: docs/worker.md.",
+    )
+    add = parser.add_argument
+    add("--concurrency", type=_positive, default=10, metavar="N", help="rows run at once (10)")
+    add("--topics", metavar="A,B", help="serve only these topics; default: all that have a handler")
+    add("--processes", type=_positive, default=1, metavar="N", help="worker processes (1)")
+    add("--check", action="store_true", help="ask the worker on this host whether it is ready, and exit")
+    add("--parent", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 10000:
+        raise argparse.ArgumentTypeError("must be between 1 and 10000")
+    return number
+
+
+def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
+    settings = load()
+    if arguments.check:
+        return _check(settings)
+    try:
+        log.configure(level=settings.log_level)
+    except ValueError as error:
+        raise ConfigurationError(f"SENDOFF_LOG_LEVEL: {error}") from None
+    handlers = _choose(installed_handlers(), arguments.topics)
+    if arguments.processes > 1 and arguments.parent is None:
+        children = Parent(settings, arguments.processes, _without_processes(argv))
+        return uvloop.run(_supervise(settings, children))
+    uvloop.run(_work(settings, handlers, arguments.concurrency, arguments.parent))
+    return 0
+
+
+def _check(settings: Settings) -> int:
+    if settings.health_port is None:
+        raise ConfigurationError("--check needs SENDOFF_HEALTH_PORT")
+    if problem := health.check(settings.health_port):
+        print(f"worker: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _choose(installed: Mapping[str, Handler], topics: str | None) -> Mapping[str, Handler]:
+    if topics is None:
+        return installed
+    chosen = [name.strip() for name in topics.split(",")]
+    if unknown := [name for name in chosen if name not in installed]:
+        raise ConfigurationError(
+            f"no handler for the topic {unknown[0]!r}; there are: {', '.join(sorted(installed))}"
+        )
+    return {name: installed[name] for name in chosen}
+
+
+def _without_processes(argv: list[str]) -> list[str]:
+    """What the children are started with. The parent answers the health checks."""
+    kept, skip = [], False
+    for word in argv:
+        if skip or word == "--processes" or word.startswith("--processes="):
+            skip = word == "--processes"
+            continue
+        kept.append(word)
+    return kept
+
+
+async def _work(
+    settings: Settings, handlers: Mapping[str, Handler], concurrency: int, parent: int | None
+) -> None:
+    worker = Worker(settings, handlers, concurrency)
+    _on_signals(worker.drain)
+    link = None if parent is None else await Link.open(parent, worker.drain)
+    if link is not None:
+        worker.tell = link.tell
+    server = None
+    if settings.health_port is not None and parent is None:
+        server = await health.serve(settings.health_port, worker.readiness)
+        log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
+    try:
+        await worker.run()
+    finally:
+        if server is not None:
+            server.close()
+        if link is not None:
+            link.close()
+
+
+async def _supervise(settings: Settings, parent: Parent) -> int:
+    _on_signals(parent.drain)
+    server = None
+    if settings.health_port is not None:
+        server = await health.serve(settings.health_port, parent.readiness)
+    await parent.run()
+    if server is not None:
+        server.close()
+    return 0
+
+
+def _on_signals(drain: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)

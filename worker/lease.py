@@ -1,0 +1,88 @@
+"""The worker's lease: for how long it may count on the rows it runs.
+
+The authority is `worker.lease_until`, by the database's clock. What is kept here only makes the worker
+stop in time when it cannot ask:
+
+1. The lease is counted from before the query that extended it, on a monotonic clock: it ends here no
+   later than there.
+2. It is extended at a third of its length while something runs, so that two renewals may fail.
+3. When it ends here, everything that runs is stopped: somebody may be running it again.
+4. Except in an outage, when the server refuses connections or writes: nobody can rescue then, nor for one
+   lease after it came back (outbox_rescue). Agents run on to a stated bound, `outage_grace`.
+5. A worker that finds its lease ended in the database (WorkerEnded) stops everything, and comes back
+   under a new id.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+
+class Lease:
+    """The local end of the lease. Times are of the monotonic clock, in seconds."""
+
+    def __init__(self, seconds: float, outage_grace: float, on_lost: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self._grace = outage_grace
+        self._on_lost = on_lost
+        self._contact = time.monotonic()
+        self._until = self._contact
+        self._outage = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._extended = asyncio.Event()
+        self.renew_at = self._until
+
+    def renewed(self, asked_at: float) -> None:
+        """A renewal that was sent at `asked_at` succeeded."""
+        self._extend(asked_at, self.seconds)
+        self.renew_at = asked_at + self.seconds / 3
+
+    def claimed(self, asked_at: float) -> None:
+        """A claim that was sent at `asked_at` brought rows: at least half a lease is left (outbox_claim)."""
+        if self._until < asked_at + self.seconds / 2:
+            self._extend(asked_at, self.seconds / 2)
+            self.renew_at = asked_at + self.seconds / 6
+
+    def _extend(self, asked_at: float, seconds: float) -> None:
+        self._contact = max(self._contact, asked_at)
+        self._until = max(self._until, asked_at + seconds)
+        self._outage = False
+        self._changed()
+
+    def outage(self) -> None:
+        """The server itself is down: the bound is now that of an outage, from the last contact on."""
+        if not self._outage:
+            self._outage = True
+            self._changed()
+
+    def remaining(self) -> float:
+        """Seconds left; at most zero when it must be taken for lost."""
+        bound = self._contact + max(self._grace, self.seconds) if self._outage else self._until
+        return bound - time.monotonic()
+
+    async def extended(self) -> None:
+        """Return when the bound has been moved."""
+        await self._extended.wait()
+
+    def _changed(self) -> None:
+        self._extended.set()
+        self._extended = asyncio.Event()
+        self._arm()
+
+    def _arm(self) -> None:
+        # One timer; a renewal does not move it, for it is cheaper to find a new end when it fires.
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, self.remaining()), self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self.remaining() > 0:
+            self._arm()
+        else:
+            self._on_lost()
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,502 @@
+"""The worker's loop. One task does all that touches the database for it, so nothing here races.
+
+It sleeps until something happens: a notification, a handler that ended, the one next deadline, or a lost
+connection. Then it takes a turn:
+
+1. A lease that is due is renewed, a rescue that is due is done.
+2. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
+   with the next claim, in one commit and one round trip.
+3. Free slots are filled: claim, while rows keep coming; when none comes, park (worker/park.py).
+4. Before it sleeps with slots free, it learns the next deadline of any kind.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from datetime import timedelta
+from random import uniform
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from outbox.claim import (
+    Claimed,
+    claim,
+    complete,
+    complete_and_claim,
+    fail,
+    hand_back,
+    register,
+    renew,
+)
+from outbox.connect import bounded, connect, conninfo, is_outage
+from outbox.errors import Fenced, WorkerEnded
+from outbox.handler import Connection, Handler, Job
+from outbox.log import get_logger
+from outbox.migrate import check_schema
+from outbox.settings import Settings
+from worker.attempt import Attempt, End, Outcome, Stop
+from worker.lease import Lease
+from worker.listen import CANCEL, PROBE, WAKE, Listener
+from worker.park import Parking, Stage
+
+log = get_logger(__name__)
+
+_BUSY = 0.02
+"""Woken again within this many seconds, a worker stops being parked for every row: see _claim."""
+
+_RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
+_LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
+
+
+class Worker:
+    """Claims rows of its handlers' topics and runs up to `concurrency` of them at once."""
+
+    def __init__(self, settings: Settings, handlers: Mapping[str, Handler], concurrency: int) -> None:
+        self.id: UUID | None = None
+        self.connected = False
+        self.draining = False
+        self.tell: Callable[[str, str], None] = lambda word, value: None
+        """Passes news on to a parent (worker/processes.py)."""
+        self._settings = settings
+        self._handlers = handlers
+        self._topics = deque(sorted(handlers))
+        self._concurrency = concurrency
+        self._lease_time = timedelta(seconds=settings.lease)
+        self._lease = Lease(settings.lease, settings.outage_grace, self._lease_lost)
+        self._running: dict[int, Attempt] = {}
+        self._ended: list[Outcome] = []
+        self._parking = Parking()
+        self._event = asyncio.Event()
+        self._look = True
+        self._told_draining = False
+        self._full_stop = False
+        self._control: Connection
+        self._listener: Listener
+        # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
+        self._look_at = math.inf
+        self._rescue_at = math.inf
+        self._probe_at = math.inf
+        self._probe_sent: str | None = None
+        self._look_again = _LOOK_FIRST
+        self._woken_at = -math.inf
+        self._clock_offset = 0.0
+        self._pool = AsyncConnectionPool[Connection](
+            conninfo(settings.database_url, "sendoff worker job", self._lease_time, pooled=settings.pooled),
+            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
+            min_size=0,
+            max_size=min(concurrency, 20) + 1,
+            open=False,
+        )
+
+    # The life of the worker.
+
+    async def run(self) -> None:
+        """Work until drained. Reconnects for as long as it takes.
+
+        Raises SchemaError if the database has another schema than this code.
+        """
+        delay = _RETRY_FIRST
+        async with self._pool:
+            try:
+                while True:
+                    try:
+                        await self._while_connected()
+                        return
+                    except WorkerEnded as ended:
+                        self._start_anew(str(ended))
+                        delay = _RETRY_FIRST
+                    except (psycopg.Error, OSError) as error:
+                        delay = _RETRY_FIRST if self.connected else min(delay * 2, _RETRY_LAST)
+                        await self._disconnected(error, delay)
+                        if self.draining and self._full_stop and not self._running:
+                            log.warning("stopped_disconnected", unsettled=len(self._ended))
+                            return
+            finally:
+                self._lease.close()
+
+    async def _while_connected(self) -> None:
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            self._listener = await Listener.open(settings.listen_url, self._lease_time, self._heard)
+            stack.push_async_callback(self._listener.close)
+            self._control = await connect(
+                settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
+            )
+            stack.push_async_callback(self._control.close)
+            with bounded(self._control, settings.lease):
+                await self._introduce()
+            self._listener.start(self._event.set)
+            self._set_connected(True)
+            await self._turns()
+
+    async def _introduce(self) -> None:
+        """Make this life known, under the presence of this LISTEN connection; read the marks we missed."""
+        await check_schema(self._control)
+        self._parking.wake()
+        self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
+        self._probe_sent, self._probe_at = None, self._next_probe()
+        if self.id is None:
+            self.id = await register(
+                self._control,
+                sorted(self._topics),
+                concurrency=self._concurrency,
+                presence=self._listener.presence,
+            )
+            log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
+        else:
+            cursor = await self._control.execute(
+                "UPDATE worker SET presence = %s, parked = false WHERE id = %s AND ended_at IS NULL",
+                (self._listener.presence, self.id),
+            )
+            if cursor.rowcount == 0:
+                raise WorkerEnded(f"worker {self.id} has ended")
+            if self._running:
+                await self._renew()
+            log.info("reconnected", worker_id=str(self.id), running=len(self._running))
+
+    async def _disconnected(self, error: Exception, delay: float) -> None:
+        if is_outage(error):
+            self._lease.outage()
+        self._set_connected(False)
+        pause = uniform(delay / 2, delay)  # noqa: S311 - jitter: not all workers at once
+        log.warning("disconnected", error=str(error).strip(), retry_in=round(pause, 3))
+        await asyncio.sleep(pause)
+
+    def _start_anew(self, reason: str) -> None:
+        log.warning("lease_ended", worker_id=str(self.id), reason=reason, running=len(self._running))
+        for attempt in self._running.values():
+            attempt.stop(Stop.FENCED)
+        self._ended.clear()
+        self._set_connected(False)
+        self.id = None
+
+    def _set_connected(self, connected: bool) -> None:
+        self.connected = connected
+        self.tell("connected", "yes" if connected else "no")
+        if connected:
+            self.tell("id", str(self.id))
+
+    def readiness(self) -> dict[str, Any]:
+        """What a health check shows. From memory: it must not wake the database."""
+        return {
+            "ready": self.connected,
+            "worker_id": None if self.id is None else str(self.id),
+            "stage": self._parking.stage.value,
+            "running": len(self._running),
+            "draining": self.draining,
+        }
+
+    def drain(self) -> None:
+        """Claim nothing more; what runs may finish. The second call hands it back at once."""
+        if self.draining:
+            self._stop_all(Stop.DRAIN)
+        else:
+            log.info("draining", running=len(self._running), grace=self._settings.drain_grace)
+            asyncio.get_running_loop().call_later(self._settings.drain_grace, self._stop_all, Stop.DRAIN)
+        self.draining = True
+        self._event.set()
+
+    def _stop_all(self, cause: Stop) -> None:
+        for attempt in self._running.values():
+            attempt.stop(cause)
+        if cause is Stop.DRAIN:
+            self._full_stop = True
+
+    def _lease_lost(self) -> None:
+        if self._running:
+            log.error("lease_lost", worker_id=str(self.id), running=len(self._running))
+            self._stop_all(Stop.LOST)
+
+    # What happens.
+
+    def _heard(self, channel: str, payload: str) -> None:
+        if channel == WAKE:
+            topic, _, due = payload.rpartition("@")
+            if topic != "*" and topic not in self._handlers:
+                return
+            if due == "0":
+                self._look = True
+                self._event.set()
+            else:  # not yet: bring the timer forward, without a query
+                self._bring_forward(int(due) / 1000)
+        elif channel == CANCEL:
+            if (attempt := self._running.get(int(payload))) is not None:
+                attempt.stop(Stop.CANCEL)
+        elif channel == PROBE and payload == self._probe_sent:
+            self._probe_sent, self._probe_at = None, self._next_probe()
+
+    def _bring_forward(self, due: float) -> None:
+        """`due` is by the server's clock; it may be a row or a lease, so look for both."""
+        at = due - self._clock_offset
+        if at < min(self._look_at, self._rescue_at):
+            self._look_at = self._rescue_at = at
+            self._event.set()
+
+    def _attempt_ended(self, attempt: Attempt, outcome: Outcome) -> None:
+        if self._running.get(attempt.job.row.id) is attempt:
+            del self._running[attempt.job.row.id]
+        if outcome.job.worker_id == self.id:
+            self._ended.append(outcome)
+        self._event.set()
+
+    # The turns.
+
+    async def _turns(self) -> None:
+        while True:
+            self._listener.check()
+            with bounded(self._control, self._settings.lease):
+                await self._turn()
+            if self.draining and not self._running and not self._ended:
+                await self._leave()
+                return
+            await self._sleep()
+
+    async def _turn(self) -> None:
+        now = time.monotonic()
+        if self._running and now >= self._lease.renew_at:
+            await self._renew()
+        if now >= self._rescue_at:
+            await self._rescue()
+        if now >= self._probe_at:
+            await self._probe()
+        if now >= self._look_at:
+            self._look = True
+        if self.draining and not self._told_draining:
+            await self._tell_draining()
+        await self._settle()
+        await self._fill()
+
+    async def _sleep(self) -> None:
+        if self._look and self._free() and not self._event.is_set():
+            await asyncio.sleep(0)  # rows keep coming: only let the handlers run
+            return
+        until = min(self._look_at, self._rescue_at, self._probe_at)
+        if self._running:
+            until = min(until, self._lease.renew_at)
+        if not self._event.is_set():
+            timeout = None if until == math.inf else max(0.0, until - time.monotonic())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._event.wait()
+        self._event.clear()
+
+    def _free(self) -> int:
+        return 0 if self.draining else self._concurrency - len(self._running)
+
+    async def _fill(self) -> None:
+        """Step 3: end what was completed and claim, then park or learn the deadline."""
+        parking = self._parking
+        wants = self._free() if self._look or parking.stage is Stage.AWAKE else 0
+        completed = [o.job.token for o in self._ended if o.end is End.COMPLETE]
+        if wants == 0:
+            if completed:
+                refused = set(completed) - await self._complete(completed)
+                self._completed(completed, refused)
+            return
+        settling = parking.stage is Stage.SETTLING
+        writers_ended = settling and parking.saw_writers(await self._writers())
+        stay_parked = self._stay_parked()
+        rows = await self._claim(completed, wants, stay_parked)
+        if len(rows) == wants or (rows and (parking.stage is Stage.AWAKE or not stay_parked)):
+            # All slots are taken, or rows keep coming: nobody needs to tell us.
+            parking.wake()
+            self._look = True
+        elif parking.stage is Stage.AWAKE:
+            await self._control.execute("SELECT outbox_park(%s)", (self.id,))
+            parking.begin()
+            self._look = True
+        else:
+            self._look = False
+            await self._schedule()
+            if settling and writers_ended:
+                parking.settled()
+                log.debug("parked", worker_id=str(self.id))
+            elif settling:
+                self._repeat_look()
+
+    def _stay_parked(self) -> bool:
+        """A lone row leaves the flag up: the next one notifies, and no handshake is due. Woken again at
+        once, there is load: take the flag down, so that producers need not notify.
+        """
+        now = time.monotonic()
+        lone = now - self._woken_at > _BUSY
+        self._woken_at = now
+        return lone or self._parking.stage is Stage.SETTLING
+
+    async def _claim(self, completed: list[tuple[int, int]], wants: int, stay_parked: bool) -> list[Claimed]:
+        assert self.id is not None
+        asked_at = time.monotonic()
+        self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
+        arguments = (self._topics, wants)
+        if completed:
+            rows, refused = await complete_and_claim(
+                self._control,
+                self.id,
+                completed,
+                *arguments,
+                lease=self._lease_time,
+                stay_parked=stay_parked,
+            )
+            self._completed(completed, refused)
+        else:
+            rows = await claim(
+                self._control,
+                self.id,
+                *arguments,
+                lease=self._lease_time,
+                stay_parked=stay_parked,
+            )
+        if rows:
+            self._look_again = _LOOK_FIRST
+            self._lease.claimed(asked_at)
+            log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
+        for row in rows:
+            job = Job(row, self.id, self._lease, self._pool.connection)
+            self._running[row.id] = Attempt(job, self._handlers[row.topic], self._attempt_ended)
+        return rows
+
+    async def _complete(self, completed: list[tuple[int, int]]) -> set[tuple[int, int]]:
+        assert self.id is not None
+        ended = await complete(self._control, self.id, completed)
+        return {token for token in completed if token[0] in ended}
+
+    def _completed(self, tokens: list[tuple[int, int]], refused: set[tuple[int, int]]) -> None:
+        self._ended = [o for o in self._ended if o.end is not End.COMPLETE]
+        for row_id, attempt in refused:
+            log.warning("fenced", outbox_id=row_id, attempt=attempt)
+        log.debug("completed", rows=[row_id for row_id, _ in tokens], fenced=len(refused))
+
+    async def _writers(self) -> list[str]:
+        cursor = await self._control.execute("SELECT outbox_writers()")
+        row = await cursor.fetchone()
+        assert row is not None
+        writers: list[str] = row[0]
+        return writers
+
+    async def _schedule(self) -> None:
+        """Step 4: set the one timer. Also how far the server's clock is from ours."""
+        connected = time.monotonic() - self._listener.opened_at
+        cursor = await self._control.execute(
+            "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
+            " extract(epoch FROM server_time)::float8"
+            " FROM outbox_next_deadline(%s, %s, %s, %s)",
+            (self.id, list(self._topics), self._lease_time, timedelta(seconds=connected)),
+        )
+        found = await cursor.fetchone()
+        assert found is not None
+        row_due, lease_end, server_time = found
+        now = time.monotonic()
+        self._clock_offset = server_time - now
+        self._look_at = math.inf if row_due is None else now + row_due
+        self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
+        if row_due is not None and row_due <= 0:
+            self._repeat_look()  # parking, step 5
+
+    def _repeat_look(self) -> None:
+        now = time.monotonic()
+        again = now + self._look_again
+        self._look_at = again if self._look_at <= now else min(self._look_at, again)
+        self._look_again = min(self._look_again * 2, _LOOK_LAST)
+
+    async def _renew(self) -> None:
+        assert self.id is not None
+        asked_at = time.monotonic()
+        tokens = [attempt.job.token for attempt in self._running.values()]
+        rows = await renew(self._control, self.id, tokens, self._lease_time)
+        self._lease.renewed(asked_at)
+        for attempt in list(self._running.values()):
+            cancel = rows.get(attempt.job.token)
+            if cancel is None:
+                attempt.stop(Stop.FENCED)
+            elif cancel:
+                attempt.stop(Stop.CANCEL)
+        log.debug("renewed", worker_id=str(self.id), running=len(self._running))
+        if self._parking.stage is Stage.AWAKE:
+            await self._schedule_rescue()
+
+    async def _schedule_rescue(self) -> None:
+        """A worker that never sleeps learns of others' leases when it renews its own."""
+        look_at = self._look_at
+        await self._schedule()
+        self._look_at = look_at
+
+    async def _rescue(self) -> None:
+        self._rescue_at = math.inf
+        connected = timedelta(seconds=time.monotonic() - self._listener.opened_at)
+        cursor = await self._control.execute(
+            "SELECT outbox_rescue(%s, %s, %s)", (self.id, self._lease_time, connected)
+        )
+        row = await cursor.fetchone()
+        if row is not None and row[0]:
+            log.warning("rescued", workers=row[0], worker_id=str(self.id))
+        self._look = True
+
+    async def _settle(self) -> None:
+        """Step 2: end what was not simply completed. An outcome is dropped only once it is committed."""
+        assert self.id is not None
+        for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
+            job, state = outcome.job, "settled by its handler"
+            try:
+                match outcome.end:
+                    case End.FAIL:
+                        state = await fail(
+                            self._control,
+                            self.id,
+                            job.token,
+                            outcome.reason,
+                            delay=outcome.delay,
+                            permanent=outcome.permanent,
+                        )
+                    case End.HAND_BACK:
+                        delay = outcome.delay or timedelta(0)
+                        back = await hand_back(self._control, self.id, [job.token], delay)
+                        state = "handed back" if back else "fenced"
+                    case End.CANCELLED:
+                        await self._control.execute(
+                            "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
+                        )
+                        state = "cancelled"
+            except Fenced:
+                state = "fenced"
+            self._ended.remove(outcome)
+            log.info(
+                "ended",
+                outbox_id=job.row.id,
+                attempt=job.row.attempt,
+                topic=job.row.topic,
+                state=state,
+                reason=outcome.reason or None,
+            )
+
+    async def _tell_draining(self) -> None:
+        await self._control.execute(
+            "UPDATE worker SET draining = true, parked = false WHERE id = %s AND ended_at IS NULL",
+            (self.id,),
+        )
+        self._told_draining = True
+
+    def _next_probe(self) -> float:
+        every = self._settings.listen_probe
+        return time.monotonic() + every if every else math.inf
+
+    async def _probe(self) -> None:
+        if self._probe_sent is not None:
+            raise psycopg.OperationalError("the LISTEN connection does not hear its own probe")
+        self._probe_sent = f"{self._listener.presence}.{time.monotonic()}"
+        self._probe_at = time.monotonic() + self._settings.lease
+        await self._control.execute("SELECT pg_notify(%s, %s)", (PROBE, self._probe_sent))
+
+    async def _leave(self) -> None:
+        """End this life: nothing runs, so there is nothing to rescue."""
+        await self._control.execute(
+            "UPDATE worker SET ended_at = clock_timestamp(), parked = false, lease_until = NULL"
+            " WHERE id = %s AND ended_at IS NULL",
+            (self.id,),
+        )
+        log.info("stopped", worker_id=str(self.id))
