@@ -43,9 +43,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
 
 async def _read(request: Request, limit: int) -> bytes:
     """The body, refused as soon as it is known to be too large; the rest is not read."""
-    too_large = Problem(
-        "body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"}
-    )
+    too_large = Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_large
@@ -65,9 +63,11 @@ def read_query(request: Request, model: type[Model]) -> Model:
     given: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
         if name in given:
-            raise Problem("invalid", "1 field cannot be accepted.", errors=[
-                {"parameter": name, "detail": "is given twice"}
-            ])
+            raise Problem(
+                "invalid",
+                "1 field cannot be accepted.",
+                errors=[{"parameter": name, "detail": "is given twice"}],
+            )
         given[name] = value
     try:
         return model.model_validate(given)

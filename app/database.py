@@ -15,15 +15,17 @@ import random
 import select
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg import errors as pg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from app.problems import unavailable
+from outbox.connect import bounded, conninfo
 from outbox.log import get_logger
 from outbox.settings import Settings
 
@@ -32,6 +34,7 @@ WAIT_TIMEOUT = 5.0  # seconds for a free connection while all are busy
 STATEMENT_TIMEOUT = 10.0  # seconds, by the server
 LOCK_TIMEOUT = 5.0  # seconds, by the server
 ANSWER_TIMEOUT = 15.0  # seconds, by us, when the server has gone silent
+SILENCE = timedelta(seconds=10)  # of a network path, until both ends give it up
 PROBE_PAUSE = (0.05, 1.0)  # seconds, first and last
 
 Query = LiteralString | sql.SQL | sql.Composed
@@ -41,48 +44,28 @@ Row = tuple[Any, ...]
 log = get_logger("app.database")
 
 
-def tcp_options(url: str, **server: str | int) -> dict[str, Any]:
-    """Connection arguments by which both ends notice a silent network path within some 15 seconds."""
-    options = conninfo_to_dict(url).get("options") or ""
-    server = {
-        "tcp_keepalives_idle": 5,
-        "tcp_keepalives_interval": 3,
-        "tcp_keepalives_count": 3,
-        "tcp_user_timeout": 15000,
-        "TimeZone": "UTC",
-        **server,
-    }
-    return {
-        "connect_timeout": CONNECT_TIMEOUT,
-        "keepalives_idle": 5,
-        "keepalives_interval": 3,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 10000,
-        "application_name": "sendoff api",
-        "options": " ".join([str(options), *(f"-c {name}={value}" for name, value in server.items())]),
-    }
-
-
-def _pool_options(settings: Settings) -> dict[str, Any]:
-    options = tcp_options(
-        settings.database_url,
-        statement_timeout=round(STATEMENT_TIMEOUT * 1000),
-        lock_timeout=round(LOCK_TIMEOUT * 1000),
+def _conninfo(settings: Settings) -> str:
+    info = conninfo(settings.database_url, "sendoff api", SILENCE, pooled=settings.pooled)
+    info = make_conninfo(info, connect_timeout=CONNECT_TIMEOUT)
+    if settings.pooled:  # a pooler refuses startup options
+        return info
+    options = (
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC "
+        f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
+        f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )
-    if settings.pooled:  # a pooler refuses startup options, and its transactions share connections
-        options |= {"options": None, "prepare_threshold": None}
-    return {**options, "autocommit": True}
+    return make_conninfo(info, options=options)
 
 
 class Database:
     """A pool of autocommit connections: each query is one transaction, one round trip."""
 
     def __init__(self, settings: Settings) -> None:
-        self._url = settings.database_url
-        self._options = _pool_options(settings)
+        self._conninfo = _conninfo(settings)
         self._pool: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
-            self._url,
-            kwargs=self._options,
+            self._conninfo,
+            # Behind a pooler the server may be another each time: nothing is prepared.
+            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 5},
             min_size=1,
             max_size=settings.pool_size,
             open=False,
@@ -137,11 +120,8 @@ class Database:
         """A live connection. Raises Problem (unavailable) at once during an outage."""
         conn = await self._take()
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+            with bounded(conn, ANSWER_TIMEOUT):
                 yield conn
-        except TimeoutError:
-            await conn.close()
-            raise unavailable() from None
         finally:
             if conn.closed:
                 self._suspect()
@@ -174,7 +154,7 @@ class Database:
         pause, last_pause = PROBE_PAUSE
         while True:
             try:
-                conn = await AsyncConnection.connect(self._url, **self._options)
+                conn = await AsyncConnection.connect(self._conninfo)
             except pg.TooManyConnections as error:
                 if self._pool.get_stats()["pool_size"] > 0:
                     return

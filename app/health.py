@@ -43,6 +43,4 @@ async def _look(here: Context) -> Ready:
         return Ready(database=False, **nothing)
     except SchemaError:
         return Ready(database=True, **nothing)
-    return Ready(
-        database=True, schema_current=True, listener=listener, worker_present=worker_present
-    )
+    return Ready(database=True, schema_current=True, listener=listener, worker_present=worker_present)

@@ -388,5 +388,3 @@ def _event(name: str, data: str, seq: int | None = None) -> bytes:
     """One event. JSON made by Postgres has no line break."""
     head = f"id: {seq}\n" if seq is not None else ""
     return f"{head}event: {name}\ndata: {data}\n\n".encode()
-
-

@@ -13,7 +13,8 @@ from uuid import UUID
 import psycopg
 from psycopg import AsyncConnection
 
-from app.database import tcp_options
+from app.database import SILENCE
+from outbox.connect import connect
 from outbox.log import get_logger
 
 LOCK = 1397048890  # the first integer of a presence
@@ -44,9 +45,7 @@ class Listener:
         pause = first
         while True:
             try:
-                async with await AsyncConnection.connect(
-                    self._url, autocommit=True, **tcp_options(self._url)
-                ) as conn:
+                async with await connect(self._url, "sendoff api listener", SILENCE) as conn:
                     presence = await _prepare(conn)
                     pause = first
                     log.info("listening", presence=presence)

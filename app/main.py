@@ -20,7 +20,7 @@ from app.identity import check_host
 from app.presence import WorkerPresence
 from app.routes import routes
 from outbox.errors import ConfigurationError
-from outbox.log import get_logger
+from outbox.log import configure, get_logger
 from outbox.settings import Settings
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
@@ -96,6 +96,7 @@ def run(settings: Settings) -> None:
 
     Raises ConfigurationError if the host is not allowed or the address cannot be had.
     """
+    configure(level=settings.log_level)
     app = create_app(settings)
     if settings.dev_identity:
         log.warning(
@@ -104,9 +105,7 @@ def run(settings: Settings) -> None:
             warning="there is no authentication: whoever can connect is operator",
         )
     else:
-        log.warning(
-            "dev_identity", host=settings.host, warning="every user of this machine is operator"
-        )
+        log.warning("dev_identity", host=settings.host, warning="every user of this machine is operator")
     config = uvicorn.Config(
         app,
         loop="uvloop" if os.name == "posix" else "asyncio",
@@ -144,9 +143,7 @@ def _bound(settings: Settings) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                listening.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000
-                )
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000)
             listening.bind(address)
             listening.listen(BACKLOG)
         except BaseException:
@@ -154,6 +151,7 @@ def _bound(settings: Settings) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigurationError(
-            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {settings.host} port {settings.port}: {error.strerror}"
+            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {settings.host} port {settings.port}: "
+            f"{error.strerror}"
         ) from None
     return listening

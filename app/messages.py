@@ -67,6 +67,4 @@ async def list_messages(request: Request, identity: Identity) -> Response:
         raise no_session()
     messages, last, more = row
     following = last if more else None
-    return json_response(
-        f'{{"messages": [{", ".join(messages)}], "next": {json.dumps(following)}}}'
-    )
+    return json_response(f'{{"messages": [{", ".join(messages)}], "next": {json.dumps(following)}}}')

@@ -147,15 +147,15 @@ def _schemas() -> dict[str, Any]:
         used |= {model for _, model in endpoint.answers.values() if model}
         used |= {endpoint.body} if endpoint.body else set()
     ordered = sorted(used, key=lambda model: model.__name__)
-    _, definitions = models_json_schema(
-        [(model, "validation") for model in ordered], ref_template=_REF
-    )
+    _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
     found: dict[str, Any] = definitions["$defs"]
     return found
 
 
 def _problems_text() -> str:
-    lines = [f"| `urn:sendoff:problem:{kind}` | {status} | {title} |" for kind, (status, title) in KINDS.items()]
+    lines = [
+        f"| `urn:sendoff:problem:{kind}` | {status} | {title} |" for kind, (status, title) in KINDS.items()
+    ]
     return "\n".join(
         [
             "Errors are problem details (RFC 9457):",

@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[int, str]] = {
 log = get_logger("app.problems")
 
 
-class Problem(Exception):  # noqa: N818 - the RFC's word
+class Problem(Exception):
     """A request that cannot be answered as asked; `kind` is one of KINDS."""
 
     def __init__(

@@ -37,7 +37,9 @@ _PAGE = """<!DOCTYPE html>
 """
 
 # Without validatorUrl: null it asks a service elsewhere whether the document is valid.
-_START = """SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null});
+_START = """SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null,
+});
 """
 
 _ASSETS = {

@@ -140,14 +140,12 @@ async def create_session(request: Request, identity: Identity) -> Response:
             row = None
             break
     if row is None:
-        error = {"pointer": "#/parent", "detail": "there is no such session"}
-        raise Problem("invalid", "1 field cannot be accepted.", errors=[error])
+        wrong = {"pointer": "#/parent", "detail": "there is no such session"}
+        raise Problem("invalid", "1 field cannot be accepted.", errors=[wrong])
     outcome, session_id, answer = row
     _check_outcome(outcome)
     request.state.session = session_id
-    return json_response(
-        answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)}
-    )
+    return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
 
 
 async def create_prompt(request: Request, identity: Identity) -> Response:
