@@ -26,6 +26,7 @@ from outbox.settings import Settings
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
 BACKLOG = 2048
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 log = get_logger("app.main")
 
@@ -72,8 +73,22 @@ def _end_with_the_hub(running: asyncio.Task[None]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn waits for open responses before the lifespan ends; streams end before that."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        config = uvicorn.Config(
+            app,
+            loop="uvloop" if os.name == "posix" else "asyncio",
+            http="httptools",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        )
+        super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -83,9 +98,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("api_stopping")
-        app = self.config.app
-        assert isinstance(app, Starlette)
-        app.state.context.hub.close()
+        self._app.state.context.hub.close()
         await super().shutdown(sockets)
 
 
@@ -98,46 +111,28 @@ def run(settings: Settings) -> None:
     """
     configure(level=settings.log_level)
     app = create_app(settings)
-    if settings.dev_identity:
-        log.warning(
-            "dev_identity",
-            host=settings.host,
-            warning="there is no authentication: whoever can connect is operator",
-        )
-    else:
-        log.warning("dev_identity", host=settings.host, warning="every user of this machine is operator")
-    config = uvicorn.Config(
-        app,
-        loop="uvloop" if os.name == "posix" else "asyncio",
-        http="httptools",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
-    )
-    with _bound(settings) as listening:
-        server = _Server(config)
+    everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+    log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
+    with bind(settings.host, settings.port) as listening:
         # uvicorn raises the signal again once it has shut down; for us that is a normal end.
         previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
         try:
-            server.run([listening])
+            Server(app).run([listening])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     log.info("api_stopped")
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def _bound(settings: Settings) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """The listening socket. Its options pass to the connections: a client that takes nothing, or is
-    gone without a word, is cut off by the kernel.
+    gone without a word, is cut off by the kernel. Port 0 takes a free one.
+
+    Raises ConfigurationError.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
         try:
@@ -151,7 +146,6 @@ def _bound(settings: Settings) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigurationError(
-            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {settings.host} port {settings.port}: "
-            f"{error.strerror}"
+            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {host} port {port}: {error.strerror}"
         ) from None
     return listening
