@@ -49,7 +49,7 @@ async def follow_session(request: Request, identity: Identity) -> Response:
 
 async def _events(here: Context, stream: Stream) -> AsyncIterator[bytes]:
     try:
-        yield f"retry: {RETRY}\n\n".encode()
+        yield f"retry: {RETRY}\n".encode()  # a line of the first event, which has been read
         while not stream.ended:
             if batch := await stream.take(HEARTBEAT):
                 yield batch
