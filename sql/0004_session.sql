@@ -25,6 +25,32 @@ $$;
 COMMENT ON FUNCTION prompt_json(prompt) IS 'A prompt as the HTTP API shows it.';
 
 
+CREATE FUNCTION message_json(
+    seq bigint, prompt_id uuid, attempt integer, body jsonb, created_at timestamptz
+) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'seq', seq, 'prompt_id', prompt_id, 'attempt', attempt, 'body', body, 'created_at', created_at)
+$$;
+COMMENT ON FUNCTION message_json(bigint, uuid, integer, jsonb, timestamptz) IS
+    'A message as the HTTP API and its event stream show it.';
+
+CREATE FUNCTION outbox_json(o outbox) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'id', o.id, 'topic', o.topic, 'ordering_key', o.ordering_key,
+        'payload', o.payload #- '{sandbox,borrow_token}', -- a secret
+        'state', o.state, 'priority', o.priority, 'attempt', o.attempt, 'failures', o.failures,
+        'max_attempts', o.max_attempts, 'worker_id', o.worker_id, 'unique_key', o.unique_key,
+        'errors', o.errors, 'available_at', o.available_at,
+        'cancel_requested_at', o.cancel_requested_at, 'created_at', o.created_at,
+        'started_at', o.started_at, 'finished_at', o.finished_at)
+$$;
+COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API shows it to operators.';
+
+
 -- Session, prompt and outbox row in one statement of the client's, so one round trip and one commit.
 -- With an Idempotency-Key its row comes first: a second request under the same key waits for the first
 -- to commit, then gets the first answer. outcome: created, replayed, mismatch (another body).
@@ -176,6 +202,9 @@ COMMENT ON FUNCTION session_cancel(uuid) IS
     'Cancels a session''s turns; returns how many ended at once and how many a worker has yet to stop.';
 
 
+-- Cancels twice: a prompt may commit after the first look and before the session's row is locked. Only
+-- for that one is an outbox row locked after the session's, the one place against the lock order; the
+-- deadlock this can end in rolls everything back, and the caller repeats.
 CREATE FUNCTION session_archive(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 AS $$
@@ -185,7 +214,11 @@ BEGIN
     SET session_status = 'archived', inbox_status = 'archived',
         deleted_at = clock_timestamp(), updated_at = clock_timestamp()
     WHERE id = of_session AND session_status = 'active';
-    RETURN FOUND;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM session_cancel(of_session);
+    RETURN true;
 END
 $$;
 COMMENT ON FUNCTION session_archive(uuid) IS 'Cancels a session''s turns and archives it.';
