@@ -13,6 +13,7 @@ SETTINGS: dict[str, str | int] = {
     "synchronous_commit": "off",
     "full_page_writes": "off",
     "max_connections": 300,
+    "max_prepared_transactions": 10,
     "shared_preload_libraries": "pg_stat_statements",
 }
 DOCKER_IMAGE = "postgres:18"
