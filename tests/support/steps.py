@@ -1,7 +1,7 @@
 """Interleavings: named steps on several connections, and a rule of the protocol taken out for a test.
 
-A statement that must wait for a lock is started with `starts`; `waits` then returns once the server
-shows it waiting, so that the next step comes after it for certain. A race inside a function is opened
+A statement that must wait for a lock is started with `starts`, which returns once the server shows it
+waiting, so that the next step comes after it for certain. A race inside a function is opened
 with a `gate`: whoever calls the function stops before it while the test holds the gate.
 
 Connections are in autocommit mode; a step that begins a transaction says so with `BEGIN`.
@@ -93,9 +93,11 @@ async def run_out(conn: Connection, worker: UUID) -> None:
     )
 
 
-def starts(conn: Connection, query: str, *values: Any) -> asyncio.Task[Any]:
-    """Send a statement that is expected to wait. The task's result is its first column."""
-    return asyncio.create_task(one(conn, query, *values))
+async def starts(observer: Connection, conn: Connection, query: str, *values: Any) -> asyncio.Task[Any]:
+    """Send a statement, and return when it waits for a lock. The task's result is its first column."""
+    task = asyncio.create_task(one(conn, query, *values))
+    await waits(observer, conn)
+    return task
 
 
 async def waits(observer: Connection, conn: Connection) -> None:
@@ -129,8 +131,21 @@ async def replace_body(conn: Connection, function: str, language: str, body: str
     await conn.execute(f"{chr(10).join(lines)} LANGUAGE {language} AS $test${body}$test$".encode())
 
 
+class Gate:
+    """A closed gate before a function."""
+
+    def __init__(self, conn: Connection) -> None:
+        self._conn = conn
+
+    async def reached_by(self, conn: Connection, query: str, *values: Any) -> asyncio.Task[Any]:
+        """Start a statement, and return when it stands before the gate. The task gives its first column."""
+        task = asyncio.create_task(one(conn, query, *values))
+        await waits(self._conn, conn)
+        return task
+
+
 @asynccontextmanager
-async def gate(conn: Connection, signature: str, arguments: str) -> AsyncIterator[None]:
+async def gate(conn: Connection, signature: str, arguments: str) -> AsyncIterator[Gate]:
     """Whoever calls a function stops before it until the block ends.
 
     `signature` as in `outbox_take_key(text, bigint)`; `arguments` as they are passed on: `$1, $2`.
@@ -145,6 +160,6 @@ async def gate(conn: Connection, signature: str, arguments: str) -> AsyncIterato
     )
     await conn.execute("SELECT pg_advisory_lock(1, 1)")
     try:
-        yield
+        yield Gate(conn)
     finally:
         await conn.execute("SELECT pg_advisory_unlock(1, 1)")
