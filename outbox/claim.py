@@ -189,15 +189,22 @@ async def fence(conn: psycopg.AsyncConnection[Any], worker_id: UUID, row: tuple[
 
 
 async def renew(
-    conn: psycopg.AsyncConnection[Any], worker_id: UUID, lease: timedelta = LEASE
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    rows: Iterable[tuple[int, int]],
+    lease: timedelta = LEASE,
 ) -> dict[tuple[int, int], bool]:
-    """Extend the lease. Returns the rows, as (id, attempt), that the worker still runs, and for each
-    whether a cancel was requested; a row that is missing was taken away.
+    """Extend the lease. Returns those of `rows`, as (id, attempt), that the worker still runs, and for
+    each whether a cancel was requested; a row that is missing was taken away.
 
     Raises WorkerEnded if a rescue came first.
     """
+    tokens = sorted(rows)
     try:
-        cursor = await conn.execute("SELECT * FROM outbox_renew(%s, %s)", (worker_id, lease))
+        cursor = await conn.execute(
+            "SELECT * FROM outbox_renew(%s, %s, %s::bigint[], %s::integer[])",
+            (worker_id, lease, [row_id for row_id, _ in tokens], [attempt for _, attempt in tokens]),
+        )
         return {(row[0], row[1]): row[2] async for row in cursor}
     except psycopg.Error as error:
         raise as_ended(error) from error

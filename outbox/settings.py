@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port the API listens on; 0 picks a free one."""
 
+    dev_identity: bool = False
+    """Serve everybody as operator even where strangers could connect: there is no authentication yet."""
+
     pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
     """Connections an API process opens at most."""
 
@@ -74,7 +77,10 @@ class Settings(BaseSettings):
     """debug, info, warning or error. debug tells of every row."""
 
     retention: Annotated[float, Field(ge=0)] = 7 * 86400.0
-    """How long finished rows and archived sessions are kept."""
+    """How long finished rows, archived sessions and answers to an Idempotency-Key are kept."""
+
+    message_retention: Annotated[float, Field(ge=0)] = 90 * 86400.0
+    """How long the messages of a session are kept in which nothing happens any more."""
 
     @property
     def listen_url(self) -> str:

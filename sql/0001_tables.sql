@@ -185,6 +185,7 @@ CREATE TABLE worker (
     draining    boolean NOT NULL DEFAULT false,
     lease_until timestamptz,
     ended_at    timestamptz,
+    end_reason  text,
     CONSTRAINT worker_concurrency_range CHECK (concurrency BETWEEN 1 AND 10000),
     CONSTRAINT worker_ended_is_not_parked CHECK (ended_at IS NULL OR NOT parked)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
@@ -194,7 +195,8 @@ COMMENT ON TABLE worker IS 'One row a worker process and life; a worker whose le
 COMMENT ON COLUMN worker.presence IS 'The advisory lock its LISTEN connection holds: whoever holds it is alive (view worker_present).';
 COMMENT ON COLUMN worker.parked IS 'It has free slots and sleeps: producers must notify.';
 COMMENT ON COLUMN worker.lease_until IS 'Its running rows are its own until then; kept only while it runs something.';
-COMMENT ON COLUMN worker.ended_at IS 'Its lease was ended by a rescue; it may never claim again.';
+COMMENT ON COLUMN worker.ended_at IS 'It left, or a rescue ended its lease; it may never claim again, and its rows are freed.';
+COMMENT ON COLUMN worker.end_reason IS 'Why, if it did not leave by itself.';
 
 
 CREATE TABLE topic (

@@ -4,6 +4,10 @@
 -- Every write to a running row is fenced by (id, attempt, worker_id, state running): it changes nothing
 -- when the row was rescued, cancelled or claimed again meanwhile, and its row lock makes a rescue come
 -- wholly before or wholly after it.
+--
+-- Statements that know the id compare state as (state || ''), which keeps the planner from the partial
+-- indexes of running rows: it takes them for tiny, but each row finished since the last vacuum has left
+-- a dead entry there. Measured: draining 20,000 rows took 3.0 s by outbox_running, 1.2 s by the key.
 
 CREATE TYPE outbox_claimed AS (
     id           bigint,
@@ -207,7 +211,7 @@ AS $$
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
         finished_at = clock_timestamp()
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state = 'running'
+    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
@@ -248,7 +252,7 @@ LANGUAGE sql VOLATILE
 AS $$
     SELECT o.cancel_requested_at IS NOT NULL
     FROM outbox AS o
-    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state = 'running'
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
     FOR NO KEY UPDATE
 $$;
 COMMENT ON FUNCTION outbox_fence(uuid, bigint, integer) IS
@@ -294,7 +298,7 @@ AS $$
         failures = o.failures + 1,
         available_at = clock_timestamp() + coalesce(delay, outbox_backoff(o.failures + 1)),
         errors = outbox_error(o.errors, o.attempt, error, failer)
-    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = failer AND o.state = 'running'
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = failer AND o.state || '' = 'running'
     RETURNING o.state
 $$;
 COMMENT ON FUNCTION outbox_fail(uuid, bigint, integer, text, interval, boolean) IS
@@ -310,7 +314,7 @@ AS $$
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = holder AND o.state = 'running'
+    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = holder AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
@@ -323,7 +327,7 @@ LANGUAGE sql VOLATILE
 AS $$
     UPDATE outbox AS o
     SET state = 'cancelled'
-    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state = 'running'
+    WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
       AND o.cancel_requested_at IS NOT NULL
     RETURNING true
 $$;
@@ -331,9 +335,9 @@ COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
     'Ends a claimed row as cancelled once its handler has stopped; null if it is fenced or was not asked for.';
 
 
--- Extends the lease and tells the worker which rows it still runs, and which of them are to be cancelled:
--- a row that is missing was taken away, and its handler must stop.
-CREATE FUNCTION outbox_renew(renewer uuid, lease interval)
+-- Extends the lease and tells which of the rows the worker believes to run it still does, and which of
+-- them are to be cancelled: a row that is missing was taken away, and its handler must stop.
+CREATE FUNCTION outbox_renew(renewer uuid, lease interval, ids bigint[], attempts integer[])
 RETURNS TABLE (id bigint, attempt integer, cancel boolean)
 LANGUAGE plpgsql VOLATILE
 AS $$
@@ -347,28 +351,52 @@ BEGIN
     END IF;
     RETURN QUERY
     SELECT o.id, o.attempt, o.cancel_requested_at IS NOT NULL
-    FROM outbox AS o
-    WHERE o.worker_id = renewer AND o.state = 'running';
+    FROM unnest(ids, attempts) AS f (id, attempt)
+    JOIN outbox AS o ON o.id = f.id
+    WHERE o.attempt = f.attempt AND o.worker_id = renewer AND o.state || '' = 'running';
 END
 $$;
-COMMENT ON FUNCTION outbox_renew(uuid, interval) IS 'Extends the lease; returns the rows the worker still runs.';
+COMMENT ON FUNCTION outbox_renew(uuid, interval, bigint[], integer[]) IS
+    'Extends the lease; returns those of the rows that the worker still runs.';
 
 
--- Ends one worker's life and frees its rows. For a parent that saw its child die, and for outbox_rescue.
--- The worker's row is locked and its lease ended first; the rows are freed by a new statement, whose
--- snapshot shows what a claim in flight had claimed. The caller has locked or may wait for that row.
-CREATE FUNCTION outbox_end_worker(ended uuid, reason text) RETURNS integer
+-- The end of a worker's life frees its rows, whoever ended it: a rescue, a parent that saw its child die,
+-- or a DELETE typed into psql. The worker's row has been locked by the statement that ended it; the rows
+-- are freed by a new one, whose snapshot shows what a claim in flight had claimed.
+CREATE FUNCTION worker_ended() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'ending a worker needs READ COMMITTED'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
+                                     ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER worker_ended
+    AFTER UPDATE ON worker FOR EACH ROW
+    WHEN (OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL)
+    EXECUTE FUNCTION worker_ended();
+ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_ended;
+
+CREATE TRIGGER worker_deleted
+    AFTER DELETE ON worker FOR EACH ROW EXECUTE FUNCTION worker_ended();
+ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
+
+
+CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
     freed integer;
 BEGIN
-    UPDATE worker
-    SET ended_at = coalesce(ended_at, clock_timestamp()), parked = false, lease_until = NULL
-    WHERE id = ended;
-
     WITH lost AS MATERIALIZED (
-        SELECT id FROM outbox WHERE worker_id = ended AND state = 'running' ORDER BY id FOR UPDATE
+        SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
+        ORDER BY id FOR UPDATE
     )
     UPDATE outbox AS o
     SET state = CASE
@@ -382,27 +410,38 @@ BEGIN
             WHEN o.failures = 0 THEN o.available_at
             ELSE clock_timestamp() + outbox_backoff(o.failures)
         END,
-        errors = outbox_error(o.errors, o.attempt, reason, ended)
+        errors = outbox_error(o.errors, o.attempt, reason, lost_worker)
     FROM lost
-    WHERE o.id = lost.id AND o.worker_id = ended AND o.state = 'running';
+    WHERE o.id = lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
     RETURN freed;
 END
 $$;
+COMMENT ON FUNCTION outbox_free(uuid, text) IS
+    'Gives back what a dead worker ran, a failure counted; returns how many rows. The end of its life calls it.';
+
+
+CREATE FUNCTION outbox_end_worker(dead uuid, reason text) RETURNS boolean
+LANGUAGE sql VOLATILE
+AS $$
+    UPDATE worker
+    SET ended_at = clock_timestamp(), end_reason = reason, parked = false, lease_until = NULL
+    WHERE id = dead AND ended_at IS NULL
+    RETURNING true
+$$;
 COMMENT ON FUNCTION outbox_end_worker(uuid, text) IS
-    'Ends a worker''s life and frees the rows it ran; returns how many. Only for a worker known to be dead.';
+    'Ends the life of a worker known to be dead, which frees its rows; null if it had ended.';
 
 
--- Frees the rows of workers whose lease ran out, and of workers that have none (deleted by hand, say).
--- A lease counts as run out only if the server has been up, and the rescuer connected, for one lease:
--- after an outage every worker has that long to renew. A worker's row that is locked is skipped: its claim
--- or renewal is in flight.
+-- Ends the workers whose lease ran out while they ran something. A lease counts as run out only if the
+-- server has been up, and the rescuer connected, for one lease: after an outage every worker has that
+-- long to renew. A worker's row that is locked is skipped: its claim or renewal is in flight.
 CREATE FUNCTION outbox_rescue(rescuer uuid, lease interval, connected interval) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
-    lost  uuid;
-    freed integer := 0;
+    lost    uuid;
+    rescued integer := 0;
 BEGIN
     IF connected < lease OR clock_timestamp() - pg_postmaster_start_time() < lease THEN
         RETURN 0;
@@ -410,12 +449,17 @@ BEGIN
     FOR lost IN
         SELECT w.id FROM worker AS w
         WHERE w.id <> rescuer AND w.ended_at IS NULL AND w.lease_until < clock_timestamp()
-          AND EXISTS (SELECT FROM outbox AS o WHERE o.worker_id = w.id AND o.state = 'running')
         ORDER BY w.id
         FOR NO KEY UPDATE SKIP LOCKED
     LOOP
-        freed := freed + outbox_end_worker(lost, 'its worker''s lease ran out');
+        IF EXISTS (SELECT FROM outbox WHERE worker_id = lost AND state = 'running') THEN
+            PERFORM outbox_end_worker(lost, 'its lease ran out');
+            rescued := rescued + 1;
+        ELSE
+            UPDATE worker SET lease_until = NULL WHERE id = lost; -- idle: it keeps none
+        END IF;
     END LOOP;
+    -- Rows whose worker has no lease, which only a restore or a disabled trigger leaves behind.
     FOR lost IN
         SELECT DISTINCT o.worker_id FROM outbox AS o
         WHERE o.state = 'running' AND o.worker_id <> rescuer
@@ -424,13 +468,14 @@ BEGIN
               WHERE w.id = o.worker_id AND w.ended_at IS NULL AND w.lease_until IS NOT NULL)
         ORDER BY o.worker_id
     LOOP
-        freed := freed + outbox_end_worker(lost, 'its worker has no lease');
+        PERFORM outbox_free(lost, 'its worker had no lease');
+        rescued := rescued + 1;
     END LOOP;
-    RETURN freed;
+    RETURN rescued;
 END
 $$;
 COMMENT ON FUNCTION outbox_rescue(uuid, interval, interval) IS
-    'Frees the rows of workers whose lease ran out; returns how many.';
+    'Frees the rows of workers whose lease ran out; returns how many workers.';
 
 
 -- The next moment at which this worker must look without being told, as an interval from now: a row of
@@ -485,13 +530,12 @@ BEGIN
     ) AS d;
 
     SELECT min(greatest(
-        coalesce(w.lease_until, '-infinity'),
+        w.lease_until,
         pg_postmaster_start_time() + lease,
         server_time - connected + lease
     )) INTO first_lease
-    FROM (SELECT DISTINCT o.worker_id FROM outbox AS o
-          WHERE o.state = 'running' AND o.worker_id <> looker) AS r
-    LEFT JOIN worker AS w ON w.id = r.worker_id AND w.ended_at IS NULL;
+    FROM worker AS w
+    WHERE w.id <> looker AND w.ended_at IS NULL AND w.lease_until IS NOT NULL;
 
     row_due := first_row - server_time;
     lease_end := first_lease - server_time;

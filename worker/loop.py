@@ -407,7 +407,8 @@ class Worker:
     async def _renew(self) -> None:
         assert self.id is not None
         asked_at = time.monotonic()
-        rows = await renew(self._control, self.id, self._lease_time)
+        tokens = [attempt.job.token for attempt in self._running.values()]
+        rows = await renew(self._control, self.id, tokens, self._lease_time)
         self._lease.renewed(asked_at)
         for attempt in list(self._running.values()):
             cancel = rows.get(attempt.job.token)
@@ -433,7 +434,7 @@ class Worker:
         )
         row = await cursor.fetchone()
         if row is not None and row[0]:
-            log.warning("rescued", rows=row[0], worker_id=str(self.id))
+            log.warning("rescued", workers=row[0], worker_id=str(self.id))
         self._look = True
 
     async def _settle(self) -> None:

@@ -88,11 +88,10 @@ class Parent:
             )
             async with conn:
                 with bounded(conn, self._settings.lease):
-                    cursor = await conn.execute(
+                    await conn.execute(
                         "SELECT outbox_end_worker(%s, %s)", (worker_id, f"its worker died: {cause}")
                     )
-                    row = await cursor.fetchone()
-            log.warning("rescued", rows=row[0] if row else 0, worker_id=str(worker_id))
+            log.warning("rescued", workers=1, worker_id=str(worker_id))
         except (psycopg.Error, OSError) as error:
             log.error("rescue_failed", error=str(error).strip(), worker_id=str(worker_id))
 

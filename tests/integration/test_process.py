@@ -1,5 +1,6 @@
 """The helper that other tests trust: it must notice what it is there to notice."""
 
+import os
 import signal
 import sys
 from textwrap import dedent
@@ -9,7 +10,7 @@ import pytest
 from tests.support.process import ProcessError, running
 
 PRELUDE = """
-import json, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 def say(event, **fields):
     print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
 def until_term():
@@ -56,6 +57,28 @@ async def test_killed_process_reports_the_signal() -> None:
         await process.event("up")
         process.kill()
         assert await process.ended() == -signal.SIGKILL
+
+
+async def test_an_unfindable_child_that_holds_the_output_is_a_leak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is in no tree of the process, which has ended, and bears no mark."""
+    monkeypatch.setattr("tests.support.process.TIMEOUT", 1.0)
+    body = """
+        child = subprocess.Popen(["/bin/sleep", "600"], start_new_session=True, env={})
+        say("up", child=child.pid)
+        os._exit(0)
+    """
+    children: list[int] = []
+
+    async def leave_a_child() -> None:
+        async with running(sys.executable, *script(body)) as process:
+            children.append((await process.event("up"))["child"])
+            await process._exit
+
+    with pytest.raises(ProcessError, match="holds its output open"):
+        await leave_a_child()
+    os.kill(children[0], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("start", ["session", "environment"])

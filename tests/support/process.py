@@ -19,12 +19,14 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -51,7 +53,7 @@ class ProcessError(AssertionError):
 class Process:
     """A running process. Made by `running`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, name: str, mark: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], name: str, mark: str) -> None:
         self.pid = process.pid
         self.events: list[Event] = []
         self.stdout: list[str] = []
@@ -59,7 +61,7 @@ class Process:
         self._process = process
         self._name = name
         self._mark = mark
-        self._news = asyncio.Condition()
+        self._news = asyncio.Event()  # a new one for each line
         self._descendants: set[psutil.Process] = set()
         assert process.stdout is not None
         assert process.stderr is not None
@@ -67,6 +69,9 @@ class Process:
             asyncio.create_task(self._read(process.stdout, self.stdout)),
             asyncio.create_task(self._read(process.stderr, self.stderr)),
         ]
+        for reader in self._readers:
+            reader.add_done_callback(lambda _: self._tell())
+        self._exit = _exit_of(process)
 
     async def event(
         self, name: str, *, after: Event | None = None, timeout: float = TIMEOUT, **fields: Any
@@ -78,13 +83,13 @@ class Process:
         wanted = {"event": name, **fields}
         position = 0 if after is None else after.index + 1
         try:
-            async with asyncio.timeout(timeout), self._news:
+            async with asyncio.timeout(timeout):
                 while True:
                     for event in self.events[position:]:
                         if wanted.items() <= event.items():
                             return event
                     position = len(self.events)
-                    if all(reader.done() for reader in self._readers):
+                    if self._readers[1].done():
                         raise self._error(f"ended without {wanted}")
                     await self._news.wait()
         except TimeoutError:
@@ -94,12 +99,10 @@ class Process:
         """Wait until process and output have ended. The exit status, or minus the signal."""
         try:
             async with asyncio.timeout(timeout):
-                await asyncio.gather(self._process.wait(), *self._readers)
+                await asyncio.wait(self._readers)
+                return await asyncio.shield(self._exit)
         except TimeoutError:
             raise self._error(f"did not end in {timeout:.0f} s") from None
-        status = self._process.returncode
-        assert status is not None
-        return status
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, after a note of whom the process has started."""
@@ -111,7 +114,7 @@ class Process:
 
     @property
     def running(self) -> bool:
-        return self._process.returncode is None
+        return not self._exit.done()
 
     async def close(self) -> None:
         """End the process and what it left behind. Raises ProcessError if that took force."""
@@ -120,27 +123,39 @@ class Process:
             self.send(signal.SIGTERM)
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    await self._process.wait()
+                    await asyncio.shield(self._exit)
             except TimeoutError:
                 self.kill()
                 faults.append("did not end by SIGTERM")
-        await self._process.wait()
+        await self._exit
         leaked = await asyncio.to_thread(self._end_leaked)
         faults += [f"left running: {line}" for line in leaked]
-        await asyncio.gather(*self._readers)
+        ended, held = await asyncio.wait(self._readers, timeout=TIMEOUT)
+        for reader in held:
+            reader.cancel()
+            faults.append("something that was not found still holds its output open")
+        faults += [f"unreadable output: {reader.exception()}" for reader in ended if reader.exception()]
         if faults:
             raise self._error("; ".join(faults))
 
-    async def _read(self, stream: asyncio.StreamReader, lines: list[str]) -> None:
-        async for raw in stream:
-            line = raw.decode(errors="replace").rstrip("\n")
-            async with self._news:
+    async def _read(self, pipe: IO[bytes], lines: list[str]) -> None:
+        stream = asyncio.StreamReader(limit=LINE_LIMIT)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), pipe
+        )
+        try:
+            async for raw in stream:
+                line = raw.decode(errors="replace").rstrip("\n")
                 lines.append(line)
-                if stream is self._process.stderr:
+                if lines is self.stderr:
                     self._keep_event(line)
-                self._news.notify_all()
-        async with self._news:
-            self._news.notify_all()
+                self._tell()
+        finally:
+            transport.close()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _keep_event(self, line: str) -> None:
         with suppress(ValueError):
@@ -186,6 +201,19 @@ def command_line(name: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """The exit status to come. asyncio's own wait() would also wait for the pipes to close."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        status = process.wait()
+        loop.call_soon_threadsafe(future.set_result, status)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return future
+
+
 @asynccontextmanager
 async def running(
     command: str, *arguments: str | Path, env: Mapping[str, str | None] | None = None
@@ -198,15 +226,13 @@ async def running(
     mark = secrets.token_hex(8)
     changes: dict[str, str | None] = {MARK: mark, "PYTHONPATH": str(ROOT), **(env or {})}
     environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
-    child = await asyncio.create_subprocess_exec(
-        *command_line(command),
-        *arguments,
+    child = subprocess.Popen(  # noqa: ASYNC220 - see _exit_of
+        [*command_line(command), *arguments],
         env=environment,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-        limit=LINE_LIMIT,
     )
     process = Process(child, command, mark)
     try:
