@@ -10,6 +10,7 @@
 
 import argparse
 import asyncio
+import logging
 import random
 import secrets
 import shutil
@@ -55,10 +56,10 @@ PLACES: dict[str, tuple[list[str], dict[str, str]]] = {
     "one": (["--concurrency", "4", "--topics", _TOPICS], {}),
     "pair": (["--concurrency", "3", "--processes", "2", "--topics", _TOPICS], {"SENDOFF_LISTEN_PROBE": "1"}),
     "many": (["--concurrency", "8", "--topics", _TOPICS], {"SENDOFF_LISTEN_PROBE": "3"}),
-    "lone": (["--concurrency", "2", "--topics", "lone,roll.call"], {}),
+    "lone": (["--concurrency", "1", "--topics", "lone,roll.call"], {}),
 }
 PROCESSES = 5
-SLOTS = 4 + 2 * 3 + 8 + 2
+SLOTS = 4 + 2 * 3 + 8 + 1
 
 
 class Chaos:
@@ -346,10 +347,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None, help="default: a random one, which is printed")
-    parser.add_argument("--pace", type=float, default=1.0, help="faults a second (1)")
+    parser.add_argument("--pace", type=float, default=1.5, help="faults a second in a storm (1.5)")
     parser.add_argument("--break", dest="broken", choices=sorted(BREAKS), help="break this rule first")
     parser.add_argument("--keep", action="store_true", help="keep the directory with logs and records")
     arguments = parser.parse_args()
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it warns of each connection that we cut
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(10**6)
     broken = f", {arguments.broken} broken" if arguments.broken else ""
     print(f"chaos: seed {seed}, {arguments.seconds:.0f} s, lease {LEASE:.0f} s{broken}", flush=True)

@@ -20,10 +20,10 @@ from tests.chaos.history import Line
 
 ENDED = frozenset({"done", "dead", "cancelled"})
 PERSON = "chaos person"
-LATE = 5.0
-"""Seconds after which a due row of a worker that nothing troubled should long have started."""
-TROUBLE = 12.0
-"""Seconds before and after a fault in which lateness is excused: leases, reconnects, restarts."""
+LATE = 3.0
+"""Seconds after which a due row should long have started, if nothing troubles its worker or the server."""
+RECOVERY = 6.0
+"""Seconds after a fault in which a worker may still be on its way back: a start, a backoff, a lease."""
 
 
 @dataclass(frozen=True)
@@ -504,7 +504,7 @@ def _taken(record: Record, run: Run) -> bool:
 
 
 def lateness(record: Record) -> Iterator[str]:
-    """A lone row starts soon, unless something troubled its worker or the server: no wake-up was lost."""
+    """No lone row waits for long while nothing troubles its worker or the server: no wake-up was lost."""
     troubles = _troubles(record)
     for line in record.of("enqueue"):
         if line["outcome"] != "acked" or line.get("topic") != "lone":
@@ -513,18 +513,29 @@ def lateness(record: Record) -> Iterator[str]:
             run = record.runs.get((row_id, 1))
             until = record.now if run is None else run.claim.at
             over = next((e.at for e in record.chains.get(row_id, []) if e.new in ENDED), until)
-            waited = min(until, over) - line["w"]
-            if waited > LATE and not any(a < until and line["w"] < b for a, b in troubles):
+            waited = _calm(line["w"], min(until, over), troubles)
+            if waited > LATE:
                 yield f"lone row {row_id} waited {waited:.1f} s although nothing troubled its worker"
 
 
 def _troubles(record: Record) -> list[tuple[float, float]]:
+    """When something did, in order."""
     ends = {line["n"]: line["w"] for line in record.of("healed")}
-    return [
-        (line["w"] - TROUBLE, ends.get(line["n"], record.now) + TROUBLE)
+    return sorted(
+        (line["w"], ends.get(line["n"], record.now) + RECOVERY)
         for line in record.of("fault")
         if line["target"] in ("lone", "postgres", "all")
-    ]
+    )
+
+
+def _calm(begin: float, end: float, troubles: list[tuple[float, float]]) -> float:
+    """The longest time within these bounds that no trouble touches."""
+    longest, free_from = 0.0, begin
+    for trouble_begin, trouble_end in troubles:
+        if trouble_end > begin:
+            longest = max(longest, min(trouble_begin, end) - free_from)
+            free_from = max(free_from, trouble_end)
+    return max(longest, end - free_from)
 
 
 CHECKS: list[Check] = [

@@ -19,6 +19,9 @@ from tests.chaos.history import History
 from tests.chaos.places import Place
 from tests.chaos.proxy import Proxy
 
+STORM, LULL = 14.0, 12.0
+"""Seconds."""
+
 Fault = Callable[[], Awaitable[None]]
 
 
@@ -43,16 +46,20 @@ class Faults:
     _open: dict[asyncio.Task[None] | None, int] = field(default_factory=dict)
 
     async def run(self, seconds: float) -> None:
-        """Inject for that time, then wait for the last to be over, and heal everything."""
+        """Inject for that time, then wait for the last to be over, and heal everything.
+
+        Storms and lulls take turns: in a lull all must come back to life, and nothing excuses lateness.
+        """
         menu: list[tuple[float, Fault]] = [
             (10, self.kill), (8, self.freeze), (8, self.roll), (2, self.crash_server), (2, self.restart_server),
             (8, self.terminate), (8, self.cut), (6, self.slow), (8, self.half_open), (6, self.partition),
             (5, self.long_writer), (4, self.prepare), (3, self.lock_table),
         ]  # fmt: skip
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, self.random.expovariate(self.pace)))
-            if len(self._running) < 4 and time.monotonic() < until:
+        began = time.monotonic()
+        while (gone := time.monotonic() - began) < seconds:
+            await asyncio.sleep(min(seconds - gone, self.random.expovariate(self.pace)))
+            lull = (time.monotonic() - began) % (STORM + LULL) > STORM
+            if len(self._running) < 4 and not lull:
                 fault = self.random.choices([f for _, f in menu], [w for w, _ in menu])[0]
                 task = asyncio.create_task(self._guarded(fault))
                 self._running.add(task)

@@ -21,7 +21,10 @@ SELECT session_id::text, seq, prompt_id::text, attempt, body, xmin::text::bigint
 
 
 def load(conn: psycopg.Connection[Any], file: Path, *, final: bool) -> Record:
-    """The record as it is now. One snapshot of the database, so that its tables agree."""
+    """The record as it is now. One snapshot of the database, so that its tables agree; taken after the
+    file is read, so that it holds all that the file tells of.
+    """
+    lines = list(history.read(file))
     with conn.transaction(), conn.cursor(row_factory=dict_row) as cursor:
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
@@ -30,7 +33,7 @@ def load(conn: psycopg.Connection[Any], file: Path, *, final: bool) -> Record:
 
         events = [Event(**{**r, "snapshot": Snapshot.parse(r["snapshot"])}) for r in rows(_EVENTS)]
         return Record(
-            lines=list(history.read(file)),
+            lines=lines,
             events=events,
             rows=[Row(**r) for r in rows("SELECT id, topic, state, blocked, errors, payload FROM outbox")],
             lives=[Life(**r) for r in rows("SELECT at, worker_id::text, lease_until, reason FROM chaos_life")],

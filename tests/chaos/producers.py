@@ -29,7 +29,7 @@ from tests.chaos.history import History
 
 Connection = psycopg.AsyncConnection[Any]
 
-KEYS = [f"key-{n}" for n in range(6)]
+KEYS = [f"key-{n}" for n in range(12)]
 
 
 class RollBack(Exception):  # noqa: N818 - not an error
@@ -141,6 +141,7 @@ class Producers:
             payload["ms"] = rnd.choice([5, 100, 600])
         elif topic == "stepwise":
             payload["steps"] = rnd.choice([1, 2, 4])
+            payload["ms"] = rnd.choice([2, 20, 300])
         payload["hold_ms"] = rnd.choice([0, 0, 10, 100])
         if rnd.random() < 0.2:
             payload["plan"] = rnd.choice(
@@ -152,12 +153,13 @@ class Producers:
             row["ordering_key"] = rnd.choice(KEYS)
         if rnd.random() < 0.3:
             row["priority"] = rnd.choice([-5, 5, 100])
-        if rnd.random() < 0.15:
-            row["available_at"] = datetime.now(UTC) + timedelta(seconds=rnd.uniform(0.05, 3))
+        if rnd.random() < 0.15:  # a delayed row delays those of its key too
+            most = 0.4 if "ordering_key" in row else 4
+            row["available_at"] = datetime.now(UTC) + timedelta(seconds=rnd.uniform(0.05, most))
         return row
 
-    # A lone row at a time, of a topic that one worker serves: it sleeps before each, so a lost wake-up
-    # shows at once. The transaction dawdles between insert and commit, where the race is.
+    # Rows of a topic that one worker with one slot serves. It goes to sleep after each, while the second's
+    # transaction dawdles between insert and commit: there the race is that parking has to win.
 
     async def _lone(self) -> None:
         async with (
@@ -165,9 +167,11 @@ class Producers:
             await psycopg.AsyncConnection.connect(self.direct, autocommit=True) as watch,
         ):
             while not self.stop.is_set():
-                dawdle = self.random.choice([0.0005, 0.002, 0.005, 0.02, 0.1])
-                row = {"topic": "lone", "payload": {"ms": self.random.choice([0, 3])}, "max_attempts": 5}
-                for row_id in await self._transaction(conn, [row], dawdle=dawdle):
+                ids = []
+                for dawdle in (0.0005, self.random.choice([0.001, 0.003, 0.006, 0.012, 0.03, 0.1])):
+                    row = {"topic": "lone", "payload": {"ms": self.random.choice([0, 3])}, "max_attempts": 5}
+                    ids += await self._transaction(conn, [row], dawdle=dawdle)
+                for row_id in ids:
                     await self._until_ended(watch, row_id)
                 await self._pause(0.03)
 
@@ -273,14 +277,15 @@ class Producers:
         if len(self.recent) < 3:
             return
         rows = self.random.sample(self.recent, 3)
-        word = self.random.choice(["cancel", "cancel", "retry", "discard", "state", "mark", "take"])
+        word = self.random.choice(["cancel", "cancel", "retry", "discard", "state", "mark", "take", "take"])
         statements = {
             "cancel": "SELECT outbox_cancel({0})",
             "retry": "SELECT outbox_retry({0})",
             "discard": "SELECT outbox_discard({0})",
             "state": "UPDATE outbox SET state = 'cancelled' WHERE id = {0} AND state = 'ready'",
             "mark": "UPDATE outbox SET cancel_requested_at = now() WHERE id = {0} AND state IN ('ready', 'running')",
-            "take": "UPDATE outbox SET state = 'ready' WHERE id = {0} AND state = 'running'",
+            "take": "UPDATE outbox SET state = 'ready' WHERE state = 'running' AND id = (SELECT min(id) FROM outbox"
+            " WHERE state = 'running' AND id > (SELECT max(id) FROM outbox) - {0} % 30)",
         }
         body = "; ".join(statements[word].format(row) + "; SELECT pg_sleep(0.02)" for row in rows)
         lines = f"SET application_name = '{PERSON}'; BEGIN; {body}; COMMIT"

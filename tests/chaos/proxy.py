@@ -58,8 +58,7 @@ class Connection:
         ]
         cut = asyncio.create_task(self._cut.wait())
         try:
-            ended = asyncio.gather(*pumps)
-            await asyncio.wait([ended, cut], return_when=asyncio.FIRST_COMPLETED)
+            await cut  # a pump that ends cuts
         finally:
             for task in (*pumps, cut):
                 task.cancel()
