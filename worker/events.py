@@ -1,0 +1,144 @@
+"""Turn what an agent prints into events that Postgres can store.
+
+An event is a JSON object, one row of `message`. An agent may print anything; what jsonb would
+refuse is changed, and the event says so under `sendoff_note`:
+
+| printed | event |
+|---|---|
+| a JSON object | the object |
+| another JSON value | `{"type": "json", "value": …}` |
+| anything else | `{"type": "text", "text": …}` |
+| a line over the limit | `{"type": "truncated", "bytes": N, "head": "…"}`: its first 4 KiB |
+| an empty line | none |
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+Event = dict[str, Any]
+
+# An agent's tool results are some 100 KB at most, images aside. A parsed line can take 50 times its
+# size, so 1 MiB keeps a worker of ten sessions within what a small container has.
+LINE_LIMIT = 1 << 20
+HEAD = 4096
+# Far beyond any real event, far below what breaks json.dumps or the readers downstream.
+DEPTH = 100
+
+NOTE = "sendoff_note"
+_BYTES = "bytes that are not UTF-8 were replaced"
+_CHARACTERS = "characters that cannot be stored were replaced"
+_NUMBERS = "numbers that JSON does not have were made strings"
+_NESTING = f"nesting deeper than {DEPTH} was cut"
+
+
+class Splitter:
+    """Cuts output into lines and lines into events; holds one line of at most `limit` bytes."""
+
+    def __init__(self, limit: int = LINE_LIMIT) -> None:
+        self._limit = limit
+        self._line = bytearray()
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> Iterator[Event]:
+        start = 0
+        while (end := chunk.find(b"\n", start)) >= 0:
+            self._add(chunk[start:end])
+            yield from self.finish()
+            start = end + 1
+        self._add(chunk[start:])
+
+    def finish(self) -> Iterator[Event]:
+        """End the line: at a newline, and at the end of the output."""
+        line, size = bytes(self._line), self._size
+        self._line, self._size = bytearray(), 0
+        made = truncated(line, size) if size > self._limit else event(line)
+        if made is not None:
+            yield made
+
+    def _add(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size <= self._limit:
+            self._line += piece
+        elif len(self._line) < HEAD:
+            self._line = (self._line + piece)[:HEAD]
+        else:
+            del self._line[HEAD:]
+
+
+def event(line: bytes) -> Event | None:
+    """The event of one line without its newline; None if the line is blank. Never raises."""
+    line = line.strip()
+    if not line:
+        return None
+    notes: set[str] = set()
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        text = line.decode(errors="replace")
+        notes.add(_BYTES)
+    # Only an escape can smuggle in a NUL or a lone surrogate, only brackets nest: most lines need
+    # no second look.
+    suspect = "\\u" in text or text.count("{") + text.count("[") > DEPTH
+    try:
+        value = _Decoder(notes).decode(text)
+    except RecursionError:
+        notes.add(_NESTING)
+        return _noted({"type": "text", "text": text.replace("\0", "\ufffd")}, notes)
+    except ValueError:  # not JSON, or a number with too many digits for anybody
+        return _noted({"type": "text", "text": _clean(text, notes)}, notes)
+    if suspect:
+        value = _storable(value, DEPTH, notes)
+    return _noted(value if isinstance(value, dict) else {"type": "json", "value": value}, notes)
+
+
+def truncated(head: bytes, size: int) -> Event:
+    """The event of a line that is too long: `size` in bytes, `head` its beginning."""
+    text = head[:HEAD].decode(errors="replace").rstrip("\ufffd")
+    return {"type": "truncated", "bytes": size, "head": _clean(text, set())}
+
+
+class _Decoder(json.JSONDecoder):
+    """Reads JSON as Python does, NaN and Infinity (also 1e999) as strings."""
+
+    def __init__(self, notes: set[str]) -> None:
+        def string(text: str) -> str:
+            notes.add(_NUMBERS)
+            return text
+
+        def number(text: str) -> float | str:
+            value = float(text)
+            return value if math.isfinite(value) else string(text)
+
+        super().__init__(parse_constant=string, parse_float=number)
+
+
+def _storable(value: Any, depth: int, notes: set[str]) -> Any:
+    if isinstance(value, str):
+        return _clean(value, notes)
+    if isinstance(value, dict | list) and depth == 0:
+        notes.add(_NESTING)
+        return "\u2026"
+    if isinstance(value, dict):
+        return {
+            _clean(key, notes): _storable(item, depth - 1, notes) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_storable(item, depth - 1, notes) for item in value]
+    return value
+
+
+def _clean(text: str, notes: set[str]) -> str:
+    cleaned = text.replace("\0", "\ufffd")
+    try:
+        cleaned.encode()
+    except UnicodeEncodeError:
+        cleaned = cleaned.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if cleaned != text:
+        notes.add(_CHARACTERS)
+    return cleaned
+
+
+def _noted(made: Event, notes: set[str]) -> Event:
+    return {**made, NOTE: sorted(notes)} if notes else made
