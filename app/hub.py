@@ -30,7 +30,7 @@ import psycopg
 
 from app.database import Database
 from app.listen import Listener
-from app.problems import Problem, of_database
+from app.problems import Problem, of_database, unavailable
 from outbox.log import get_logger
 
 PAUSE = 0.05  # seconds between two reads, at least
@@ -232,6 +232,8 @@ class Hub:
         stream = Stream(self, session_id, after, until_completed=until_completed)
         if self._closing:
             stream.fail(Problem("unavailable", "This process is shutting down."))
+        elif not self._database.available:
+            stream.fail(unavailable())
         self._streams[session_id].add(stream)
         self._mark(stream)
         self._to_watch.set()
