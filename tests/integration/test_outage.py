@@ -120,12 +120,14 @@ async def test_no_connection_left_is_no_outage_while_we_have_one(
     with pytest.raises(pg.OperationalError):
         while True:
             await connect(postgres.url)
-    async with database.connection() as conn:
+    async with AsyncExitStack() as taken:
+        await taken.enter_async_context(database.connection())
+        while database._pool.get_stats()["pool_available"]:
+            await taken.enter_async_context(database.connection())
         waiting = asyncio.create_task(api.client.get("/sessions"))
-        await until(lambda: bool(database._waiting))
-        await until(lambda: database._probe is not None and database._probe.done())
+        await until(lambda: database._probe is not None)
         assert database.available
-        await conn.execute("SELECT 1")
+        assert not waiting.done()
     assert (await waiting).status_code == 200
 
 
