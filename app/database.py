@@ -50,7 +50,7 @@ def _conninfo(settings: Settings) -> str:
     if settings.pooled:  # a pooler refuses startup options
         return info
     options = (
-        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC "
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c jit=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
         f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )
