@@ -14,15 +14,11 @@ CODE = "from outbox.cli import main; main(['api'])"
 
 
 def api(database: str, **env: str) -> AbstractAsyncContextManager[Process]:
-    return running(
-        sys.executable, "-c", CODE, env={"DATABASE_URL": database, "SENDOFF_PORT": "0", **env}
-    )
+    return running(sys.executable, "-c", CODE, env={"DATABASE_URL": database, "SENDOFF_PORT": "0", **env})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal_ends_open_streams_and_the_process(
-    database: str, number: signal.Signals
-) -> None:
+async def test_signal_ends_open_streams_and_the_process(database: str, number: signal.Signals) -> None:
     async with api(database) as process:
         ready = await process.event("api_ready")
         url = f"http://{ready['host']}:{ready['port']}"

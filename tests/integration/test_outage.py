@@ -6,12 +6,11 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from psycopg import AsyncConnection
 from psycopg import errors as pg
 
 from app.database import Database
@@ -50,9 +49,7 @@ async def own_api(postgres: EmbeddedPostgres) -> AsyncIterator[Api]:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_stop_and_start_under_a_live_api(
-    own_api: Api, postgres: EmbeddedPostgres, mode: Any
-) -> None:
+async def test_stop_and_start_under_a_live_api(own_api: Api, postgres: EmbeddedPostgres, mode: Any) -> None:
     api = own_api
     created = await api.create()
     # Fill the pool, so that all its connections go stale.
@@ -117,7 +114,7 @@ async def test_no_connection_left_is_no_outage_while_we_have_one(
     database = api.context.database
     await until(lambda: api.context.hub.listening)
     await database.row("SELECT 1")
-    with pytest.raises(pg.OperationalError):
+    with suppress(pg.OperationalError):
         while True:
             await connect(postgres.url)
     async with AsyncExitStack() as taken:
@@ -186,9 +183,7 @@ async def test_lock_that_is_not_released_ends_the_request(
         assert_unavailable(response)
 
 
-async def test_server_that_goes_silent_ends_the_request(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_server_that_goes_silent_ends_the_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statement's own timeout is the server's, which does not answer any more."""
     monkeypatch.setattr("app.database.ANSWER_TIMEOUT", 0.05)
     with pytest.raises(pg.OperationalError):

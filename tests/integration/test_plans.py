@@ -58,7 +58,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def explain(conn: psycopg.Connection[Any], query: Any, values: Any) -> tuple[set[str], int]:
     """The indexes a statement used, and the pages it read. No table may be read as a whole."""
     if isinstance(query, str):
-        query = sql.SQL(query)  # type: ignore[arg-type]
+        query = sql.SQL(query)
     statement = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {}").format(query)
     row = conn.execute(statement, values).fetchone()
     assert row is not None
@@ -87,9 +87,7 @@ def listed(**filters: Any) -> tuple[Any, dict[str, Any]]:
         ({"session_status": "active", "repo": "octo/tools7"}, "session_newest_of_repo"),
     ],
 )
-def test_list_of_sessions(
-    filled: psycopg.Connection[Any], filters: dict[str, Any], index: str
-) -> None:
+def test_list_of_sessions(filled: psycopg.Connection[Any], filters: dict[str, Any], index: str) -> None:
     query, values = listed(**filters)
     indexes, pages = explain(filled, query, values)
     assert indexes == {index}
@@ -106,7 +104,12 @@ def test_show(filled: psycopg.Connection[Any]) -> None:
 @pytest.mark.parametrize("attempts", ["last", "all"])
 def test_messages(filled: psycopg.Connection[Any], attempts: str) -> None:
     values = {
-        "id": SESSION, "scope": None, "attempts": attempts, "after": 5, "limit": 10, "page_bytes": 10**6
+        "id": SESSION,
+        "scope": None,
+        "attempts": attempts,
+        "after": 5,
+        "limit": 10,
+        "page_bytes": 10**6,
     }
     indexes, pages = explain(filled, messages._LIST, values)
     assert "message_pkey" in indexes
