@@ -46,6 +46,8 @@ async def test_start_says_that_there_is_no_authentication(database: str) -> None
         warning = await process.event("dev_identity")
         assert warning["level"] == "warning"
         assert "no authentication" in warning["warning"]
+        process.send(signal.SIGTERM)  # in the midst of its start
+        assert await process.ended() == 0
 
 
 async def test_host_that_strangers_reach_is_refused(database: str) -> None:
