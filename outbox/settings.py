@@ -77,7 +77,10 @@ class Settings(BaseSettings):
     """debug, info, warning or error. debug tells of every row."""
 
     retention: Annotated[float, Field(ge=0)] = 7 * 86400.0
-    """How long finished rows and archived sessions are kept."""
+    """How long finished rows, archived sessions and answers to an Idempotency-Key are kept."""
+
+    message_retention: Annotated[float, Field(ge=0)] = 90 * 86400.0
+    """How long the messages of a session are kept in which nothing happens any more."""
 
     @property
     def listen_url(self) -> str:

@@ -312,16 +312,19 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_follow_delete;
 -- session's last. fenced: nothing was written, the attempt is not the caller's any more.
 -- The first write of a new attempt puts a superseded event before it: what the earlier attempt said
 -- for this prompt no longer counts.
+-- after_seq makes a write whose answer was lost repeatable: the last_seq that the caller's last write
+-- returned, 0 for the first of its attempt. If the session is past it, this batch is stored already,
+-- because nobody else writes to a session while the caller's row runs. Null: append in any case.
 CREATE FUNCTION message_append(
     holder uuid, row_id bigint, row_attempt integer,
-    of_session uuid, of_prompt uuid, bodies jsonb[],
+    of_session uuid, of_prompt uuid, bodies jsonb[], after_seq bigint DEFAULT NULL,
     OUT fenced boolean, OUT cancel boolean, OUT last_seq bigint
 )
 LANGUAGE plpgsql VOLATILE
 AS $$
 #variable_conflict use_column
 DECLARE
-    superseded integer;
+    latest integer;
 BEGIN
     cancel := outbox_fence(holder, row_id, row_attempt);
     fenced := cancel IS NULL;
@@ -329,11 +332,16 @@ BEGIN
         RETURN;
     END IF;
 
-    SELECT m.attempt INTO superseded FROM message AS m
+    SELECT s.last_seq INTO last_seq FROM session AS s WHERE s.id = of_session FOR NO KEY UPDATE;
+    SELECT m.attempt INTO latest FROM message AS m
     WHERE m.prompt_id = of_prompt ORDER BY m.attempt DESC LIMIT 1;
-    IF superseded < row_attempt THEN
+    IF (after_seq > 0 AND last_seq > after_seq) OR (after_seq = 0 AND latest = row_attempt) THEN
+        RETURN;
+    END IF;
+
+    IF latest < row_attempt THEN
         bodies := array_prepend(
-            jsonb_build_object('type', 'superseded', 'attempt', superseded), bodies);
+            jsonb_build_object('type', 'superseded', 'attempt', latest), bodies);
     END IF;
 
     UPDATE session AS s
@@ -346,5 +354,5 @@ BEGIN
     ORDER BY b.place;
 END
 $$;
-COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[]) IS
+COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[], bigint) IS
     'Stores an agent''s events in order, fenced by the attempt of the outbox row.';

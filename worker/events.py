@@ -134,7 +134,7 @@ def _clean(text: str, notes: set[str]) -> str:
     try:
         cleaned.encode()
     except UnicodeEncodeError:
-        cleaned = cleaned.encode(errors="surrogatepass").decode(errors="replace")
+        cleaned = cleaned.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if cleaned != text:
         notes.add(_CHARACTERS)
     return cleaned

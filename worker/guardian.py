@@ -230,5 +230,7 @@ def prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
+    # Some event loops leave copies of our socket and pipes open: they would hide the end of each.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     Guardian(float(sys.argv[1]), float(sys.argv[2])).run(sys.argv[3:])

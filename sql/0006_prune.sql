@@ -1,0 +1,84 @@
+-- Housekeeping: a row of topic outbox.prune that deletes what is past its retention, in small batches, and
+-- schedules its successor in the transaction that ends it (worker/handlers/prune.py). Dead rows are kept
+-- until somebody retries or discards them.
+
+-- One page of the outbox by id. Ids are nearly in the order of time, so that the end is where a page holds
+-- nothing older than before: next_id is null there.
+CREATE FUNCTION outbox_prune(
+    before timestamptz, from_id bigint, page_size integer,
+    OUT deleted integer, OUT next_id bigint
+)
+LANGUAGE sql VOLATILE
+AS $$
+    WITH page AS MATERIALIZED (
+        SELECT id, state, created_at, finished_at FROM outbox
+        WHERE id > from_id
+        ORDER BY id
+        LIMIT page_size
+    ),
+    gone AS (
+        DELETE FROM outbox AS o
+        USING page AS p
+        WHERE o.id = p.id AND o.state IN ('done', 'cancelled') AND p.finished_at < before
+        RETURNING 1
+    )
+    SELECT (SELECT count(*)::integer FROM gone),
+           (SELECT max(id) FROM page HAVING min(created_at) < before)
+$$;
+COMMENT ON FUNCTION outbox_prune(timestamptz, bigint, integer) IS
+    'Deletes the rows of one page that were done or cancelled before that time; next_id is null at the end.';
+
+
+CREATE FUNCTION session_prune(
+    archived_before timestamptz, quiet_before timestamptz, page_size integer
+) RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    deleted integer;
+    total   integer;
+BEGIN
+    DELETE FROM idempotency
+    WHERE (user_id, key) IN (
+        SELECT user_id, key FROM idempotency WHERE created_at < archived_before
+        ORDER BY created_at LIMIT page_size);
+    GET DIAGNOSTICS total = ROW_COUNT;
+
+    -- The messages of sessions that have been quiet, and then, once it has none, an archived session.
+    DELETE FROM message
+    WHERE (session_id, seq) IN (
+        SELECT m.session_id, m.seq
+        FROM session AS s
+        JOIN message AS m ON m.session_id = s.id
+        WHERE s.created_at < greatest(archived_before, quiet_before)
+          AND s.inbox_status IN ('completed', 'archived')
+          AND (s.updated_at < quiet_before OR s.deleted_at < archived_before)
+        LIMIT page_size);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    total := total + deleted;
+
+    DELETE FROM session
+    WHERE id IN (
+        SELECT s.id FROM session AS s
+        WHERE s.created_at < archived_before AND s.deleted_at < archived_before
+          AND s.sandbox IS NULL
+          AND NOT EXISTS (SELECT FROM message AS m WHERE m.session_id = s.id)
+          AND NOT EXISTS (
+              SELECT FROM outbox AS o
+              WHERE o.ordering_key = 'session:' || s.id AND o.state IN ('ready', 'running'))
+        LIMIT page_size);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    total := total + deleted;
+
+    DELETE FROM worker
+    WHERE id IN (SELECT id FROM worker WHERE ended_at < archived_before LIMIT page_size);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN total + deleted;
+END
+$$;
+COMMENT ON FUNCTION session_prune(timestamptz, timestamptz, integer) IS
+    'Deletes a page of each: old answers, messages of sessions quiet since then, archived sessions, ended workers; 0 at the end.';
+
+
+INSERT INTO outbox (topic, unique_key, available_at, max_attempts)
+VALUES ('outbox.prune', 'outbox.prune', clock_timestamp() + interval '1 hour', 32767);
