@@ -155,7 +155,8 @@ class Stream:
         self.user_id = found.user_id
         if found.seqs:
             self.cursor = found.seqs[-1]
-        all_read = self.cursor >= found.last_seq
+        # Nothing behind the cursor is the end too: messages before last_seq may have been pruned.
+        all_read = not found.seqs or self.cursor >= found.last_seq
         parts = [
             _event("superseded" if superseded else "message", text, seq)
             for seq, superseded, text in zip(found.seqs, found.superseded, found.texts, strict=True)

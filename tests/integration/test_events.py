@@ -116,6 +116,19 @@ async def test_stream_of_a_completed_session_gives_all_and_ends(api: Api, hand: 
     assert [int(event.id) for event in rest if event.event == "message"] == list(range(1, 251))
 
 
+async def test_stream_whose_messages_were_pruned(api: Api, hand: Hand, reads: list[int]) -> None:
+    session_id = await begun(api, hand)
+    await hand.say("1", "2", "3")
+    await hand.complete()
+    await hand.conn.execute("DELETE FROM message WHERE seq > 1")
+    async with api.follow(session_id, "?until=completed") as events:
+        assert [event.event for event in await events.rest()] == ["status", "message"]
+    await hand.conn.execute("DELETE FROM message")
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, reads)
+
+
 async def test_new_attempt_supersedes(api: Api, hand: Hand) -> None:
     session_id = await begun(api, hand)
     async with api.follow(session_id) as events:
