@@ -36,7 +36,9 @@ def load(conn: psycopg.Connection[Any], file: Path, *, final: bool) -> Record:
             lines=lines,
             events=events,
             rows=[Row(**r) for r in rows("SELECT id, topic, state, blocked, errors, payload FROM outbox")],
-            lives=[Life(**r) for r in rows("SELECT at, worker_id::text, lease_until, reason FROM chaos_life")],
+            lives=[
+                Life(**r) for r in rows("SELECT at, worker_id::text, lease_until, reason FROM chaos_life")
+            ],
             booked={r["tag"]: r["rows"] for r in rows("SELECT tag, rows FROM chaos_booked")},
             effects=[Effect(**r) for r in rows("SELECT xid, row_id, attempt, kind FROM chaos_effect")],
             borrowed=[Token(**r) for r in rows("SELECT xid, token, row_id, attempt FROM chaos_borrowed")],

@@ -32,7 +32,7 @@ Connection = psycopg.AsyncConnection[Any]
 KEYS = [f"key-{n}" for n in range(12)]
 
 
-class RollBack(Exception):  # noqa: N818 - not an error
+class RollBack(Exception):
     """Wanted: the transaction is to leave nothing."""
 
 
@@ -95,7 +95,9 @@ class Producers:
         give_up = self.random.random() < 0.1 and not dawdle
         if self.random.random() < 0.1:
             await conn.set_isolation_level(
-                self.random.choice([psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE])
+                self.random.choice(
+                    [psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE]
+                )
             )
         else:
             await conn.set_isolation_level(None)
