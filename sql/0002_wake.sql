@@ -184,8 +184,8 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key_by_delete;
 
 
 -- Keeps a row true to itself whoever wrote it: a cancelled wait ends at once, whether the mark or the
--- readiness came last; ended rows have a time, others have none; only ready rows are blocked, and none
--- by a key that is not theirs any more.
+-- readiness came last; ended rows have a time, others have none; only ready rows are blocked, and only
+-- behind the key they have: one that is given another key is judged anew by the next claim.
 CREATE FUNCTION outbox_settle() RETURNS trigger
 LANGUAGE plpgsql
 AS $$
@@ -193,8 +193,7 @@ BEGIN
     IF NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL THEN
         NEW.state := 'cancelled';
     END IF;
-    NEW.blocked := NEW.blocked AND NEW.state = 'ready'
-        AND NEW.ordering_key IS NOT DISTINCT FROM OLD.ordering_key;
+    NEW.blocked := NEW.blocked AND NEW.state = 'ready' AND NEW.ordering_key IS NOT DISTINCT FROM OLD.ordering_key;
     NEW.finished_at := CASE
         WHEN NEW.state IN ('ready', 'running') THEN NULL
         ELSE coalesce(NEW.finished_at, clock_timestamp())
