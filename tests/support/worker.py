@@ -282,6 +282,7 @@ def command(
             "DATABASE_URL": database,
             "PYTHONPATH": f"{ROOT}:{handlers}",
             "SENDOFF_LEASE": str(lease),
+            "SENDOFF_DRAIN_GRACE": "0",
             "SENDOFF_LOG_LEVEL": "debug",
             **env,
         },
