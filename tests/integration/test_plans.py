@@ -1,177 +1,152 @@
-"""The cost of the hot statements does not grow with finished, delayed or blocked rows.
+"""Hot queries use their indexes: real statements with real values, enough rows, the planner left alone."""
 
-The plans are those that the functions really use: auto_explain reports every statement inside them, run
-for real, with the buffers it touched. The planner is left alone, on analyzed tables.
-"""
-
-import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
+import psycopg
 import pytest
+from psycopg import sql
 
-from tests.conftest import Connect
-from tests.support.steps import Connection, add, claim, column, new_worker, one
+from app import hub, messages, rows, sessions
 
-MANY = 200_000
-FEW_BUFFERS = 300
-"""What a claim of one row may touch, writes to the table and its indexes included."""
-
-CLAIM = "SELECT id FROM outbox_claim(%s, '{t}', 1, '10 min')"
-DEADLINE = "SELECT row_due FROM outbox_next_deadline(%s, '{t}', '6 s', '1 h')"
-RESCUE = "SELECT outbox_rescue(%s, '1 ms', '1 h')"
-PARKED_LOOK = "INSERT INTO outbox (topic) VALUES ('t')"
-
-BACKLOGS = {
-    "done": "INSERT INTO outbox (topic, state, finished_at, worker_id)"
-            f" SELECT 't', 'done', now(), gen_random_uuid() FROM generate_series(1, {MANY})",
-    "delayed": "INSERT INTO outbox (topic, available_at)"
-               f" SELECT 't', now() + interval '1 day' FROM generate_series(1, {MANY})",
-    "delayed, urgent": "INSERT INTO outbox (topic, priority, available_at)"
-                       f" SELECT 't', 9, now() + interval '1 day' FROM generate_series(1, {MANY})",
-    "blocked": "INSERT INTO outbox (topic, ordering_key, blocked)"
-               f" SELECT 't', 'k' || n % 5, true FROM generate_series(1, {MANY // 4}) n",
-    "other topics": f"INSERT INTO outbox (topic) SELECT 'x' || n % 50 FROM generate_series(1, {MANY // 4}) n",
-}  # fmt: skip
-
-
-class Explained(list[dict[str, Any]]):
-    """The plans of the statements that a call ran, outermost last."""
-
-    def buffers(self) -> int:
-        """Pages touched by the outermost statement, those inside it included."""
-        plan = self[-1]["Plan"]
-        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
-
-    def nodes(self) -> Iterator[dict[str, Any]]:
-        waiting = [plan["Plan"] for plan in self]
-        while waiting:
-            node = waiting.pop()
-            waiting += node.get("Plans", [])
-            yield node
-
-    def indexes(self) -> set[str]:
-        return {node["Index Name"] for node in self.nodes() if "Index Name" in node}
-
-    def read_in_full(self) -> list[str]:
-        """The statements that read every row of a table that grows."""
-        return [
-            plan["Query Text"]
-            for plan in self
-            for node in Explained([plan]).nodes()
-            if node["Node Type"] == "Seq Scan"
-            and node.get("Actual Loops")
-            and node.get("Relation Name") in ("outbox", "session", "prompt", "message")
-        ]
+FILL = """
+INSERT INTO session (id, user_id, repo, target_branch, branch, title, inbox_status, last_seq, created_at)
+SELECT md5(n::text)::uuid, 'user' || n % 10, 'octo/tools' || n % 100, 'main', 'b' || n, 't',
+       CASE WHEN n % 1000 = 0 THEN 'pending' ELSE 'completed' END, 20,
+       timestamptz '2026-01-01' + n * interval '1 second'
+FROM generate_series(1, 20000) AS n;
+INSERT INTO prompt (id, session_id, text, status)
+SELECT md5('p' || n)::uuid, md5(n::text)::uuid, 'x', 'succeeded' FROM generate_series(1, 20000) AS n;
+INSERT INTO message (session_id, seq, prompt_id, attempt, body)
+SELECT md5(n::text)::uuid, m, md5('p' || n)::uuid, 1, '{"type": "assistant"}'
+FROM generate_series(1, 4000) AS n, generate_series(1, 20) AS m;
+INSERT INTO outbox (topic, ordering_key, payload, state, finished_at)
+SELECT 'session.run', 'session:' || md5(n::text)::uuid,
+       jsonb_build_object('session_id', md5(n::text)::uuid, 'prompt_id', md5('p' || n)::uuid),
+       CASE WHEN n % 500 = 0 THEN 'dead' WHEN n % 501 = 0 THEN 'ready' ELSE 'done' END,
+       CASE WHEN n % 500 <> 0 AND n % 501 = 0 THEN NULL ELSE now() END
+FROM generate_series(1, 20000) AS n;
+INSERT INTO watcher (session_id, presence)
+SELECT md5(n::text)::uuid, 7 FROM generate_series(1, 2000) AS n;
+ANALYZE;
+"""
+SESSION = UUID("c4ca4238-a0b9-2382-0dcc-509a6f75849b")  # md5('1')
 
 
-async def explain(conn: Connection, query: str, *values: Any) -> Explained:
-    """Run a statement for real, and return the plans of all it ran."""
-    found = Explained()
+@pytest.fixture(scope="module")
+def filled(server: str, template: str) -> Iterator[psycopg.Connection[Any]]:
+    from tests.conftest import _new_database
+    from tests.support.server import with_database
 
-    def keep(notice: Any) -> None:
-        _, _, text = (notice.message_primary or "").partition("plan:\n")
-        if text:
-            found.append(json.loads(text))
-
-    await conn.execute("LOAD 'auto_explain'")
-    await conn.execute(
-        "SELECT set_config('auto_explain.' || name, value, false) FROM (VALUES ('log_analyze', 'on'),"
-        " ('log_buffers', 'on'), ('log_nested_statements', 'on'), ('log_format', 'json'),"
-        " ('log_timing', 'off'), ('log_level', 'notice'), ('log_min_duration', '0')) AS s (name, value)"
-    )
-    conn.add_notice_handler(keep)
-    await conn.execute(query.encode(), values or None)
-    conn.remove_notice_handler(keep)
-    await conn.execute("SET auto_explain.log_min_duration = -1")
-    assert found
-    return found
-
-
-@pytest.fixture(params=BACKLOGS)
-async def loaded(request: pytest.FixtureRequest, connect: Connect) -> Connection:
-    """A database with very many rows that no claim may touch, vacuumed as autovacuum would."""
-    conn = await connect()
-    if not await column(conn, "SELECT 1 FROM pg_available_extensions WHERE name = 'pg_stat_statements'"):
-        pytest.skip("the server has no contrib modules")
-    await conn.execute(BACKLOGS[request.param].encode())
-    await conn.execute("VACUUM (ANALYZE) outbox")
-    return conn
-
-
-async def test_claim_and_the_rest_of_a_turn_read_a_few_pages(loaded: Connection) -> None:
-    """One row is due among them all: found, completed, failed, renewed and missed for a few pages each."""
-    worker, other = await new_worker(loaded), await new_worker(loaded)
-    for _ in range(6):  # past the reading of catalogs, and past the plans made for given values
-        await add(loaded)
-        (first,) = await claim(loaded, worker)
-        await loaded.execute("SELECT outbox_complete(%s, %s, '{1}')", (worker, [first.id]))
-        await loaded.execute(DEADLINE.encode(), (worker,))
-        await loaded.execute("SELECT outbox_fail(%s, %s, 1, 'no')", (worker, first.id))
-    rows = [await add(loaded) for _ in range(4)]
-
-    claimed = await explain(loaded, CLAIM, worker)
-    assert "outbox_claimable" in claimed.indexes()
-    assert not claimed.read_in_full()
-    assert claimed.buffers() < FEW_BUFFERS
-
-    for query, values in (
-        (DEADLINE, (worker,)),
-        ("SELECT outbox_renew(%s, '6 s', ARRAY[%s::bigint], '{1}')", (worker, rows[0])),
-        ("SELECT outbox_complete(%s, ARRAY[%s::bigint], '{1}')", (worker, rows[0])),
-        (CLAIM, (worker,)),
-        ("SELECT outbox_fence(%s, %s, 1)", (worker, rows[1])),
-        ("SELECT outbox_fail(%s, %s, 1, 'no')", (worker, rows[1])),
-        (PARKED_LOOK, ()),
-        ("SELECT outbox_writers()", ()),
+    with (
+        _new_database(server, template) as name,
+        psycopg.connect(with_database(server, name), autocommit=True) as conn,
     ):
-        plans = await explain(loaded, query, *values)
-        assert not plans.read_in_full(), query
-        assert plans.buffers() < FEW_BUFFERS, (query, plans.buffers())
-
-    await claim(loaded, other)
-    await loaded.execute("UPDATE worker SET lease_until = 'yesterday' WHERE id = %s", (other,))
-    rescued = await explain(loaded, RESCUE, worker)
-    assert "outbox_running" in rescued.indexes()
-    assert not rescued.read_in_full()
-    assert rescued.buffers() < FEW_BUFFERS
-    assert await one(loaded, "SELECT state FROM outbox WHERE id = %s", rows[2]) == "ready"
+        conn.execute("SET synchronous_commit = off")
+        conn.execute(FILL)
+        yield conn
 
 
-async def test_key_is_taken_and_freed_by_its_index(connect: Connect) -> None:
-    """With 20,000 rows waiting behind it, and as many of other keys finished."""
-    conn = await connect()
-    await conn.execute(
-        "INSERT INTO outbox (topic, ordering_key, state, finished_at)"
-        " SELECT 't', 'k' || n % 100, 'done', now() FROM generate_series(1, 20000) n"
-    )
-    await conn.execute(
-        "INSERT INTO outbox (topic, ordering_key, blocked)"
-        " SELECT 't', 'k', n > 1 FROM generate_series(1, 20000) n"
-    )
-    await conn.execute("VACUUM (ANALYZE) outbox")
-    worker = await new_worker(conn)
-    for turn in range(4):
-        taken = await explain(conn, CLAIM, worker)
-        row = await one(conn, "SELECT id FROM outbox WHERE state = 'running'")
-        assert row is not None
-        freed = await explain(conn, "SELECT outbox_complete(%s, ARRAY[%s::bigint], '{1}')", worker, row)
-        for plans in (taken, freed):
-            assert not plans.read_in_full()
-            assert turn == 0 or plans.buffers() < FEW_BUFFERS  # the first reads catalogs
-        assert "outbox_key" in freed.indexes()
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
 
 
-async def test_these_tests_would_notice_a_missing_index(connect: Connect) -> None:
-    """Without outbox_claimable, the same claim reads the whole table."""
-    conn = await connect()
-    await conn.execute("DROP INDEX outbox_claimable")
-    await conn.execute(
-        "INSERT INTO outbox (topic, state, finished_at)"
-        " SELECT 't', 'done', now() FROM generate_series(1, 20000)"
-    )
-    await add(conn)
-    await conn.execute("VACUUM (ANALYZE) outbox")
-    plans = await explain(conn, CLAIM, await new_worker(conn))
-    assert plans.read_in_full()
-    assert plans.buffers() > FEW_BUFFERS
+def explain(conn: psycopg.Connection[Any], query: Any, values: Any) -> tuple[set[str], int]:
+    """The indexes a statement used, and the pages it read. No table may be read as a whole."""
+    if isinstance(query, str):
+        query = sql.SQL(query)
+    statement = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {}").format(query)
+    row = conn.execute(statement, values).fetchone()
+    assert row is not None
+    plan = row[0][0]["Plan"]
+    tables = ("session", "prompt", "message", "outbox", "watcher")
+    for node in nodes(plan):
+        whole = node["Node Type"] == "Seq Scan" and node["Relation Name"] in tables
+        assert not whole, f"reads all of {node['Relation Name']}"
+    indexes = {node["Index Name"] for node in nodes(plan) if "Index Name" in node}
+    return indexes, plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+def listed(**filters: Any) -> tuple[Any, dict[str, Any]]:
+    values = dict.fromkeys(sessions._CONDITIONS) | {"key": SESSION, "rows": 51} | filters
+    applying = [text for name, text in sessions._CONDITIONS.items() if values[name] is not None]
+    return sessions._LIST.format(conditions=sql.SQL(" AND ").join(applying)), values
+
+
+@pytest.mark.parametrize(
+    ("filters", "index"),
+    [
+        ({"session_status": "active"}, "session_newest"),
+        ({"session_status": "active", "at": datetime(2026, 1, 1, 2, tzinfo=UTC)}, "session_newest"),
+        ({"session_status": "active", "scope": "user3"}, "session_newest_of_user"),
+        ({"session_status": "active", "inbox_status": "pending"}, "session_unfinished"),
+        ({"session_status": "active", "repo": "octo/tools7"}, "session_newest_of_repo"),
+    ],
+)
+def test_list_of_sessions(filled: psycopg.Connection[Any], filters: dict[str, Any], index: str) -> None:
+    query, values = listed(**filters)
+    indexes, pages = explain(filled, query, values)
+    assert indexes == {index}
+    assert pages < 120
+
+
+def test_show(filled: psycopg.Connection[Any]) -> None:
+    values = {"id": SESSION, "scope": None, "worker_present": True}
+    indexes, pages = explain(filled, sessions._SHOW, values)
+    assert indexes == {"session_pkey", "prompt_of_session"}
+    assert pages < 20
+
+
+@pytest.mark.parametrize("attempts", ["last", "all"])
+def test_messages(filled: psycopg.Connection[Any], attempts: str) -> None:
+    values = {
+        "id": SESSION,
+        "scope": None,
+        "attempts": attempts,
+        "after": 5,
+        "limit": 10,
+        "page_bytes": 10**6,
+    }
+    indexes, pages = explain(filled, messages._LIST, values)
+    assert "message_pkey" in indexes
+    assert pages < 40
+
+
+def test_read_of_many_streams(filled: psycopg.Connection[Any]) -> None:
+    """All in one statement; a few pages for each."""
+    ids = [row[0] for row in filled.execute("SELECT id FROM session ORDER BY id LIMIT 20")]
+    values = {"ids": ids, "cursors": [19] * 20, "batch": hub.BATCH, "batch_bytes": hub.BATCH_BYTES}
+    indexes, pages = explain(filled, hub._READ, values)
+    assert {"message_pkey", "prompt_of_session"} <= indexes
+    assert pages < 20 * 20
+
+
+def test_dead_rows(filled: psycopg.Connection[Any]) -> None:
+    indexes, pages = explain(filled, rows._DEAD, {"at": None, "key": None, "rows": 11})
+    assert indexes == {"outbox_dead"}
+    assert pages < 60
+
+
+def test_watch_and_unwatch(filled: psycopg.Connection[Any]) -> None:
+    """pg_locks is read once, not once a watch."""
+    _, pages = explain(filled, "SELECT session_watch(%s, 8)", ([SESSION],))
+    assert filled.execute("SELECT count(*) FROM watcher").fetchone() == (1,)
+    indexes, _ = explain(filled, hub._UNWATCH, (8, [SESSION]))
+    assert pages < 20000
+    del indexes
+
+
+def test_cancel_finds_the_rows_of_a_session(filled: psycopg.Connection[Any]) -> None:
+    query = """
+        SELECT o.id FROM outbox AS o
+        WHERE o.ordering_key = 'session:' || %s::uuid AND o.state IN ('ready', 'running')
+          AND o.topic = 'session.run'
+        ORDER BY o.id FOR UPDATE
+    """
+    indexes, pages = explain(filled, query, (SESSION,))
+    assert indexes == {"outbox_key"}
+    assert pages < 20
