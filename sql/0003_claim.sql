@@ -34,14 +34,16 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(1397048887, hashtext(key)) THEN
         RETURN false;
     END IF;
-    -- Two questions, each with an index of its own: as one, it would read the whole queue behind the first
-    -- row of a key.
-    IF EXISTS (
+    -- Each asks an index for one row. As EXISTS with "a lower id, or running", it read the whole queue
+    -- behind the first row of a key; with the lower id alone, the planner still may read the table.
+    IF (
+        SELECT o.id FROM outbox AS o
+        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
+        ORDER BY o.id
+        LIMIT 1
+    ) < row_id OR EXISTS (
         SELECT FROM outbox AS o
         WHERE o.ordering_key = key AND o.state = 'running' AND o.id <> row_id
-    ) OR EXISTS (
-        SELECT FROM outbox AS o
-        WHERE o.ordering_key = key AND o.state IN ('ready', 'running') AND o.id < row_id
     ) THEN
         -- All that wait behind it too, else a long queue of one key would be read row by row, claim by
         -- claim. Never waits: a row that another claim has locked is marked by whoever meets it next.
@@ -321,18 +323,21 @@ COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
     'Gives claimed rows back without a failure: a drain, or a wait for something that is not there yet.';
 
 
--- Ends an attempt whose handler was stopped because of a cancel.
+-- Ends an attempt whose handler was stopped because of a cancel. Without the mark, because a cancel of an
+-- earlier attempt was heard late or the handler took itself for cancelled, the row goes back: not at once,
+-- or such a handler would spin.
 CREATE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
 AS $$
     UPDATE outbox AS o
-    SET state = 'cancelled'
+    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        available_at = CASE WHEN o.cancel_requested_at IS NULL THEN clock_timestamp() + interval '1 second'
+                            ELSE o.available_at END
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
-      AND o.cancel_requested_at IS NOT NULL
-    RETURNING true
+    RETURNING o.state = 'cancelled'
 $$;
 COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
-    'Ends a claimed row as cancelled once its handler has stopped; null if it is fenced or was not asked for.';
+    'Ends a claimed row as cancelled once its handler has stopped; false if that was not asked for and the row went back, null if it is fenced.';
 
 
 -- Extends the lease and tells which of the rows the worker believes to run it still does, and which of

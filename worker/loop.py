@@ -472,10 +472,12 @@ class Worker:
                         back = await hand_back(self._control, self.id, [job.token], delay)
                         state = "handed back" if back else "fenced"
                     case End.CANCELLED:
-                        await self._control.execute(
+                        cursor = await self._control.execute(
                             "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
                         )
-                        state = "cancelled"
+                        ended = await cursor.fetchone()
+                        assert ended is not None
+                        state = {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)
