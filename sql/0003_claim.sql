@@ -83,7 +83,8 @@ CREATE FUNCTION outbox_claim(
     topics      text[],
     slots       integer,
     lease       interval,
-    stay_parked boolean DEFAULT false
+    stay_parked boolean DEFAULT false,
+    of_presence integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -98,8 +99,12 @@ BEGIN
     END IF;
 
     -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
-    -- or after it, and then sees the rows claimed here.
-    SELECT w.* INTO me FROM worker AS w WHERE w.id = claimer AND w.ended_at IS NULL FOR NO KEY UPDATE;
+    -- or after it, and then sees the rows claimed here. A claim of an earlier connection of this worker,
+    -- still on its way when that broke, comes before the new presence, which then finds its rows
+    -- (worker/loop.py, _introduce), or fails: nobody would hear of what it claims.
+    SELECT w.* INTO me FROM worker AS w
+    WHERE w.id = claimer AND w.ended_at IS NULL AND w.presence IS NOT DISTINCT FROM coalesce(of_presence, w.presence)
+    FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
     END IF;
@@ -192,7 +197,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integer) IS
     'Claims up to slots due rows of these topics for a worker, by priority, then in the order of topics given, then by age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
 
 
@@ -225,7 +230,7 @@ COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
 -- locked first: the order of locks is the same as a rescue's.
 CREATE FUNCTION outbox_complete_and_claim(
     turner uuid, ids bigint[], attempts integer[],
-    topics text[], slots integer, lease interval, stay_parked boolean
+    topics text[], slots integer, lease interval, stay_parked boolean, of_presence integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -240,10 +245,10 @@ BEGIN
         FROM unnest(ids, attempts) AS f (id, attempt)
         WHERE f.id <> ALL (ended);
     END IF;
-    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked);
+    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, of_presence);
 END
 $$;
-COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer) IS
     'Ends completed rows and claims the next in one commit; rows without a topic are completions that were fenced.';
 
 
