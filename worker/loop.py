@@ -256,8 +256,13 @@ class Worker:
     async def _turns(self) -> None:
         while True:
             self._listener.check()
-            with bounded(self._control, self._settings.lease):
-                await self._turn()
+            try:
+                with bounded(self._control, self._settings.lease):
+                    await self._turn()
+            except psycopg.errors.DeadlockDetected as error:
+                log.warning("deadlock", error=str(error).strip())
+                self._look = True
+                continue  # nothing of the statement was done: the next turn does it again
             if self.draining and not self._running and not self._ended:
                 await self._leave()
                 return
