@@ -35,11 +35,12 @@ BEGIN
         RETURN false;
     END IF;
     -- Each asks an index for one row. As EXISTS with "a lower id, or running", it read the whole queue
-    -- behind the first row of a key; with the lower id alone, the planner still may read the table.
+    -- behind the first row of a key. The key is given as a range, so that only outbox_key has the order
+    -- asked for: with an equality the planner may read the table by id until it meets the key.
     IF (
         SELECT o.id FROM outbox AS o
-        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
-        ORDER BY o.id
+        WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+        ORDER BY o.ordering_key, o.id
         LIMIT 1
     ) < row_id OR EXISTS (
         SELECT FROM outbox AS o
@@ -50,8 +51,9 @@ BEGIN
         UPDATE outbox SET blocked = true
         WHERE id IN (
             SELECT o.id FROM outbox AS o
-            WHERE o.ordering_key = key AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
-            ORDER BY o.id
+            WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+              AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
+            ORDER BY o.ordering_key, o.id
             LIMIT 10000
             FOR UPDATE SKIP LOCKED
         );
