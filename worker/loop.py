@@ -282,7 +282,9 @@ class Worker:
         if self._look and self._free() and not self._event.is_set():
             await asyncio.sleep(0)  # rows keep coming: only let the handlers run
             return
-        until = min(self._look_at, self._rescue_at, self._probe_at)
+        until = min(self._rescue_at, self._probe_at)
+        if self._free():  # else a row that is due could not start
+            until = min(until, self._look_at)
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
