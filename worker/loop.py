@@ -469,10 +469,7 @@ class Worker:
                         back = await hand_back(self._control, self.id, [job.token], delay)
                         state = "handed back" if back else "fenced"
                     case End.CANCELLED:
-                        await self._control.execute(
-                            "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
-                        )
-                        state = "cancelled"
+                        state = await self._end_cancelled(job)
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)
@@ -484,6 +481,17 @@ class Worker:
                 state=state,
                 reason=outcome.reason or None,
             )
+
+    async def _end_cancelled(self, job: Job) -> str:
+        assert self.id is not None
+        cursor = await self._control.execute(
+            "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
+        )
+        row = await cursor.fetchone()
+        if row is not None and row[0]:
+            return "cancelled"
+        # The mark was taken away, or never there; else it would stay ours, and nobody run it.
+        return "handed back" if await hand_back(self._control, self.id, [job.token]) else "fenced"
 
     async def _tell_draining(self) -> None:
         await self._control.execute(
