@@ -81,7 +81,8 @@ CREATE FUNCTION outbox_claim(
     topics      text[],
     slots       integer,
     lease       interval,
-    stay_parked boolean DEFAULT false
+    stay_parked boolean DEFAULT false,
+    connection  integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -100,6 +101,11 @@ BEGIN
     SELECT w.* INTO me FROM worker AS w WHERE w.id = claimer AND w.ended_at IS NULL FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
+    END IF;
+    -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
+    -- and come back on another: nobody would hear of what it takes.
+    IF connection <> me.presence THEN
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, claimer;
     END IF;
 
     moment := clock_timestamp();
@@ -190,7 +196,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integer) IS
     'Claims up to slots due rows of these topics for a worker, by priority, then in the order of topics given, then by age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
 
 
@@ -223,7 +229,7 @@ COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
 -- locked first: the order of locks is the same as a rescue's.
 CREATE FUNCTION outbox_complete_and_claim(
     turner uuid, ids bigint[], attempts integer[],
-    topics text[], slots integer, lease interval, stay_parked boolean
+    topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -238,10 +244,10 @@ BEGIN
         FROM unnest(ids, attempts) AS f (id, attempt)
         WHERE f.id <> ALL (ended);
     END IF;
-    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked);
+    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, connection);
 END
 $$;
-COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer) IS
     'Ends completed rows and claims the next in one commit; rows without a topic are completions that were fenced.';
 
 
@@ -333,6 +339,35 @@ AS $$
 $$;
 COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
     'Ends a claimed row as cancelled once its handler has stopped; null if it is fenced or was not asked for.';
+
+
+-- A worker is back on another connection, which it calls by its presence. A claim whose answer was lost may
+-- have taken rows that it does not know of: all but those that it says it runs are given back.
+CREATE FUNCTION outbox_reconnect(
+    worker_back uuid, connection integer, ids bigint[], attempts integer[]
+) RETURNS SETOF bigint
+LANGUAGE plpgsql VOLATILE ROWS 10
+AS $$
+BEGIN
+    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back AND ended_at IS NULL;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'SO001';
+    END IF;
+    -- A statement of its own: its snapshot shows what the claim that held the worker's row has taken.
+    RETURN QUERY
+    WITH lost AS MATERIALIZED (
+        SELECT o.id, o.attempt FROM outbox AS o
+        WHERE o.worker_id = worker_back AND o.state = 'running'
+          AND NOT EXISTS (
+              SELECT FROM unnest(ids, attempts) AS f (id, attempt)
+              WHERE f.id = o.id AND f.attempt = o.attempt)
+        ORDER BY o.id
+    )
+    SELECT outbox_hand_back(worker_back, array_agg(l.id), array_agg(l.attempt)) FROM lost AS l;
+END
+$$;
+COMMENT ON FUNCTION outbox_reconnect(uuid, integer, bigint[], integer[]) IS
+    'Makes a worker''s new connection known, and gives back what runs under its name and not in it; returns those ids.';
 
 
 -- Extends the lease and tells which of the rows the worker believes to run it still does, and which of

@@ -32,6 +32,7 @@ from outbox.claim import (
     complete_and_claim,
     fail,
     hand_back,
+    reconnect,
     register,
     renew,
 )
@@ -155,12 +156,10 @@ class Worker:
             )
             log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
         else:
-            cursor = await self._control.execute(
-                "UPDATE worker SET presence = %s, parked = false WHERE id = %s AND ended_at IS NULL",
-                (self._listener.presence, self.id),
-            )
-            if cursor.rowcount == 0:
-                raise WorkerEnded(f"worker {self.id} has ended")
+            mine = [a.job.token for a in self._running.values()] + [o.job.token for o in self._ended]
+            back = await reconnect(self._control, self.id, self._listener.presence, mine)
+            if back:
+                log.warning("claim_lost", worker_id=str(self.id), rows=sorted(back))
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
@@ -350,6 +349,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                connection=self._listener.presence,
             )
             self._completed(completed, refused)
         else:
@@ -359,6 +359,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                connection=self._listener.presence,
             )
         if rows:
             self._look_again = _LOOK_FIRST
