@@ -423,6 +423,9 @@ CREATE TRIGGER worker_deleted
 ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 
 
+-- Does not wait for a row that is locked: the dead worker may have been cut off in the middle of a fenced
+-- transaction which the server keeps open, and whoever waited for that could not renew its own lease. The
+-- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue).
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
@@ -431,7 +434,7 @@ DECLARE
 BEGIN
     WITH lost AS MATERIALIZED (
         SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
-        ORDER BY id FOR UPDATE
+        ORDER BY id FOR UPDATE SKIP LOCKED
     )
     UPDATE outbox AS o
     SET state = CASE
@@ -449,6 +452,10 @@ BEGIN
     FROM lost
     WHERE o.id = lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
+    UPDATE worker SET lease_until = CASE WHEN l.left_over THEN clock_timestamp() END
+    FROM (SELECT EXISTS (
+        SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running') AS left_over) AS l
+    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR l.left_over);
     RETURN freed;
 END
 $$;
@@ -476,6 +483,7 @@ LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
     lost    uuid;
+    why     text;
     rescued integer := 0;
 BEGIN
     IF connected < lease OR clock_timestamp() - pg_postmaster_start_time() < lease THEN
@@ -494,13 +502,20 @@ BEGIN
             UPDATE worker SET lease_until = NULL WHERE id = lost; -- idle: it keeps none
         END IF;
     END LOOP;
+    -- What was locked when its worker's life was ended.
+    FOR lost, why IN
+        SELECT w.id, w.end_reason FROM worker AS w
+        WHERE w.ended_at IS NOT NULL AND w.lease_until IS NOT NULL
+        ORDER BY w.id
+        FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        PERFORM outbox_free(lost, coalesce(why, 'its worker was ended'));
+    END LOOP;
     -- Rows whose worker has no lease, which only a restore or a disabled trigger leaves behind.
     FOR lost IN
         SELECT DISTINCT o.worker_id FROM outbox AS o
         WHERE o.state = 'running' AND o.worker_id <> rescuer
-          AND NOT EXISTS (
-              SELECT FROM worker AS w
-              WHERE w.id = o.worker_id AND w.ended_at IS NULL AND w.lease_until IS NOT NULL)
+          AND NOT EXISTS (SELECT FROM worker AS w WHERE w.id = o.worker_id AND w.lease_until IS NOT NULL)
         ORDER BY o.worker_id
     LOOP
         PERFORM outbox_free(lost, 'its worker had no lease');
@@ -570,7 +585,7 @@ BEGIN
         server_time - connected + lease
     )) INTO first_lease
     FROM worker AS w
-    WHERE w.id <> looker AND w.ended_at IS NULL AND w.lease_until IS NOT NULL;
+    WHERE w.id <> looker AND w.lease_until IS NOT NULL;
 
     row_due := first_row - server_time;
     lease_end := first_lease - server_time;
