@@ -157,9 +157,11 @@ BEGIN
     SET blocked = false
     WHERE blocked
       AND id = (
+          -- As a range, so that only outbox_key has this order: see outbox_take_key.
           SELECT o.id FROM outbox AS o
-          WHERE o.ordering_key = OLD.ordering_key AND o.state IN ('ready', 'running')
-          ORDER BY o.id
+          WHERE o.ordering_key >= OLD.ordering_key AND o.ordering_key <= OLD.ordering_key
+            AND o.state IN ('ready', 'running')
+          ORDER BY o.ordering_key, o.id
           LIMIT 1
       );
     RETURN NULL;

@@ -161,9 +161,24 @@ class Worker:
             )
             if cursor.rowcount == 0:
                 raise WorkerEnded(f"worker {self.id} has ended")
+            await self._give_back_strays()
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
+
+    async def _give_back_strays(self) -> None:
+        """Rows of ours that we know nothing of: the claim was committed, but its answer lost. No earlier
+        claim can come after the new presence, so this finds all of them.
+        """
+        assert self.id is not None
+        known = {attempt.job.token for attempt in self._running.values()}
+        known |= {outcome.job.token for outcome in self._ended}
+        cursor = await self._control.execute(
+            "SELECT id, attempt FROM outbox WHERE worker_id = %s AND state = 'running'", (self.id,)
+        )
+        if strays := {(row[0], row[1]) async for row in cursor} - known:
+            await hand_back(self._control, self.id, strays)
+            log.warning("strays_handed_back", rows=sorted(row_id for row_id, _ in strays))
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         if is_outage(error):
@@ -353,6 +368,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
             self._completed(completed, refused)
         else:
@@ -362,6 +378,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
         if rows:
             self._look_again = _LOOK_FIRST
