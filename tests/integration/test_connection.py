@@ -117,7 +117,8 @@ async def test_restart_of_postgres(mode: Literal["fast", "immediate"], postgres:
         held = worker.hold("connect")
         await held.wait()
         held.release()
-        while worker._lease._until > asyncio.get_running_loop().time():  # noqa: ASYNC110 - a lease goes by
+        ended = worker._lease._until
+        while time.monotonic() < ended:  # noqa: ASYNC110 - its lease goes by, and nobody tells of that
             await asyncio.sleep(0.05)
         assert worker.readiness() | {"stage": ""} == {
             "ready": False, "worker_id": str(worker.id), "stage": "", "running": 1, "draining": False,
@@ -210,6 +211,38 @@ async def test_silent_statement_is_cut_within_a_lease(connect: Connect, database
         control.cut()
 
 
+async def test_worker_cut_off_while_its_sessions_are_ended_stops_in_time(
+    connect: Connect, database: str
+) -> None:
+    """A session that was terminated is no proof of an outage, in which nobody could rescue.
+
+    1. W runs a row. 2. An operator ends its sessions, and the network is gone in the same moment. 3. W
+    stops at the end of its lease, and not of its grace for outages.
+    """
+    psql = await connect()
+    stopped = asyncio.Event()
+
+    async def tells(job: Job) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            stopped.set()
+
+    async with (
+        proxied(database) as (proxy, url),
+        watched(url, run=tells, lease=0.6, outage_grace=600.0) as worker,
+    ):
+        row = await add(psql)
+        await worker.has_run(row)
+        held = worker.hold("connect")
+        await end_listener(psql)
+        await held.wait()
+        proxy.swallow_new = True
+        held.release()
+        await stopped.wait()
+        await proxy.heal()
+
+
 async def test_partitioned_worker_stops_in_time(connect: Connect, database: str) -> None:
     """1. W runs a row; everything it sends and hears is swallowed. 2. Its lease ends: it stops what it ran,
     before anybody may run it again. 3. It is let in again, and hands the row back, or finds it rescued.
@@ -261,6 +294,18 @@ def lonely() -> Iterator[tuple[str, str, str]]:
         subprocess.run(["ip", "link", "del", here], capture_output=True, check=False)
 
 
+class At(Proxy):
+    """A proxy on an address of its own."""
+
+    def __init__(self, host: str, server: tuple[str, int]) -> None:
+        super().__init__("test", server)
+        self._host = host
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, self._host, self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+
 @contextmanager
 def link(name: str) -> Iterator[None]:
     """Down while the block runs."""
@@ -280,35 +325,25 @@ async def test_network_path_that_goes_silent(
     namespace, here, host = lonely
     psql = await connect()
 
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        up, down = await asyncio.open_connection(*address(database))
-        await asyncio.gather(pump(reader, down), pump(up, writer))
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while piece := await reader.read(65536):
-                writer.write(piece)
-                await writer.drain()
-        except OSError:
-            pass
-        writer.close()
-
-    forwarder = await asyncio.start_server(forward, host, 0)
-    port = forwarder.sockets[0].getsockname()[1]
+    forwarder = At(host, address(database))
+    await forwarder.open()
     command = ["netns", "exec", namespace, sys.executable, "-c", "from worker.cli import main; main()"]
     env = {
-        "DATABASE_URL": on(database, host, port),
+        "DATABASE_URL": on(database, host, forwarder.port),
         "PYTHONPATH": f"{ROOT}:{install(tmp_path / 'handlers')}",
         "SENDOFF_LEASE": "3",
         "SENDOFF_LOG_LEVEL": "debug",
     }
-    async with forwarder, running("ip", *command, env=env) as worker:
-        parked = await worker.event("parked")
-        with link(here):
-            await worker.event("disconnected", after=parked)
-            row = await add(psql, "noop")
-        again = await worker.event("reconnected", after=parked)
-        await worker.event("completed", after=again, rows=[row])
+    try:
+        async with running("ip", *command, env=env) as worker:
+            parked = await worker.event("parked")
+            with link(here):
+                await worker.event("disconnected", after=parked)
+                row = await add(psql, "noop")
+            again = await worker.event("reconnected", after=parked)
+            await worker.event("completed", after=again, rows=[row])
+    finally:
+        await forwarder.close()
 
 
 BOUNCER = """
