@@ -62,6 +62,8 @@ BEGIN
     RETURN true;
 END
 $$;
+COMMENT ON FUNCTION outbox_take_key(text, bigint) IS
+    'Whether this row of an ordering_key may start now; takes the key''s lock until commit. For the claim.';
 
 
 -- How many rows of a limited topic may start. Counted under the topic's lock and in a snapshot taken
@@ -78,6 +80,8 @@ BEGIN
     ));
 END
 $$;
+COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
+    'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
 
 
 CREATE FUNCTION outbox_claim(
@@ -212,6 +216,8 @@ AS $$
     SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
     WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
 $$;
+COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
+    'Tells the parked workers, if there are others, when a lease will end. For the claim.';
 
 
 -- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
@@ -288,6 +294,8 @@ AS $$
         || jsonb_build_object(
             'attempt', row_attempt, 'at', clock_timestamp(), 'error', left(error, 4000), 'worker_id', worker)
 $$;
+COMMENT ON FUNCTION outbox_error(jsonb, integer, text, uuid) IS
+    'A row''s errors with one more; the last hundred are kept.';
 
 
 -- delay null: by backoff. permanent: retrying is useless.

@@ -105,6 +105,7 @@ class Worker:
         Raises SchemaError if the database has another schema than this code.
         """
         delay = _RETRY_FIRST
+        longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage, each refusal is worth a lease
         # A thread for each blocking handler: a row that is claimed must be able to start.
         threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
         asyncio.get_running_loop().set_default_executor(threads)
@@ -118,7 +119,7 @@ class Worker:
                         self._start_anew(str(ended))
                         delay = _RETRY_FIRST
                     except (psycopg.Error, OSError) as error:
-                        delay = _RETRY_FIRST if self.connected else min(delay * 2, _RETRY_LAST)
+                        delay = _RETRY_FIRST if self.connected else min(delay * 2, longest)
                         await self._disconnected(error, delay)
                         if self.draining and self._full_stop and not self._running:
                             log.warning("stopped_disconnected", unsettled=len(self._ended))
@@ -165,7 +166,8 @@ class Worker:
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
-        if is_outage(error):
+        # A session that was terminated is no proof that the server is down; the next refusal is.
+        if is_outage(error) and not isinstance(error, psycopg.errors.AdminShutdown):
             self._lease.outage()
         self._set_connected(False)
         pause = uniform(delay / 2, delay)  # noqa: S311 - jitter: not all workers at once
