@@ -173,14 +173,15 @@ COMMENT ON COLUMN worker_running.session_id IS 'The session it works on, if any.
 
 -- Why each row waits. The first reason that holds is shown; whoever removes it may see the next.
 CREATE VIEW outbox_waiting AS
-WITH crew AS MATERIALIZED (
+WITH staff AS MATERIALIZED (SELECT * FROM worker_status),
+crew AS MATERIALIZED (
     SELECT t.topic,
            count(*) AS workers,
            count(*) FILTER (WHERE s.state = 'draining') AS draining,
            sum(s.concurrency) AS slots,
            sum(s.running) AS running,
            bool_or(s.state = 'parked') AS parked
-    FROM worker_status AS s
+    FROM staff AS s
     CROSS JOIN LATERAL unnest(s.topics) AS t (topic)
     WHERE s.present AND s.ended_at IS NULL
     GROUP BY t.topic
@@ -237,7 +238,7 @@ SELECT
 FROM row AS r
 LEFT JOIN crew AS c ON c.topic = r.topic
 LEFT JOIN limits AS l ON l.name = r.topic
-LEFT JOIN worker_status AS w ON w.id = r.worker_id AND r.state = 'running'
+LEFT JOIN staff AS w ON w.id = r.worker_id AND r.state = 'running'
 LEFT JOIN open_transaction AS x ON x.transactionid = r.locker AND r.state = 'ready'
 LEFT JOIN LATERAL (
     SELECT o.id, o.state FROM outbox AS o

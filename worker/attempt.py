@@ -64,10 +64,13 @@ _BY_STOP = {
 class Attempt:
     """A handler at work on a row, in a task of its own."""
 
-    __slots__ = ("_handler", "_stop", "_task", "job")
+    __slots__ = ("_handler", "_stop", "_task", "job", "started_at")
 
-    def __init__(self, job: Job, handler: Handler, ended: Callable[["Attempt", Outcome], None]) -> None:
+    def __init__(
+        self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
+    ) -> None:
         self.job = job
+        self.started_at = started_at
         self._handler = handler
         self._stop: Stop | None = None
         self._task = asyncio.create_task(self._run())

@@ -99,12 +99,12 @@ async def _work(
 ) -> None:
     worker = Worker(settings, handlers, concurrency)
     _on_signals(worker.drain)
-    link = None if parent is None else await Link.open(parent, worker.drain)
+    link = None if parent is None else await Link.open(parent, worker.drain, worker.snapshot)
     if link is not None:
         worker.tell = link.tell
     server = None
     if settings.health_port is not None and parent is None:
-        server = await health.serve(settings.health_port, worker.readiness)
+        server = await health.serve(settings, health.Source(worker.readiness, worker.snapshot))
         log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     try:
         await worker.run()
@@ -119,7 +119,8 @@ async def _supervise(settings: Settings, parent: Parent) -> int:
     _on_signals(parent.drain)
     server = None
     if settings.health_port is not None:
-        server = await health.serve(settings.health_port, parent.readiness)
+        server = await health.serve(settings, health.Source(parent.readiness, parent.snapshot))
+        log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     await parent.run()
     if server is not None:
         server.close()
