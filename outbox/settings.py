@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port the API listens on; 0 picks a free one."""
 
+    dev_identity: bool = False
+    """Serve everybody as operator even where strangers could connect: there is no authentication yet."""
+
     pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
     """Connections an API process opens at most."""
 

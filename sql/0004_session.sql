@@ -25,6 +25,32 @@ $$;
 COMMENT ON FUNCTION prompt_json(prompt) IS 'A prompt as the HTTP API shows it.';
 
 
+CREATE FUNCTION message_json(
+    seq bigint, prompt_id uuid, attempt integer, body jsonb, created_at timestamptz
+) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'seq', seq, 'prompt_id', prompt_id, 'attempt', attempt, 'body', body, 'created_at', created_at)
+$$;
+COMMENT ON FUNCTION message_json(bigint, uuid, integer, jsonb, timestamptz) IS
+    'A message as the HTTP API and its event stream show it.';
+
+CREATE FUNCTION outbox_json(o outbox) RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT jsonb_build_object(
+        'id', o.id, 'topic', o.topic, 'ordering_key', o.ordering_key,
+        'payload', o.payload #- '{sandbox,borrow_token}', -- a secret
+        'state', o.state, 'priority', o.priority, 'attempt', o.attempt, 'failures', o.failures,
+        'max_attempts', o.max_attempts, 'worker_id', o.worker_id, 'unique_key', o.unique_key,
+        'errors', o.errors, 'available_at', o.available_at,
+        'cancel_requested_at', o.cancel_requested_at, 'created_at', o.created_at,
+        'started_at', o.started_at, 'finished_at', o.finished_at)
+$$;
+COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API shows it to operators.';
+
+
 -- Session, prompt and outbox row in one statement of the client's, so one round trip and one commit.
 -- With an Idempotency-Key its row comes first: a second request under the same key waits for the first
 -- to commit, then gets the first answer. outcome: created, replayed, mismatch (another body).
@@ -176,6 +202,9 @@ COMMENT ON FUNCTION session_cancel(uuid) IS
     'Cancels a session''s turns; returns how many ended at once and how many a worker has yet to stop.';
 
 
+-- Cancels twice: a prompt may commit after the first look and before the session's row is locked. Only
+-- for that one is an outbox row locked after the session's, the one place against the lock order; the
+-- deadlock this can end in rolls everything back, and the caller repeats.
 CREATE FUNCTION session_archive(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 AS $$
@@ -185,7 +214,11 @@ BEGIN
     SET session_status = 'archived', inbox_status = 'archived',
         deleted_at = clock_timestamp(), updated_at = clock_timestamp()
     WHERE id = of_session AND session_status = 'active';
-    RETURN FOUND;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM session_cancel(of_session);
+    RETURN true;
 END
 $$;
 COMMENT ON FUNCTION session_archive(uuid) IS 'Cancels a session''s turns and archives it.';
@@ -274,16 +307,19 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_follow_delete;
 -- session's last. fenced: nothing was written, the attempt is not the caller's any more.
 -- The first write of a new attempt puts a superseded event before it: what the earlier attempt said
 -- for this prompt no longer counts.
+-- after_seq makes a write whose answer was lost repeatable: the last_seq that the caller's last write
+-- returned, 0 for the first of its attempt. If the session is past it, this batch is stored already,
+-- because nobody else writes to a session while the caller's row runs. Null: append in any case.
 CREATE FUNCTION message_append(
     holder uuid, row_id bigint, row_attempt integer,
-    of_session uuid, of_prompt uuid, bodies jsonb[],
+    of_session uuid, of_prompt uuid, bodies jsonb[], after_seq bigint DEFAULT NULL,
     OUT fenced boolean, OUT cancel boolean, OUT last_seq bigint
 )
 LANGUAGE plpgsql VOLATILE
 AS $$
 #variable_conflict use_column
 DECLARE
-    superseded integer;
+    latest integer;
 BEGIN
     cancel := outbox_fence(holder, row_id, row_attempt);
     fenced := cancel IS NULL;
@@ -291,11 +327,16 @@ BEGIN
         RETURN;
     END IF;
 
-    SELECT m.attempt INTO superseded FROM message AS m
+    SELECT s.last_seq INTO last_seq FROM session AS s WHERE s.id = of_session FOR NO KEY UPDATE;
+    SELECT m.attempt INTO latest FROM message AS m
     WHERE m.prompt_id = of_prompt ORDER BY m.attempt DESC LIMIT 1;
-    IF superseded < row_attempt THEN
+    IF (after_seq > 0 AND last_seq > after_seq) OR (after_seq = 0 AND latest = row_attempt) THEN
+        RETURN;
+    END IF;
+
+    IF latest < row_attempt THEN
         bodies := array_prepend(
-            jsonb_build_object('type', 'superseded', 'attempt', superseded), bodies);
+            jsonb_build_object('type', 'superseded', 'attempt', latest), bodies);
     END IF;
 
     UPDATE session AS s
@@ -308,5 +349,5 @@ BEGIN
     ORDER BY b.place;
 END
 $$;
-COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[]) IS
+COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[], bigint) IS
     'Stores an agent''s events in order, fenced by the attempt of the outbox row.';

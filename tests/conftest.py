@@ -13,6 +13,8 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection, sql
 
+from tests.support.api import Api, serving
+from tests.support.hand import Hand
 from tests.support.server import running_server, with_database
 
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
@@ -85,3 +87,18 @@ def _new_database(server: str, template: str = "template1") -> Iterator[str]:
     finally:
         with psycopg.connect(server, autocommit=True) as admin:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+async def api(database: str) -> AsyncIterator[Api]:
+    """A running API on the test's database."""
+    async with serving(database) as running:
+        yield running
+
+
+@pytest.fixture
+async def hand(connect: Connect) -> Hand:
+    """A worker that is present and moved by hand."""
+    worker = Hand(await connect())
+    await worker.register()
+    return worker

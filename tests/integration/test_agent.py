@@ -302,6 +302,7 @@ async def main(lease, argv):
     async with Agent.start(
         argv, cwd=Path(), env={"PYTHONPATH": "."}, deadline=time.monotonic() + lease, grace=0.1
     ) as agent:
+        print(agent._process.pid, flush=True)
         renewal = asyncio.create_task(renew(agent))
         async for batch in agent.lines():
             print(batch, flush=True)
@@ -312,35 +313,66 @@ asyncio.run(main(float(sys.argv[1]), sys.argv[2:]))
 """
 
 
+Worker = subprocess.Popen[str]
+Work = Callable[[str, float], Worker]
+
+
 @pytest.fixture
-def worker(fifo: Fifo) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs an agent with a tree of children, and renews a lease of 2 s."""
-    command = scripted(f"hold:{fifo.path} {TREE}")
-    worker = subprocess.Popen(
-        [*python(WORKER), "2", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+def work() -> Iterator[Work]:
+    """Start a process that runs an agent and renews its lease; prints the guardian's id first."""
+    started = []
+
+    def work(prompt: str, lease: float) -> Worker:
+        worker = subprocess.Popen(
+            [*python(WORKER), str(lease), *scripted(prompt)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(worker)
+        return worker
+
+    yield work
+    for worker in started:
+        worker.kill()
+        with worker:
+            pass
+
+
+def read_until_ready(worker: Worker) -> int:
+    """The guardian's id."""
     assert worker.stdout
+    guardian = int(worker.stdout.readline())
     assert any("'ready'" in line for line in worker.stdout)
-    yield worker
-    worker.kill()
-    worker.stdout.close()
-    worker.wait()
+    return guardian
 
 
-async def test_a_killed_worker_takes_its_agents_along(
-    worker: subprocess.Popen[str], fifo: Fifo
-) -> None:
+async def test_a_killed_worker_takes_its_agents_along(work: Work, fifo: Fifo) -> None:
+    worker = work(f"hold:{fifo.path} {TREE}", 1000)
+    read_until_ready(worker)
     worker.send_signal(signal.SIGKILL)
     await fifo.gone()
 
 
-async def test_a_stopped_worker_loses_its_agents(worker: subprocess.Popen[str], fifo: Fifo) -> None:
+async def test_a_stopped_worker_loses_its_agents(work: Work, fifo: Fifo) -> None:
+    worker = work(f"hold:{fifo.path} {TREE}", 2)
+    read_until_ready(worker)
     worker.send_signal(signal.SIGSTOP)
     await asyncio.to_thread(os.waitid, os.P_PID, worker.pid, os.WSTOPPED)
-    await fifo.gone()  # it can't have done that itself
+    await fifo.gone()  # the worker can't have done that
     worker.send_signal(signal.SIGCONT)
     assert worker.stdout
     assert worker.stdout.readlines()[-1] == "deadline\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise, on Linux only")
+async def test_an_agent_dies_though_worker_and_guardian_are_killed(work: Work, fifo: Fifo) -> None:
+    worker = work(f"hold:{fifo.path} ignore-term raw:ready wait-forever", 1000)
+    guardian = read_until_ready(worker)
+    worker.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, worker.pid, os.WSTOPPED)
+    os.kill(guardian, signal.SIGKILL)
+    await fifo.gone()
 
 
 async def test_a_line_comes_at_once_and_a_burst_in_batches(start: Start, tmp_path: Path) -> None:

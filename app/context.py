@@ -1,0 +1,24 @@
+"""What the routes share, made once a process."""
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from app.database import Database
+from app.hub import Hub
+from app.presence import WorkerPresence
+from outbox.settings import Settings
+
+
+@dataclass(frozen=True)
+class Context:
+    settings: Settings
+    database: Database
+    presence: WorkerPresence
+    hub: Hub
+
+
+def context(request: Request) -> Context:
+    found = request.app.state.context
+    assert isinstance(found, Context)
+    return found

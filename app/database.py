@@ -1,0 +1,188 @@
+"""The API's connections, made to fail fast.
+
+A request must not wait for a pool's timeout to learn that Postgres is down:
+1. A connection from the pool whose socket is readable is dead (the server has said goodbye, an idle
+   one never speaks): it is replaced before use. That costs a system call, no round trip.
+2. Whatever looks like an outage (a dead connection, a failed connect) only raises suspicion; one probe
+   decides, by connecting itself. Refused: the outage begins, at once. Silent: after CONNECT_TIMEOUT.
+3. While it lasts requests are refused at once, and those that wait for a connection are woken to be
+   refused too. The probe goes on with jittered backoff, and its first success ends the outage.
+A server that has no connection left for us is no outage as long as we have some: then we wait for one.
+"""
+
+import asyncio
+import random
+import select
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import AsyncConnectionPool
+
+from app.problems import unavailable
+from outbox.connect import bounded, conninfo
+from outbox.log import get_logger
+from outbox.settings import Settings
+
+CONNECT_TIMEOUT = 2  # seconds; libpq knows no less
+WAIT_TIMEOUT = 5.0  # seconds for a free connection while all are busy
+STATEMENT_TIMEOUT = 10.0  # seconds, by the server
+LOCK_TIMEOUT = 5.0  # seconds, by the server
+ANSWER_TIMEOUT = 15.0  # seconds, by us, when the server has gone silent
+SILENCE = timedelta(seconds=10)  # of a network path, until both ends give it up
+PROBE_PAUSE = (0.05, 1.0)  # seconds, first and last
+
+Query = LiteralString | sql.SQL | sql.Composed
+Params = Sequence[Any] | Mapping[str, Any] | None
+Row = tuple[Any, ...]
+
+log = get_logger("app.database")
+
+
+def _conninfo(settings: Settings) -> str:
+    info = conninfo(settings.database_url, "sendoff api", SILENCE, pooled=settings.pooled)
+    info = make_conninfo(info, connect_timeout=CONNECT_TIMEOUT)
+    if settings.pooled:  # a pooler refuses startup options
+        return info
+    options = (
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC "
+        f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
+        f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
+    )
+    return make_conninfo(info, options=options)
+
+
+class Database:
+    """A pool of autocommit connections: each query is one transaction, one round trip."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._conninfo = _conninfo(settings)
+        self._pool: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
+            self._conninfo,
+            # Behind a pooler the server may be another each time: nothing is prepared.
+            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 5},
+            min_size=1,
+            max_size=settings.pool_size,
+            open=False,
+            timeout=WAIT_TIMEOUT,
+            reconnect_timeout=0,  # gives up at once: the probe knows when to try again
+            reconnect_failed=lambda pool: self._suspect(),
+        )
+        self._available = asyncio.Event()
+        self._available.set()
+        self._waiting: set[asyncio.Timeout] = set()
+        self._probe: asyncio.Task[None] | None = None
+
+    @property
+    def available(self) -> bool:
+        return self._available.is_set()
+
+    async def wait_available(self) -> None:
+        await self._available.wait()
+
+    async def open(self) -> None:
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        if self._probe:
+            self._probe.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._probe
+        await self._pool.close()
+
+    async def row(self, query: Query, params: Params = None) -> Row | None:
+        """The first row, if any. Raises as `rows` does."""
+        rows = await self.rows(query, params)
+        return rows[0] if rows else None
+
+    async def rows(self, query: Query, params: Params = None) -> list[Row]:
+        """All rows of one statement. It is repeated when it was the victim of a deadlock.
+
+        Raises Problem (unavailable) or psycopg.Error, which app.problems turns into one.
+        """
+        for attempt in range(3):
+            try:
+                async with self.connection() as conn:
+                    cursor = await conn.execute(query, params)
+                    return await cursor.fetchall() if cursor.description else []
+            except pg.DeadlockDetected:
+                if attempt == 2:
+                    raise
+        raise AssertionError
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[AsyncConnection]:
+        """A live connection. Raises Problem (unavailable) at once during an outage."""
+        conn = await self._take()
+        try:
+            with bounded(conn, ANSWER_TIMEOUT):
+                yield conn
+        finally:
+            if conn.closed:
+                self._suspect()
+            await self._pool.putconn(conn)
+
+    async def _take(self) -> AsyncConnection:
+        while True:
+            if not self.available:
+                raise unavailable()
+            try:
+                async with asyncio.timeout(None) as waiting:
+                    self._waiting.add(waiting)
+                    try:
+                        conn = await self._pool.getconn()
+                    finally:
+                        self._waiting.discard(waiting)
+            except TimeoutError:
+                raise unavailable() from None
+            if not _dead(conn):
+                return conn
+            await conn.close()
+            await self._pool.putconn(conn)
+            self._suspect()
+
+    def _suspect(self) -> None:
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._find_out())
+
+    async def _find_out(self) -> None:
+        pause, last_pause = PROBE_PAUSE
+        while True:
+            try:
+                conn = await AsyncConnection.connect(self._conninfo)
+            except pg.TooManyConnections as error:
+                if self._pool.get_stats()["pool_size"] > 0:
+                    return
+                self._begin_outage(error)
+            except psycopg.Error as error:
+                self._begin_outage(error)
+            else:
+                await conn.close()
+                break
+            await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
+            pause = min(pause * 2, last_pause)
+        if not self.available:
+            self._available.set()
+            log.info("database_back")
+
+    def _begin_outage(self, error: psycopg.Error) -> None:
+        if self.available:
+            self._available.clear()
+            log.warning("database_down", error=str(error))
+        now = asyncio.get_running_loop().time()
+        for waiting in self._waiting:
+            if not waiting.expired():
+                waiting.reschedule(now)
+
+
+def _dead(conn: AsyncConnection) -> bool:
+    if conn.closed:
+        return True
+    poll = select.poll()
+    poll.register(conn.fileno(), select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,46 @@
+"""Liveness and readiness."""
+
+import psycopg
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.answer import json_response
+from app.body import read_query
+from app.context import Context, context
+from app.identity import Identity
+from app.models import Health, Ready, ReadyQuery
+from app.problems import Problem
+from outbox.errors import SchemaError
+from outbox.migrate import check_schema
+
+
+async def alive(request: Request, identity: Identity) -> Response:
+    """The process answers. Says nothing about the database: restarting us would not mend that."""
+    return json_response(Health(status="alive").model_dump_json())
+
+
+async def ready(request: Request, identity: Identity) -> Response:
+    """Requests and streams can be served; with `workers=1` also: somebody works on sessions."""
+    asked = read_query(request, ReadyQuery)
+    found = await _look(context(request))
+    answer = found.model_dump()
+    missing = [name for name, holds in answer.items() if not holds]
+    if asked.workers == "0" and "worker_present" in missing:
+        missing.remove("worker_present")
+    if missing:
+        raise Problem("not-ready", f"Not so: {', '.join(missing)}.", checks=answer)
+    return json_response(found.model_dump_json())
+
+
+async def _look(here: Context) -> Ready:
+    listener = here.hub.listening
+    nothing = {"schema_current": False, "listener": listener, "worker_present": False}
+    try:
+        async with here.database.connection() as conn:
+            await check_schema(conn)
+        worker_present = await here.presence.present()
+    except (psycopg.Error, Problem):
+        return Ready(database=False, **nothing)
+    except SchemaError:
+        return Ready(database=True, **nothing)
+    return Ready(database=True, schema_current=True, listener=listener, worker_present=worker_present)

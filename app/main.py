@@ -1,0 +1,151 @@
+"""The API process: the Starlette application, and uvicorn around it."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from app import problems, reference
+from app.access import AccessLog
+from app.context import Context
+from app.database import Database
+from app.hub import Hub
+from app.identity import check_host
+from app.presence import WorkerPresence
+from app.routes import routes
+from outbox.errors import ConfigurationError
+from outbox.log import configure, get_logger
+from outbox.settings import Settings
+
+SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
+STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
+BACKLOG = 2048
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+log = get_logger("app.main")
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The application. Its lifespan opens the pool and the LISTEN connection, and does not wait for
+    Postgres: until that answers, requests get 503.
+
+    Raises ConfigurationError if the settings would open it to strangers.
+    """
+    check_host(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        database = Database(settings)
+        hub = Hub(database, settings.listen_url)
+        app.state.context = Context(settings, database, WorkerPresence(database), hub)
+        await database.open()
+        running = asyncio.create_task(hub.run())
+        running.add_done_callback(_end_with_the_hub)
+        try:
+            yield
+        finally:
+            hub.close()
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+            await database.close()
+
+    app = Starlette(
+        routes=[*routes(), *reference.routes()],
+        middleware=[Middleware(AccessLog)],
+        exception_handlers=problems.HANDLERS,
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _end_with_the_hub(running: asyncio.Task[None]) -> None:
+    """Without it no stream would ever show anything: better to end, and be started anew."""
+    if not running.cancelled() and (error := running.exception()):
+        log.critical("hub_failed", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """uvicorn waits for open responses before the lifespan ends; streams end before that."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        config = uvicorn.Config(
+            app,
+            loop="uvloop" if os.name == "posix" else "asyncio",
+            http="httptools",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or []:
+            host, port = listening.getsockname()[:2]
+            log.info("api_ready", host=host, port=port, pid=os.getpid())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("api_stopping")
+        self._app.state.context.hub.close()
+        await super().shutdown(sockets)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then end streams, finish what is under way, and return.
+
+    Logs `api_ready` with host and port once connections are taken.
+
+    Raises ConfigurationError if the host is not allowed or the address cannot be had.
+    """
+    configure(level=settings.log_level)
+    app = create_app(settings)
+    everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+    log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
+    with bind(settings.host, settings.port) as listening:
+        # uvicorn raises the signal again once it has shut down; for us that is a normal end.
+        previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        try:
+            Server(app).run([listening])
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    log.info("api_stopped")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket. Its options pass to the connections: a client that takes nothing, or is
+    gone without a word, is cut off by the kernel. Port 0 takes a free one.
+
+    Raises ConfigurationError.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000)
+            listening.bind(address)
+            listening.listen(BACKLOG)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        raise ConfigurationError(
+            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {host} port {port}: {error.strerror}"
+        ) from None
+    return listening

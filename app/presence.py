@@ -1,0 +1,37 @@
+"""Is a worker there to run sessions? Read from the database at most once a second, by one reader."""
+
+import asyncio
+import time
+
+from app.database import Database
+
+MAX_AGE = 1.0  # seconds
+
+_PRESENT = """
+SELECT EXISTS (SELECT FROM worker_present WHERE NOT draining AND 'session.run' = ANY (topics))
+"""
+
+
+class WorkerPresence:
+    """The cached answer."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._answer = False
+        self._read_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
+
+    async def present(self) -> bool:
+        """Whether one is there. Raises as Database.rows does."""
+        if time.monotonic() - self._read_at > MAX_AGE:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read())
+            await asyncio.shield(self._reading)
+        return self._answer
+
+    async def _read(self) -> None:
+        begun = time.monotonic()
+        row = await self._database.row(_PRESENT)
+        assert row is not None
+        self._answer = row[0]
+        self._read_at = begun

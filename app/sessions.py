@@ -1,0 +1,280 @@
+"""Sessions and their prompts."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from typing import Any
+
+from psycopg import errors as pg
+from psycopg import sql
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import cursor
+from app.answer import json_response
+from app.body import idempotency_key, read_body, read_query, traceparent
+from app.context import context
+from app.identity import Identity
+from app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
+from app.problems import Problem
+
+JSON = ("application/json",)
+PATCH = ("application/merge-patch+json", "application/json")
+
+# One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
+# that may not be seen leaves `new` empty, so that nothing is called.
+_CREATE = """
+WITH new AS MATERIALIZED (
+    SELECT uuid_v7() AS id, now() AS at
+    WHERE %(parent)s::uuid IS NULL
+       OR EXISTS (
+           SELECT FROM session AS p
+           WHERE p.id = %(parent)s AND (%(scope)s::text IS NULL OR p.user_id = %(scope)s))
+)
+SELECT c.outcome, c.answer ->> 'id', c.answer::text
+FROM new
+CROSS JOIN LATERAL session_create(
+    ROW(
+        new.id, %(user_id)s::text, %(repo)s::text, %(target_branch)s::text,
+        coalesce(%(branch)s::text, %(branch_stem)s::text || right(new.id::text, 8)),
+        %(title)s::text, %(parent)s::uuid, 'active', 'active', NULL, 0, new.at, new.at, NULL
+    )::session,
+    %(prompt)s::text, %(worker_present)s::boolean, %(key)s::text, %(request_hash)s::bytea, %(trace)s::text
+) AS c
+"""
+
+_CREATE_PROMPT = """
+SELECT outcome, answer::text
+FROM prompt_create(
+    %(id)s::uuid, %(scope)s::text, %(prompt)s::text, %(worker_present)s::boolean,
+    %(key)s::text, %(request_hash)s::bytea, %(trace)s::text)
+"""
+
+_SHOW = """
+SELECT (session_json(s) || jsonb_build_object(
+    'worker_present', %(worker_present)s::boolean,
+    'prompts', (
+        SELECT coalesce(jsonb_agg(prompt_json(p) ORDER BY p.created_at, p.id), '[]')
+        FROM prompt AS p WHERE p.session_id = s.id)))::text
+FROM session AS s
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+"""
+
+_LIST = sql.SQL(
+    """
+SELECT session_json(s)::text, s.created_at, s.id
+FROM session AS s
+WHERE {conditions}
+ORDER BY s.created_at DESC, s.id DESC
+LIMIT %(rows)s
+"""
+)
+# Only those that apply, so that each combination gets a plan of its own.
+_CONDITIONS = {
+    "scope": sql.SQL("s.user_id = %(scope)s"),
+    "at": sql.SQL("(s.created_at, s.id) < (%(at)s, %(key)s)"),
+    "inbox_status": sql.SQL("s.inbox_status = %(inbox_status)s"),
+    "session_status": sql.SQL("s.session_status = %(session_status)s"),
+    "repo": sql.SQL("s.repo = %(repo)s"),
+}
+
+_CANCEL = """
+SELECT c.cancelled, c.cancelling
+FROM session AS s CROSS JOIN LATERAL session_cancel(s.id) AS c
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+"""
+
+_ARCHIVE = """
+SELECT session_archive(s.id)
+FROM session AS s
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+"""
+
+_RENAME = """
+WITH found AS (
+    SELECT s.id FROM session AS s
+    WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+),
+renamed AS (
+    UPDATE session AS s
+    SET title = %(title)s, updated_at = clock_timestamp()
+    FROM found AS f
+    WHERE s.id = f.id AND s.session_status = 'active'
+    RETURNING session_json(s)::text AS answer
+)
+SELECT (SELECT r.answer FROM renamed AS r) FROM found
+"""
+
+
+async def create_session(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, SessionCreate, JSON)
+    key = idempotency_key(request)
+    here = context(request)
+    title = asked.title or _first_line(asked.prompt or "") or asked.repo[-200:]
+    values = {
+        **asked.model_dump(),
+        "title": title,
+        "branch_stem": f"sendoff/{_slug(title) or _slug(asked.repo) or 'session'}-",
+        "user_id": identity.user_id,
+        "scope": identity.scope,
+        "worker_present": await here.presence.present(),
+        "key": key,
+        "request_hash": _hash("POST /sessions", asked),
+        "trace": traceparent(request),
+    }
+    for attempt in range(3):
+        try:
+            row = await here.database.row(_CREATE, values)
+            break
+        except pg.UniqueViolation as error:
+            if error.diag.constraint_name != "session_branch_of_repo":
+                raise
+            if asked.branch is None and attempt < 2:
+                continue  # our own name for it hit another's: the next id gives another
+            raise Problem(
+                "branch-taken", "An active session of this repository has this branch; name another."
+            ) from None
+        except pg.ForeignKeyViolation:  # the parent was deleted meanwhile
+            row = None
+            break
+    if row is None:
+        wrong = {"pointer": "#/parent", "detail": "there is no such session"}
+        raise Problem("invalid", "1 field cannot be accepted.", errors=[wrong])
+    outcome, session_id, answer = row
+    _check_outcome(outcome)
+    request.state.session = session_id
+    return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
+
+
+async def create_prompt(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, PromptCreate, JSON)
+    here = context(request)
+    session_id = str(request.path_params["id"])
+    values = {
+        "id": session_id,
+        "scope": identity.scope,
+        "prompt": asked.prompt,
+        "worker_present": await here.presence.present(),
+        "key": idempotency_key(request),
+        "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked),
+        "trace": traceparent(request),
+    }
+    try:
+        row = await here.database.row(_CREATE_PROMPT, values)
+    except pg.UniqueViolation:
+        # The same key, just now and for another session: it is there to be read now.
+        row = await here.database.row(_CREATE_PROMPT, values)
+    assert row is not None
+    outcome, answer = row
+    if outcome == "missing":
+        raise no_session()
+    if outcome == "archived":
+        raise archived()
+    _check_outcome(outcome)
+    return json_response(answer, 201, _replay_mark(outcome))
+
+
+async def list_sessions(request: Request, identity: Identity) -> Response:
+    asked = read_query(request, SessionQuery)
+    at, key = cursor.decode(asked.cursor, cursor.uuid)
+    values: dict[str, Any] = {
+        **asked.model_dump(),
+        "session_status": None if asked.session_status == "any" else asked.session_status,
+        "scope": identity.scope,
+        "at": at,
+        "key": key,
+        "rows": asked.limit + 1,
+    }
+    if asked.inbox_status == "archived" and "session_status" not in asked.model_fields_set:
+        values["session_status"] = None
+    applying = [text for name, text in _CONDITIONS.items() if values[name] is not None]
+    query = _LIST.format(conditions=sql.SQL(" AND ").join(applying or [sql.SQL("true")]))
+    rows = await context(request).database.rows(query, values)
+    page, more = rows[: asked.limit], len(rows) > asked.limit
+    following = cursor.encode(page[-1][1], page[-1][2]) if more else None
+    return json_response(
+        f'{{"sessions": [{", ".join(row[0] for row in page)}], "next": {json.dumps(following)}}}'
+    )
+
+
+async def show_session(request: Request, identity: Identity) -> Response:
+    here = context(request)
+    row = await here.database.row(
+        _SHOW,
+        {
+            "id": request.path_params["id"],
+            "scope": identity.scope,
+            "worker_present": await here.presence.present(),
+        },
+    )
+    if row is None:
+        raise no_session()
+    return json_response(row[0])
+
+
+async def rename_session(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, SessionPatch, PATCH)
+    values = {"id": request.path_params["id"], "scope": identity.scope, "title": asked.title}
+    row = await context(request).database.row(_RENAME, values)
+    if row is None:
+        raise no_session()
+    if row[0] is None:
+        raise archived()
+    return json_response(row[0])
+
+
+async def archive_session(request: Request, identity: Identity) -> Response:
+    values = {"id": request.path_params["id"], "scope": identity.scope}
+    if await context(request).database.row(_ARCHIVE, values) is None:
+        raise no_session()
+    return Response(status_code=204)
+
+
+async def cancel_session(request: Request, identity: Identity) -> Response:
+    values = {"id": request.path_params["id"], "scope": identity.scope}
+    row = await context(request).database.row(_CANCEL, values)
+    if row is None:
+        raise no_session()
+    cancelled, cancelling = row
+    answer = json.dumps({"cancelled": cancelled, "cancelling": cancelling})
+    return json_response(answer, 202 if cancelling else 200)
+
+
+def no_session() -> Problem:
+    return Problem("not-found", "There is no such session.")
+
+
+def archived() -> Problem:
+    return Problem("archived", "An archived session can only be read.")
+
+
+def _check_outcome(outcome: str) -> None:
+    if outcome == "mismatch":
+        raise Problem("key-reused", "Use a new key for a new request.")
+
+
+def _replay_mark(outcome: str) -> dict[str, str]:
+    return {"Idempotent-Replayed": "true"} if outcome == "replayed" else {}
+
+
+def _hash(target: str, asked: BaseModel) -> bytes:
+    """Of what was asked for, whatever the order and spacing of the JSON that said it."""
+    content = asked.model_dump(mode="json", exclude_none=True)
+    return hashlib.sha256(json.dumps([target, content], sort_keys=True).encode()).digest()
+
+
+def _first_line(prompt: str) -> str:
+    """The first line with text, fit for a title, or nothing."""
+    for line in prompt.splitlines():
+        kept = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+        words = " ".join(kept.split())
+        if words:
+            return words if len(words) <= 80 else words[:79].rstrip() + "…"
+    return ""
+
+
+def _slug(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:40].strip("-")

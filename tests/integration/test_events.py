@@ -1,0 +1,434 @@
+"""Event streams: nothing missed, nothing twice, whatever happens to writers, clients and connections."""
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import httpx
+import pytest
+from psycopg import AsyncConnection
+
+from tests.conftest import Connect
+from tests.support.api import Api, serving, until
+from tests.support.hand import Hand
+
+KILL_LISTENER = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'sendoff api listener'
+"""
+
+
+async def begun(api: Api, hand: Hand) -> str:
+    """A session that the hand runs; its id."""
+    created = await api.create()
+    await hand.claim()
+    return str(created["id"])
+
+
+async def watched(api: Api, *, handshakes: int = 0) -> None:
+    """Wait until what is followed is watched, with so many handshakes still waiting for writers."""
+
+    def settled() -> bool:
+        hub = api.context.hub
+        watch = hub._watch
+        return (
+            watch is not None
+            and watch.ids == set(hub._streams)
+            and len(watch.handshakes) == handshakes
+        )
+
+    await until(settled)
+
+
+async def notified(connect: Connect) -> AsyncConnection[Any]:
+    """A connection that hears what the API's listener hears."""
+    conn = await connect()
+    await conn.execute("LISTEN sendoff_session")
+    return conn
+
+
+async def heard(conn: AsyncConnection[Any]) -> list[str]:
+    """What was notified until now: a notification of our own comes behind all of it."""
+    await conn.execute("NOTIFY sendoff_session, 'end'")
+    found: list[str] = []
+    async for notification in conn.notifies():
+        if notification.payload == "end":
+            return found
+        found.append(notification.payload)
+    return found
+
+
+async def test_stream_from_creation_to_completion(api: Api, hand: Hand) -> None:
+    created = await api.create()
+    async with api.follow(created["id"], "?until=completed") as events:
+        await events.status(inbox_status="active")
+        await hand.claim()
+        state = await events.status(inbox_status="pending")
+        assert [prompt["status"] for prompt in state["prompts"]] == ["running"]
+        await hand.say("one", "two")
+        first = await events.next("message")
+        assert (first.id, json.loads(first.data)["body"]["text"]) == ("1", "one")
+        message = (await api.client.get(f"/sessions/{created['id']}/messages")).json()["messages"][0]
+        assert json.loads(first.data) == message
+        assert (await events.next("message")).id == "2"
+        await hand.say("three")
+        await hand.complete()
+        rest = await events.rest()
+    assert [event.event for event in rest] == ["message", "status"]
+    assert rest[0].id == "3"
+    final = json.loads(rest[1].data)
+    assert final["inbox_status"] == "completed"
+    assert final["prompts"][0]["status"] == "succeeded"
+
+
+async def test_stream_of_a_completed_session_gives_all_and_ends(api: Api, hand: Hand) -> None:
+    session_id = await begun(api, hand)
+    await hand.say(*(str(number) for number in range(250)))
+    await hand.complete()
+    async with api.follow(session_id, "?until=completed") as events:
+        rest = await events.rest()
+    assert [int(event.id) for event in rest if event.event == "message"] == list(range(1, 251))
+
+
+async def test_new_attempt_supersedes(api: Api, hand: Hand) -> None:
+    session_id = await begun(api, hand)
+    async with api.follow(session_id) as events:
+        await hand.say("old")
+        assert await events.texts(1) == ["old"]
+        await hand.fail("no luck")
+        await hand.claim()
+        await hand.say("new")
+        superseded = await events.next("superseded", "message")
+        assert (superseded.event, superseded.id) == ("superseded", "2")
+        assert json.loads(superseded.data)["body"]["attempt"] == 1
+        assert await events.texts(1) == ["new"]
+
+
+async def test_resume_by_header_and_by_parameter(api: Api, hand: Hand) -> None:
+    session_id = await begun(api, hand)
+    await hand.say("1", "2", "3", "4")
+    async with api.follow(session_id, "?after=2") as events:
+        assert await events.texts(2) == ["3", "4"]
+    async with api.follow(session_id, "?after=1", **{"Last-Event-ID": "3"}) as events:
+        assert await events.texts(1) == ["4"]
+
+
+async def test_client_that_has_all_of_an_ended_session_is_told_to_stay_away(
+    api: Api, hand: Hand
+) -> None:
+    session_id = await begun(api, hand)
+    await hand.say("1")
+    await hand.complete()
+    path = f"/sessions/{session_id}/events"
+    headers = {"Last-Event-ID": "1"}
+    response = await api.client.get(path, params={"until": "completed"}, headers=headers)
+    assert response.status_code == 204
+    await api.client.delete(f"/sessions/{session_id}")
+    assert (await api.client.get(path, headers=headers)).status_code == 204
+    async with api.follow(session_id) as events:
+        assert [event.event for event in await events.rest()] == ["status", "message"]
+    assert not api.context.hub._streams
+
+
+async def test_stream_ends_when_its_session_is_archived(api: Api) -> None:
+    created = await api.create()
+    async with api.follow(created["id"]) as events:
+        await api.client.delete(f"/sessions/{created['id']}")
+        rest = await events.rest()
+    assert json.loads(rest[-1].data)["session_status"] == "archived"
+
+
+async def test_rename_and_new_prompt_are_shown(api: Api) -> None:
+    created = await api.create()
+    async with api.follow(created["id"]) as events:
+        await events.status()
+        await api.client.patch(f"/sessions/{created['id']}", json={"title": "New"})
+        await events.status(title="New")
+        await api.client.post(f"/sessions/{created['id']}/prompts", json={"prompt": "More"})
+        assert len((await events.status())["prompts"]) == 2
+
+
+async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.events.HEARTBEAT", 0.01)
+    created = await api.create()
+    async with api.client.stream("GET", f"/sessions/{created['id']}/events") as response:
+        lines = response.aiter_lines()
+        assert await anext(lines) == "retry: 1000"
+        async for line in lines:
+            if line == ": heartbeat":
+                return
+
+
+async def test_only_what_is_followed_is_notified(api: Api, hand: Hand, connect: Connect) -> None:
+    ear = await notified(connect)
+    session_id = await begun(api, hand)
+    await hand.say("unseen")
+    assert await heard(ear) == []
+    async with api.follow(session_id) as events:
+        assert await events.texts(1) == ["unseen"]
+        await watched(api)
+        await hand.say("seen")
+        assert await events.texts(1) == ["seen"]
+        assert await heard(ear) == [session_id]
+    await until(lambda: not api.context.hub._streams)
+    await watched(api)
+    await hand.say("unseen again")
+    assert await heard(ear) == []
+
+
+# The handshake. Each writer is stopped between its insert and its commit.
+
+
+async def test_writer_that_looked_before_the_watch_and_commits_after_it(
+    api: Api, hand: Hand, connect: Connect
+) -> None:
+    """It saw no watch, so it notifies nobody: only the second read, after its end, shows the message."""
+    session_id = await begun(api, hand)
+    ear, writer = await notified(connect), await connect(autocommit=False)
+    await hand.say("late", conn=writer)
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, handshakes=1)
+        await writer.commit()
+        assert await events.texts(1) == ["late"]
+        await watched(api)
+    assert await heard(ear) == []
+
+
+async def test_writer_that_looked_after_the_watch(api: Api, hand: Hand, connect: Connect) -> None:
+    session_id = await begun(api, hand)
+    ear, writer = await notified(connect), await connect(autocommit=False)
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api)
+        await hand.say("later", conn=writer)
+        await writer.commit()
+        assert await events.texts(1) == ["later"]
+    assert await heard(ear) == [session_id]
+
+
+async def test_writer_that_began_before_the_watch_and_looked_after_it(
+    api: Api, hand: Hand, connect: Connect
+) -> None:
+    session_id = await begun(api, hand)
+    writer = await connect(autocommit=False)
+    await writer.execute("LOCK TABLE message IN ROW EXCLUSIVE MODE")
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, handshakes=1)
+        await hand.say("later", conn=writer)
+        await writer.commit()
+        assert await events.texts(1) == ["later"]
+        await watched(api)
+
+
+async def test_change_of_state_by_a_writer_that_looked_before_the_watch(
+    api: Api, connect: Connect
+) -> None:
+    created = await api.create()
+    ear, writer = await notified(connect), await connect(autocommit=False)
+    await writer.execute("UPDATE session SET title = 'Late' WHERE id = %s", (created["id"],))
+    async with api.follow(created["id"]) as events:
+        assert (await events.status())["title"] == "Do it"
+        await watched(api, handshakes=1)
+        await writer.commit()
+        await events.status(title="Late")
+    assert await heard(ear) == []
+
+
+async def test_long_foreign_transaction_holds_nobody_back(
+    api: Api, hand: Hand, connect: Connect
+) -> None:
+    """Of two writers in the set one ends: what it wrote is shown while the other goes on."""
+    session_id = await begun(api, hand)
+    foreign, writer = await connect(autocommit=False), await connect(autocommit=False)
+    await foreign.execute("UPDATE session SET title = title WHERE false")
+    await hand.say("late", conn=writer)
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, handshakes=1)
+        await writer.commit()
+        assert await events.texts(1) == ["late"]
+        await hand.say("by notification")
+        assert await events.texts(1) == ["by notification"]
+        await watched(api, handshakes=1)
+        await foreign.rollback()
+        await watched(api)
+
+
+async def test_writer_that_rolls_back(api: Api, hand: Hand, connect: Connect) -> None:
+    session_id = await begun(api, hand)
+    writer = await connect(autocommit=False)
+    await hand.say("never", conn=writer)
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, handshakes=1)
+        await writer.rollback()
+        await watched(api)
+        await hand.say("said")
+        first = await events.next("message")
+        assert (first.id, json.loads(first.data)["body"]["text"]) == ("1", "said")
+
+
+# Interruptions.
+
+
+async def test_resume_again_and_again_while_messages_are_written(api: Api, hand: Hand) -> None:
+    session_id = await begun(api, hand)
+    total, seed = 600, random.randrange(2**32)
+    dice = random.Random(seed)
+
+    async def write() -> None:
+        written = 0
+        while written < total:
+            count = min(dice.randint(1, 9), total - written)
+            await hand.say(*(str(written + number) for number in range(1, count + 1)))
+            written += count
+        await hand.complete()
+
+    async def read() -> list[int]:
+        got: list[int] = []
+        while True:
+            headers = {"Last-Event-ID": str(got[-1])} if got else {}
+            path = f"/sessions/{session_id}/events?until=completed"
+            stop = len(got) + dice.randint(1, 60)
+            async with api.client.stream("GET", path, headers=headers) as response:
+                if response.status_code == 204:
+                    return got
+                async for line in response.aiter_lines():
+                    if line.startswith("id: "):
+                        got.append(int(line[4:]))
+                    if len(got) == stop:
+                        break
+                else:
+                    return got
+
+    _, *readers = await asyncio.gather(write(), *(read() for _ in range(5)))
+    for got in readers:
+        assert got == list(range(1, total + 1)), f"seed {seed}"
+
+
+async def test_listener_is_killed_while_streaming(api: Api, hand: Hand, connect: Connect) -> None:
+    session_id = await begun(api, hand)
+    operator = await connect()
+    total = 200
+
+    async def write() -> None:
+        for number in range(1, total + 1):
+            if number % 40 == 0:
+                await operator.execute(KILL_LISTENER)
+            await hand.say(str(number))
+        await hand.complete()
+
+    async with api.follow(session_id, "?until=completed") as events:
+        await watched(api)
+        _, rest = await asyncio.gather(write(), events.rest())
+    ids = [int(event.id) for event in rest if event.event == "message"]
+    assert ids == list(range(1, total + 1))
+    assert json.loads(rest[-1].data)["inbox_status"] == "completed"
+
+
+async def test_killed_listener_comes_back_under_a_new_presence(
+    api: Api, hand: Hand, connect: Connect
+) -> None:
+    session_id = await begun(api, hand)
+    operator = await connect()
+    query = "SELECT presence FROM watcher"
+    async with api.follow(session_id) as events:
+        await watched(api)
+        before = await (await operator.execute(query)).fetchall()
+        lost = api.context.hub._watch
+        await operator.execute(KILL_LISTENER)
+        await until(lambda: api.context.hub._watch not in (lost, None))
+        await watched(api)
+        after = await (await operator.execute(query)).fetchall()
+        assert len(after) == 1
+        assert after != before
+        await hand.say("heard")
+        assert await events.texts(1) == ["heard"]
+
+
+async def test_slow_client_holds_one_batch_and_no_more(
+    api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not taken is not read: the stream stays at its cursor, and goes on from there."""
+    monkeypatch.setattr("app.hub.BATCH", 10)
+    session_id = await begun(api, hand)
+    hub = api.context.hub
+    from uuid import UUID
+
+    stream = hub.follow(UUID(session_id), 0, until_completed=False)
+    await stream.begin()
+    await stream.take(0)
+    await watched(api)
+    await hand.say(*(str(number) for number in range(100)))
+    await until(lambda: stream.full)
+    async with api.follow(session_id) as events:
+        assert len(await events.texts(100)) == 100
+    assert stream.cursor == 10
+    ids: list[int] = []
+    while len(ids) < 100:
+        lines = (await stream.take(10)).decode().splitlines()
+        ids += [int(line[4:]) for line in lines if line.startswith("id: ")]
+    assert ids == list(range(1, 101))
+    hub.leave(stream)
+    await until(lambda: not hub._streams)
+
+
+async def test_client_that_takes_nothing_is_cut_off(
+    database: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.main.STALL_TIMEOUT", 1)
+    async with serving(database) as api:
+        session_id = await begun(api, hand)
+        body = {"type": "assistant", "text": "x" * 60_000}
+        for _ in range(20):
+            await hand.store(*[body] * 20)
+        url = httpx.URL(api.url)
+        assert url.port is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", url.port, limit=1024)
+        writer.write(f"GET /sessions/{session_id}/events HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n\r\n".encode())
+        await until(lambda: bool(api.context.hub._streams))
+        await until(lambda: not api.context.hub._streams)
+        writer.transport.abort()
+        del reader
+
+
+async def test_streams_end_when_the_process_stops(database: str) -> None:
+    async with serving(database) as api:
+        created = await api.create()
+        async with api.follow(created["id"]) as events:
+            await events.status()
+            api.server.should_exit = True
+            assert await events.rest() == []
+
+
+async def test_many_streams_are_read_by_few_statements(
+    api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = await begun(api, hand)
+    reads = 0
+    query = api.context.hub._query
+
+    async def counted(places: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await query(places)
+
+    monkeypatch.setattr(api.context.hub, "_query", counted)
+    from uuid import UUID
+
+    hub = api.context.hub
+    streams = [hub.follow(UUID(session_id), 0, until_completed=False) for _ in range(1000)]
+    await asyncio.gather(*(stream.begin() for stream in streams))
+    await watched(api)
+    for stream in streams:
+        await stream.take(0)
+    await hand.say("one")
+    batches = await asyncio.gather(*(stream.take(10) for stream in streams))
+    assert all(b"one" in batch for batch in batches)
+    assert reads <= 5
+    for stream in streams:
+        hub.leave(stream)
+    await watched(api)

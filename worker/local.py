@@ -1,0 +1,43 @@
+"""The embedded form of a sandbox: a workspace directory on this host.
+
+It is borrowed and given back by the same protocol as a real one (worker/handlers/session.py), so that the
+embedded form exercises what production relies on.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import UUID, uuid4
+
+from worker.workspace import attempt_directory, remove_dead
+
+Sandbox = dict[str, Any]
+"""What a session holds: {"item": …, "borrow_token": …}."""
+
+
+class Allocator(Protocol):
+    """Where sandboxes come from."""
+
+    async def borrow(self, session_id: UUID, run: UUID, attempt: int) -> Sandbox:
+        """A sandbox for this attempt. Raises HandBack if none is free, Retry if it cannot be asked."""
+
+    async def give_back(self, sandbox: Sandbox) -> None:
+        """Give it back; once more does no harm. Raises Retry if it cannot be asked."""
+
+
+class LocalAllocator:
+    """Names directories below `root`; a returned one that its worker left behind is removed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    async def borrow(self, session_id: UUID, run: UUID, attempt: int) -> Sandbox:
+        """The name of the attempt's directory, made when the workspace is opened."""
+        place = attempt_directory(self._root, session_id, run, attempt)
+        return {"item": {"workspace": str(place.absolute())}, "borrow_token": str(uuid4())}
+
+    async def give_back(self, sandbox: Sandbox) -> None:
+        """Remove the directory if its worker died; the living remove their own."""
+        place = Path(sandbox["item"]["workspace"])
+        if place.is_relative_to(self._root.absolute()):
+            await asyncio.to_thread(remove_dead, place)

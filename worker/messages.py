@@ -1,0 +1,127 @@
+"""Stores what an agent prints while it runs.
+
+Batches wait in memory, bounded in bytes, while the database is away: the agent runs on, and its output is
+stored afterwards. When the bound is reached, `put` waits, then the agent's pipe fills, and the agent waits.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from outbox.errors import Cancelled, Fenced
+from outbox.handler import Job
+from outbox.log import get_logger
+
+log = get_logger(__name__)
+
+Event = dict[str, Any]
+
+_BOUND = 16 * 2**20
+_RETRY_FIRST, _RETRY_LAST = 0.1, 2.0
+
+_APPEND = "SELECT fenced, cancel, last_seq FROM message_append(%s, %s, %s, %s, %s, %s, %s)"
+
+
+class Messages(AbstractAsyncContextManager["Messages"]):
+    """Writes batches in order, in a task of its own. Leaving the block waits until all is stored.
+
+    Raises Fenced or Cancelled, from `put` or on leaving, when the row says so.
+    """
+
+    def __init__(self, job: Job, session_id: UUID, prompt_id: UUID) -> None:
+        self._job = job
+        self._ids = (session_id, prompt_id)
+        self._waiting: deque[tuple[list[Event], int]] = deque()
+        self._bytes = 0
+        self._last_seq = 0  # lets a write whose answer was lost be repeated: see message_append
+        self._changed = asyncio.Condition()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._writer = asyncio.create_task(self._write())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._writer.cancel()
+            await asyncio.wait([self._writer])
+            return
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        await self._writer
+
+    async def put(self, batch: list[Event]) -> None:
+        """Take a batch; waits while more than 16 MiB are unstored."""
+        size = sum(len(json.dumps(event)) for event in batch)
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: not self._bytes or self._bytes + size <= _BOUND or self._writer.done()
+            )
+            if self._writer.done():
+                self._writer.result()
+            self._waiting.append((batch, size))
+            self._bytes += size
+            self._changed.notify_all()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._waiting or self._closed)
+                    if not self._waiting:
+                        return
+                    batch, size = self._waiting[0]
+                await self._append(batch)
+                async with self._changed:
+                    self._waiting.popleft()
+                    self._bytes -= size
+                    self._changed.notify_all()
+        finally:
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _append(self, batch: list[Event]) -> None:
+        ids = (self._job.worker_id, *self._job.token, *self._ids)
+
+        async def append() -> None:
+            async with self._job.connection() as conn:
+                cursor = await conn.execute(
+                    _APPEND,
+                    (*ids, [Jsonb(event) for event in batch], self._last_seq),
+                )
+                row = await cursor.fetchone()
+            assert row is not None
+            fenced, cancel, last_seq = row
+            if fenced:
+                raise Fenced(*self._job.token)
+            if cancel:
+                raise Cancelled("a cancel was requested")
+            self._last_seq = last_seq
+
+        await outlast(append)
+
+
+async def outlast(write: Callable[[], Awaitable[None]]) -> None:
+    """Await `write()` again and again while the database is away; the lease decides for how long, for
+    its end cancels us. A write whose answer was lost may be done twice: it must be fenced or harmless.
+    """
+    delay = _RETRY_FIRST
+    while True:
+        try:
+            await write()
+            return
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            log.warning("database_away", error=str(error).strip(), retry_in=delay)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _RETRY_LAST)
