@@ -20,7 +20,7 @@ SELECT 'outbox', topic, state, wait, rows::float8, extract(epoch FROM oldest)::f
 UNION ALL
 SELECT 'worker', '', state, '', count(*)::float8, 0 FROM worker_status WHERE ended_at IS NULL GROUP BY state
 UNION ALL
-SELECT 'writer', '', '', '', count(*)::float8, coalesce(max(extract(epoch FROM open_for)), 0)::float8
+SELECT 'writer', '', '', '', count(*)::float8, greatest(max(extract(epoch FROM open_for)), 0)::float8
 FROM outbox_writer
 UNION ALL
 SELECT 'sandbox', '', '', '', count(*)::float8, 0 FROM session WHERE sandbox IS NOT NULL

@@ -10,9 +10,11 @@ from psycopg.rows import class_row
 
 @dataclass(frozen=True)
 class Readiness:
-    """The answer of outbox_ready (sql/0007_views.sql). `reason` is None when `ready`."""
+    """The answer of outbox_ready (sql/0007_views.sql). `reason` is None when `ready`. `stuck`: a row has
+    been due for too long."""
 
     ready: bool
+    stuck: bool
     workers: int
     oldest_due: timedelta | None
     topic: str | None

@@ -193,11 +193,14 @@ limits AS MATERIALIZED (
     FROM topic AS t
     WHERE t.max_running IS NOT NULL
 ),
--- Transactions that are open now and have changed something: one of them may hold a row's lock.
+-- Transactions that have been open for a while and have changed something: one of them may hold a row's
+-- lock. A claim under way does too, but not for long. (Of others' sessions, a role may not see since when.)
 open_transaction AS MATERIALIZED (
     SELECT l.transactionid, l.pid
     FROM pg_locks AS l
-    WHERE l.locktype = 'transactionid' AND l.granted AND l.mode = 'ExclusiveLock'
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    WHERE coalesce(a.xact_start < statement_timestamp() - interval '1 second', true)
+      AND l.locktype = 'transactionid' AND l.granted AND l.mode = 'ExclusiveLock'
       AND l.pid IS DISTINCT FROM pg_backend_pid()
 ),
 row AS (
@@ -450,17 +453,19 @@ COMMENT ON FUNCTION session_history(uuid) IS
 -- Readiness: somebody is there, and nothing waits too long. A paused topic waits because it was told to.
 CREATE FUNCTION outbox_ready(
     longest_wait interval DEFAULT '1 minute',
-    OUT ready boolean, OUT workers integer, OUT oldest_due interval, OUT topic text, OUT reason text
+    OUT ready boolean, OUT stuck boolean, OUT workers integer, OUT oldest_due interval,
+    OUT topic text, OUT reason text
 )
 LANGUAGE sql STABLE
 AS $$
     SELECT
-        p.workers > 0 AND (f.since IS NULL OR p.since_limit <= f.since),
+        p.workers > 0 AND coalesce(p.since_limit <= f.since, true),
+        coalesce(f.since < p.since_limit, false),
         p.workers,
         greatest(statement_timestamp() - f.since, interval '0'),
         f.topic,
         CASE
-            WHEN p.workers = 0 THEN 'no worker is present'
+            WHEN p.workers = 0 AND coalesce(p.since_limit <= f.since, true) THEN 'no worker is present'
             WHEN f.since < p.since_limit THEN format(
                 'row %s of topic %s has been due for %s: %s', f.id, f.topic,
                 date_trunc('second', statement_timestamp() - f.since),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import uvloop
 
-from outbox import log
+from outbox import log, trace
 from outbox.errors import ConfigurationError, SchemaError
 from outbox.handler import Handler, installed_handlers
 from outbox.settings import Settings, load
@@ -55,6 +55,14 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
         log.configure(level=settings.log_level)
     except ValueError as error:
         raise ConfigurationError(f"SENDOFF_LOG_LEVEL: {error}") from None
+    trace.configure("sendoff-worker")
+    try:
+        return _start(arguments, argv, settings)
+    finally:
+        trace.shutdown()
+
+
+def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -> int:
     handlers = _choose(installed_handlers(), arguments.topics)
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))

@@ -40,6 +40,7 @@ from outbox.handler import Connection, Handler, Job
 from outbox.log import get_logger
 from outbox.migrate import check_schema
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 from worker.attempt import Attempt, End, Outcome, Stop
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
@@ -106,6 +107,7 @@ class Worker:
             max_size=min(concurrency, 20) + 1,
             open=False,
         )
+        self._stuck = StuckWatch(settings, self._pool.connection)
 
     # The life of the worker.
 
@@ -132,6 +134,7 @@ class Worker:
                             return
             finally:
                 self._lease.close()
+                await self._stuck.close()
 
     async def _while_connected(self) -> None:
         settings = self._settings
@@ -148,6 +151,7 @@ class Worker:
             self._set_connected(True)
             self._stats.count("sendoff_worker_connects")
             self._stats.woken("reconnect")
+            self._stuck.work_came()
             await self._turns()
 
     async def _introduce(self) -> None:
@@ -389,6 +393,7 @@ class Worker:
             )
         self._stats.looked(len(rows))
         if rows:
+            self._stuck.work_came()
             self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
             self._look_again = _LOOK_FIRST
             self._lease.claimed(asked_at)
