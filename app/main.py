@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> Starlette:
         stuck = StuckWatch(settings, database.connection)
         app.state.context = Context(settings, database, WorkerPresence(database), hub, stuck)
         await database.open()
-        stuck.look_now()
+        stuck.work_came()  # before we started
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
