@@ -253,7 +253,10 @@ LEFT JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT
         CASE r.state WHEN 'dead' THEN r.finished_at
-                     WHEN 'running' THEN coalesce(r.cancel_requested_at, r.started_at)
+                     -- since it was asked to stop, or its worker's lease ran out
+                     WHEN 'running' THEN coalesce(
+                         statement_timestamp() + CASE WHEN w.state = 'lost' THEN w.lease_left END,
+                         r.cancel_requested_at, r.started_at)
                      ELSE r.available_at END AS since,
         CASE
             WHEN r.state = 'dead' THEN 'dead'
@@ -281,7 +284,7 @@ COMMENT ON COLUMN outbox_waiting.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_waiting.state IS 'outbox.state.';
 COMMENT ON COLUMN outbox_waiting.reason IS
     'dead; worker lost, cancelling (of a running row); scheduled, retry (not due yet); key; topic paused, topic limit; no worker, workers draining, locked, workers busy, unnoticed; due (nothing is wrong).';
-COMMENT ON COLUMN outbox_waiting.waited IS 'Since it fell due, died, or was asked to stop; 0 when it is not due yet.';
+COMMENT ON COLUMN outbox_waiting.waited IS 'Since it fell due, died, was asked to stop, or its worker''s lease ran out; 0 when it is not due yet.';
 COMMENT ON COLUMN outbox_waiting.detail IS 'The reason in words, and what to do.';
 COMMENT ON COLUMN outbox_waiting.waits_for IS 'The row of its ordering_key that comes first.';
 COMMENT ON COLUMN outbox_waiting.due_at IS 'When it falls due, if it has not yet.';

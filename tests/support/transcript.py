@@ -80,7 +80,9 @@ async def psql(conn: AsyncConnection[Any], statement: str) -> str:
         return f"{cursor.statusmessage}\n"
     names = [column.name for column in cursor.description]
     numeric = [column.type_code in (20, 21, 23, 700, 701, 1700) for column in cursor.description]
-    rows = [[_shown(value) for value in row] for row in await cursor.fetchall()]
+    result = cursor.pgresult  # the server's own words: psycopg would make Python values of them
+    assert result is not None
+    rows = [[_shown(result.get_value(i, k)) for k in range(result.nfields)] for i in range(result.ntuples)]
     widths = [max(len(name), *(len(row[i]) for row in rows), 0) for i, name in enumerate(names)]
     lines = ["|".join(f" {name:^{width}} " for name, width in zip(names, widths, strict=True)).rstrip()]
     lines.append("+".join("-" * (width + 2) for width in widths))
@@ -94,5 +96,5 @@ async def psql(conn: AsyncConnection[Any], statement: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
-    return "" if value is None else clean(str(value)).replace("\n", " ")
+def _shown(value: bytes | None) -> str:
+    return "" if value is None else clean(value.decode()).replace("\n", " ")
