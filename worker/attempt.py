@@ -92,7 +92,6 @@ class Attempt:
         structlog.contextvars.bind_contextvars(outbox_id=row.id, attempt=row.attempt, topic=row.topic)
         if isinstance(session := row.payload.get("session_id"), str):
             structlog.contextvars.bind_contextvars(session_id=session)
-        log.debug("started")
         limit = asyncio.timeout(timeout.total_seconds() if timeout else None)
         if row.traceparent is None and not trace.exporting():
             async with limit:
@@ -115,6 +114,7 @@ class Attempt:
                 await self._call()
 
     async def _call(self) -> None:
+        log.debug("started")
         if self._handler.blocking:
             await _in_thread(self._handler.run, self.job)
         else:

@@ -25,6 +25,7 @@ from uuid import UUID
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
+from outbox import trace
 from outbox.claim import (
     Claimed,
     claim,
@@ -535,6 +536,7 @@ class Worker:
                 topic=job.row.topic,
                 state=state,
                 reason=outcome.reason or None,
+                **trace.log_fields(job.traceparent),
             )
 
     async def _tell_draining(self) -> None:
