@@ -67,7 +67,9 @@ COMMENT ON COLUMN outbox_front.available_at IS 'Since when it is due, or when it
 
 -- Each part reads one partial index; done and cancelled rows are in none of them.
 CREATE VIEW outbox_depth AS
-SELECT d.topic, d.state, d.wait, d.rows, greatest(statement_timestamp() - d.since, interval '0') AS oldest
+SELECT d.topic, d.state,
+       CASE WHEN d.wait = 'due' AND t.max_running = 0 THEN 'paused' ELSE d.wait END AS wait,
+       d.rows, greatest(statement_timestamp() - d.since, interval '0') AS oldest
 FROM (
     SELECT o.topic, 'ready' AS state,
            CASE WHEN o.available_at <= statement_timestamp() THEN 'due' ELSE 'delayed' END AS wait,
@@ -91,13 +93,14 @@ FROM (
     FROM outbox AS o
     WHERE o.state = 'dead'
     GROUP BY 1
-) AS d;
+) AS d
+LEFT JOIN topic AS t ON t.name = d.topic;
 COMMENT ON VIEW outbox_depth IS
     'How many rows wait, run or are dead, by topic, and for how long the oldest. Does not read finished rows.';
 COMMENT ON COLUMN outbox_depth.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_depth.state IS 'ready, running or dead; done and cancelled rows are counted by outbox_hourly.';
 COMMENT ON COLUMN outbox_depth.wait IS
-    'What a ready row waits for: due (a worker), delayed (its available_at), key (an earlier row of its ordering_key).';
+    'What a ready row waits for: due (a worker), delayed (its available_at), key (an earlier row of its ordering_key), paused (its topic is).';
 COMMENT ON COLUMN outbox_depth.rows IS 'How many.';
 COMMENT ON COLUMN outbox_depth.oldest IS
     'How long the oldest has been due, has run or has been dead; 0 if all are delayed.';

@@ -91,6 +91,7 @@ class Worker:
         self._look = True
         self._told_draining = False
         self._stats = STATS
+        self._stats.topics = sorted(handlers)
         self._full_stop = False
         self._control: Connection
         self._listener: Listener

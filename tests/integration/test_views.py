@@ -166,7 +166,7 @@ async def test_ready(connect: Connect) -> None:
         cursor = await conn.execute(
             "SELECT ready, stuck, workers, topic, reason FROM outbox_ready(%s)", (longest,)
         )
-        found = await cursor.fetchone()
+        found: tuple[Any, ...] | None = await cursor.fetchone()
         assert found is not None
         return found
 

@@ -70,7 +70,7 @@ async def test_attempts_by_outcome(database: str, handlers: Path, connect: Conne
         await worker.event("parked", after=parked)
         found = await scrape(worker)
     name = "sendoff_worker_attempts_total"
-    assert {key[1:]: value for key, value in found.items() if key[0] == name} == {
+    assert {key[1:]: value for key, value in found.items() if key[0] == name and value} == {
         ("noop", "done"): 3,
         ("bad", "dead"): 1,
         ("again", "retry"): 2,
@@ -149,7 +149,7 @@ async def test_processes_behind_one_port(database: str, handlers: Path, connect:
 
 async def test_ready_with_the_others(database: str, handlers: Path, connect: Connect) -> None:
     conn = await connect()
-    settings = {"SENDOFF_HEALTH_PORT": "0", "SENDOFF_STUCK_AFTER": "0.001"}
+    settings: dict[str, Any] = {"SENDOFF_HEALTH_PORT": "0", "SENDOFF_STUCK_AFTER": "0.001"}
     async with command(database, handlers, "--topics", TOPICS, **settings) as worker:
         await worker.event("parked")
         port = (await worker.event("health_ready"))["port"]

@@ -6,7 +6,7 @@ import pytest
 
 from outbox.metrics import render
 from tests.support.scraped import Samples, samples
-from worker.metrics import BOUNDS, Snapshot, Stats, agent_used, families, merge, without_gauges
+from worker.metrics import BOUNDS, OUTCOMES, Snapshot, Stats, agent_used, families, merge, without_gauges
 
 GAUGES = {"sendoff_worker_parked": 1, "sendoff_worker_running": 2}
 
@@ -61,7 +61,7 @@ def test_a_wake_up_counts_once_and_in_vain_only_if_nothing_came() -> None:
     assert found[("sendoff_worker_wakeups_total", "notify")] == 1
     assert found[("sendoff_worker_wakeups_total", "deadline")] == 1
     assert found[("sendoff_worker_wakeups_in_vain_total", "deadline")] == 1
-    assert ("sendoff_worker_wakeups_in_vain_total", "notify") not in found
+    assert found[("sendoff_worker_wakeups_in_vain_total", "notify")] == 0
 
 
 def test_what_an_agent_used() -> None:
@@ -92,4 +92,12 @@ def test_nonsense_from_an_agent_counts_nothing(nonsense: Any) -> None:
     agent_used({"usage": nonsense}, stats)
     found = read(stats.snapshot({}))
     assert found[("sendoff_agent_cost_usd_total",)] == 0
-    assert ("sendoff_agent_tokens_total", "input") not in found
+    assert found[("sendoff_agent_tokens_total", "input")] == 0
+
+
+def test_what_is_served_begins_at_zero() -> None:
+    """Else Prometheus would not see the first fence as a rise."""
+    stats = Stats()
+    stats.topics = ["t"]
+    found = read(stats.snapshot({}))
+    assert {found[("sendoff_worker_attempts_total", "t", outcome)] for outcome in OUTCOMES} == {0}
