@@ -182,9 +182,24 @@ class Worker:
             )
             if cursor.rowcount == 0:
                 raise WorkerEnded(f"worker {self.id} has ended")
+            await self._give_back_strays()
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
+
+    async def _give_back_strays(self) -> None:
+        """Rows of ours that we know nothing of: the claim was committed, but its answer lost. No earlier
+        claim can come after the new presence, so this finds all of them.
+        """
+        assert self.id is not None
+        known = {attempt.job.token for attempt in self._running.values()}
+        known |= {outcome.job.token for outcome in self._ended}
+        cursor = await self._control.execute(
+            "SELECT id, attempt FROM outbox WHERE worker_id = %s AND state = 'running'", (self.id,)
+        )
+        if strays := {(row[0], row[1]) async for row in cursor} - known:
+            await hand_back(self._control, self.id, strays)
+            log.warning("strays_handed_back", rows=sorted(row_id for row_id, _ in strays))
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         if is_outage(error):
@@ -296,8 +311,13 @@ class Worker:
     async def _turns(self) -> None:
         while True:
             self._listener.check()
-            with bounded(self._control, self._settings.lease):
-                await self._turn()
+            try:
+                with bounded(self._control, self._settings.lease):
+                    await self._turn()
+            except psycopg.errors.DeadlockDetected as error:
+                log.warning("deadlock", error=str(error).strip())
+                self._look = True
+                continue  # nothing of the statement was done: the next turn does it again
             if self.draining and not self._running and not self._ended:
                 await self._leave()
                 return
@@ -389,6 +409,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
             self._completed(completed, refused)
         else:
@@ -398,6 +419,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
         self._stats.looked(len(rows))
         if rows:
@@ -522,10 +544,12 @@ class Worker:
                         back = await hand_back(self._control, self.id, [job.token], delay)
                         state = "handed back" if back else "fenced"
                     case End.CANCELLED:
-                        await self._control.execute(
+                        cursor = await self._control.execute(
                             "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
                         )
-                        state = "cancelled"
+                        ended = await cursor.fetchone()
+                        assert ended is not None
+                        state = {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)

@@ -185,9 +185,7 @@ class Faults:
             name = f"chaos-{next(self._numbers)}"
             self._begin("prepared transaction", "none")
             await conn.execute("BEGIN")
-            await conn.execute(
-                "INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')"
-            )
+            await conn.execute("INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')")
             try:
                 await conn.execute(f"PREPARE TRANSACTION '{name}'")
                 self._prepared.append(name)
