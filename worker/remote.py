@@ -127,7 +127,7 @@ class RemoteWorkspace:
     async def commits(self) -> list[Commit]:
         """The work branch's commits since `base`, oldest first, the last 1,000 at most."""
         lines = await self._run("list the commits", _LOG, str(COMMITS), self.base, self.branch)
-        return [Commit(*f"{line} ".split(" ", 1)) for line in lines.split("\n") if line]
+        return [Commit(*line.partition(" ")[::2]) for line in lines.split("\n") if line]
 
     async def keep(self) -> str:
         """Save the work for the session's next turn; returns the work branch's commit.

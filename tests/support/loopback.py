@@ -1,0 +1,56 @@
+"""Serve a Starlette application on a free port of loopback, in the test's own event loop."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tests.support.faults import Dropped, Steps
+
+Answer = tuple[int, Any]
+
+
+@asynccontextmanager
+async def serve(routes: list[Route]) -> AsyncIterator[str]:
+    """The URL of a server that runs until the block ends. What still hangs then is cut off."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        Starlette(routes=routes),
+        log_level="error",
+        log_config=None,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server._serve([listening]))
+    host, port = listening.getsockname()[:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        await task
+
+
+def route(
+    steps: Steps, name: str, path: str, method: str, effect: Callable[[Request], Awaitable[Answer]]
+) -> Route:
+    """A route whose requests meet `steps` before their effect and before their answer."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            status, body = await steps.meet(name) or await effect(request)
+            status, body = await steps.meet(f"{name} done") or (status, body)
+        except Dropped:
+            await asyncio.Event().wait()  # never: the client is gone, or will give up
+            raise
+        return JSONResponse(body, status)
+
+    return Route(path, endpoint, methods=[method])
