@@ -7,6 +7,7 @@ command. Secrets go into files, not into commands.
 
 import asyncio
 import base64
+import math
 import re
 import shlex
 import time
@@ -98,8 +99,12 @@ class Sandbox:
         )
         shell = str(data.get("session_id") or shell)
         # Quiet for long is not done: a clone says nothing.
-        while data.get("status") in ("running", "no_change_timeout") and time.monotonic() < until:
-            await self._call("shell/wait", {"id": shell, "seconds": _WAIT}, _WAIT + timeout)
+        while data.get("status") in ("running", "no_change_timeout"):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            seconds = min(_WAIT, math.ceil(left))
+            await self._call("shell/wait", {"id": shell, "seconds": seconds}, seconds)
             await asyncio.sleep(_PAUSE)  # should it not wait at all
             data = await self._call("shell/view", {"id": shell})
         if data.get("status") != "completed":

@@ -111,7 +111,7 @@ def _points(met: list[str]) -> list[Point]:
 
 
 async def _all_done(conn: Any, worker: Process) -> None:
-    """The rows that return sandboxes have ended, else their last steps would be counted with the next turn's."""
+    """The rows that return sandboxes have ended: no step of theirs is met in the next round."""
     for (row_id,) in await rows(
         conn, "SELECT id FROM outbox WHERE topic = 'sandbox.return' AND state <> 'done'"
     ):

@@ -4,14 +4,12 @@ import asyncio
 import itertools
 import json
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
 
 from tests.support.faults import Steps
-from tests.support.loopback import Answer, route, serve
+from tests.support.loopback import Answer, Loopback, route
 
 
 class Allocator:
@@ -76,16 +74,17 @@ class Allocator:
         return 200, {**counts, "pending_operations": 0, "failed_operations": failed}
 
 
-@asynccontextmanager
-async def allocator(steps: Steps) -> AsyncIterator[Allocator]:
-    """A running allocator without items."""
+def allocator(server: Loopback, steps: Steps) -> Allocator:
+    """An allocator without items."""
     made = Allocator(steps)
-    routes = [
-        route(steps, "borrow", "/ip/borrow", "GET", made.borrow),
-        route(steps, "return", "/ip/return", "POST", made.give_back),
-        route(steps, "operation", "/ip/operations/{id}", "GET", made.operation),
-        route(steps, "submit", "/ip/submit", "POST", made.submitted),
-        route(steps, "stats", "/ip/admin/stats", "GET", made.stats),
-    ]
-    async with serve(routes) as made.url:
-        yield made
+    made.url = server.add(
+        "allocator",
+        [
+            route(steps, "borrow", "/ip/borrow", "GET", made.borrow),
+            route(steps, "return", "/ip/return", "POST", made.give_back),
+            route(steps, "operation", "/ip/operations/{id}", "GET", made.operation),
+            route(steps, "submit", "/ip/submit", "POST", made.submitted),
+            route(steps, "stats", "/ip/admin/stats", "GET", made.stats),
+        ],
+    )
+    return made

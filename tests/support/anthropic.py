@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -10,7 +9,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.support.faults import Steps
-from tests.support.loopback import serve
+from tests.support.loopback import Loopback
 
 Block = dict[str, Any]
 Script = Callable[[dict[str, Any]], list[Block]]
@@ -87,17 +86,18 @@ def _events(blocks: list[Block], model: str) -> Iterator[dict[str, Any]]:
     yield {"type": "message_stop"}
 
 
-@asynccontextmanager
-async def anthropic(steps: Steps) -> AsyncIterator[Anthropic]:
-    """A running Messages API."""
+def anthropic(server: Loopback, steps: Steps) -> Anthropic:
+    """A Messages API; its script can be changed at any time."""
     made = Anthropic(steps)
 
     async def nothing(request: Request) -> Response:
         return JSONResponse({}, 404)
 
-    routes = [
-        Route("/v1/messages", made.messages, methods=["POST"]),
-        Route("/{rest:path}", nothing, methods=["GET", "HEAD", "POST"]),
-    ]
-    async with serve(routes) as made.url:
-        yield made
+    made.url = server.add(
+        "anthropic",
+        [
+            Route("/v1/messages", made.messages, methods=["POST"]),
+            Route("/{rest:path}", nothing, methods=["GET", "HEAD", "POST"]),
+        ],
+    )
+    return made

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.allocator import Allocator, allocator
+from tests.support.anthropic import Anthropic, anthropic
 from tests.support.faults import Steps
+from tests.support.loopback import loopback
 from tests.support.process import ROOT
 from tests.support.sandbox import Sandbox, sandbox
 
@@ -19,10 +21,18 @@ STUB = f"{sys.executable} -I {ROOT / 'tests/support/stub_claude.py'} -p --output
 class Production:
     """The stand-ins, all of whose requests meet `steps`."""
 
-    def __init__(self, directory: Path, allocator: Allocator, sandboxes: list[Sandbox], steps: Steps) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        allocator: Allocator,
+        sandboxes: list[Sandbox],
+        anthropic: Anthropic,
+        steps: Steps,
+    ) -> None:
         self.directory = directory
         self.allocator = allocator
         self.sandboxes = sandboxes
+        self.anthropic = anthropic
         self.steps = steps
         self.origin = directory / "origin.git"
 
@@ -65,17 +75,19 @@ def git(directory: Path, *arguments: str) -> str:
 
 @asynccontextmanager
 async def production(directory: Path, *, sandboxes: int = 1) -> AsyncIterator[Production]:
-    """An allocator that lends so many sandboxes, and a repository with one commit on main."""
+    """An allocator that lends so many sandboxes, a Messages API, and a repository with one commit on main."""
     steps = Steps()
     async with AsyncExitStack() as stack:
-        lender = await stack.enter_async_context(allocator(steps))
-        made: list[Sandbox] = []
-        for number in range(sandboxes):
-            home = directory / f"sandbox-{number}"
-            made.append(await stack.enter_async_context(sandbox(steps, home)))
-            await lender.submit(made[-1].item)
+        server = await stack.enter_async_context(loopback())
+        lender = allocator(server, steps)
+        made = [
+            stack.enter_context(sandbox(server, steps, directory / f"sandbox-{number}"))
+            for number in range(sandboxes)
+        ]
+        for one in made:
+            await lender.submit(one.item)
         await asyncio.to_thread(_make_origin, directory)
-        yield Production(directory, lender, made, steps)
+        yield Production(directory, lender, made, anthropic(server, steps), steps)
 
 
 def _make_origin(directory: Path) -> None:

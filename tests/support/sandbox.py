@@ -9,8 +9,8 @@ import base64
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.support.faults import Dropped, Steps
-from tests.support.loopback import Answer, route, serve
+from tests.support.loopback import Answer, Loopback, route
 
 TOOL = {
     "name": "shell",
@@ -171,22 +171,24 @@ class Sandbox:
             shell.kill()
 
 
-@asynccontextmanager
-async def sandbox(steps: Steps, home: Path) -> AsyncIterator[Sandbox]:
-    """A running sandbox whose home is `home`."""
+@contextmanager
+def sandbox(server: Loopback, steps: Steps, home: Path) -> Iterator[Sandbox]:
+    """A sandbox whose home is `home`; what runs in it ends with the block."""
     home.mkdir(parents=True)
     made = Sandbox(steps, home.resolve())
-    routes = [
-        route(steps, "describe", "/v1/sandbox", "GET", made.describe),
-        route(steps, "write", "/v1/file/write", "POST", made.write),
-        route(steps, "exec", "/v1/shell/exec", "POST", made.execute),
-        route(steps, "wait", "/v1/shell/wait", "POST", made.wait),
-        route(steps, "view", "/v1/shell/view", "POST", made.view),
-        route(steps, "kill", "/v1/shell/kill", "POST", made.kill),
-        Route("/mcp", made.mcp, methods=["POST"]),
-    ]
-    async with serve(routes) as made.url:
-        try:
-            yield made
-        finally:
-            made.close()
+    made.url = server.add(
+        home.name,
+        [
+            route(steps, "describe", "/v1/sandbox", "GET", made.describe),
+            route(steps, "write", "/v1/file/write", "POST", made.write),
+            route(steps, "exec", "/v1/shell/exec", "POST", made.execute),
+            route(steps, "wait", "/v1/shell/wait", "POST", made.wait),
+            route(steps, "view", "/v1/shell/view", "POST", made.view),
+            route(steps, "kill", "/v1/shell/kill", "POST", made.kill),
+            Route("/mcp", made.mcp, methods=["POST"]),
+        ],
+    )
+    try:
+        yield made
+    finally:
+        made.close()
