@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.support.faults import Steps
-from tests.support.loopback import Loopback
+from tests.support.faults import Dropped, Steps
+from tests.support.loopback import Loopback, forgotten
 
 Block = dict[str, Any]
 Script = Callable[[dict[str, Any]], list[Block]]
@@ -55,9 +55,12 @@ class Anthropic:
         body = await request.json()
         self.requests.append(body)
         self.keys.add(request.headers.get("x-api-key", ""))
-        if answer := await self._steps.meet("messages"):
-            status, said = answer
-            return JSONResponse(said, status)
+        try:
+            answer = await self._steps.meet("messages")
+        except Dropped:
+            return await forgotten(request)
+        if answer is not None:
+            return JSONResponse(answer[1], answer[0])
         events = list(_events(self.script(body), body["model"]))
         return StreamingResponse(_stream(events), media_type="text/event-stream")
 

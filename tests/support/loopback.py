@@ -59,8 +59,14 @@ def route(
             status, body = await steps.meet(name) or await effect(request)
             status, body = await steps.meet(f"{name} done") or (status, body)
         except Dropped:
-            await asyncio.Event().wait()  # never: the client is gone, or will give up
-            raise
+            return await forgotten(request)
         return JSONResponse(body, status)
 
     return Route(path, endpoint, methods=[method])
+
+
+async def forgotten(request: Request) -> Response:
+    """No answer: wait until the client is gone, or gives up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return Response(status_code=499)

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.support.faults import Dropped, Steps
-from tests.support.loopback import Answer, Loopback, route
+from tests.support.loopback import Answer, Loopback, forgotten, route
 
 TOOL = {
     "name": "shell",
@@ -152,7 +152,7 @@ class Sandbox:
                 try:
                     result = await self._call_tool(asked["params"])
                 except Dropped:
-                    await asyncio.Event().wait()
+                    return await forgotten(request)
             case _:
                 error = {"code": -32601, "message": "method not found"}
                 return JSONResponse({"jsonrpc": "2.0", "id": asked["id"], "error": error})
