@@ -111,13 +111,13 @@ def run(settings: Settings) -> None:
     """
     configure(level=settings.log_level)
     app = create_app(settings)
-    everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-    log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
     with bind(settings.host, settings.port) as listening:
         server = Server(app)
         # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
         # once it has shut down, it does nothing: for us that is a normal end.
         previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
+        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
         try:
             server.run([listening])
         finally:

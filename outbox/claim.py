@@ -66,17 +66,19 @@ async def claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
+    presence: int | None = None,
 ) -> list[Claimed]:
     """Claim up to `slots` due rows, by priority, then age. They are the worker's for `lease`, which each
-    claim and `renew` extend; then another worker may rescue them.
+    claim and `renew` extend; then another worker may rescue them. With `presence`, only while that is the
+    worker's: a claim still on its way when its connection broke then claims nothing.
 
-    Raises WorkerEnded if that has happened.
+    Raises WorkerEnded if its lease was ended, or the presence is another.
     """
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_claim(%s, %s, %s, %s, %s)",
-                (worker_id, list(topics), slots, lease, stay_parked),
+                "SELECT * FROM outbox_claim(%s, %s, %s, %s, %s, %s)",
+                (worker_id, list(topics), slots, lease, stay_parked, presence),
                 binary=True,
             )
             return await cursor.fetchall()
@@ -93,6 +95,7 @@ async def complete_and_claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
+    presence: int | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
     `completed` that were fenced.
@@ -103,7 +106,8 @@ async def complete_and_claim(
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_complete_and_claim(%s, %s::bigint[], %s::integer[], %s, %s, %s, %s)",
+                "SELECT * FROM outbox_complete_and_claim("
+                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s)",
                 (
                     worker_id,
                     [row_id for row_id, _ in tokens],
@@ -112,6 +116,7 @@ async def complete_and_claim(
                     slots,
                     lease,
                     stay_parked,
+                    presence,
                 ),
                 binary=True,
             )

@@ -91,3 +91,8 @@ def is_outage(error: BaseException) -> bool:
         return True
     text = str(error)
     return "Connection refused" in text or "the database system is" in text
+
+
+def is_away(error: psycopg.Error) -> bool:
+    """Whether the same statement may succeed later: no connection, an outage, or a deadlock."""
+    return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or is_outage(error)

@@ -137,15 +137,18 @@ CREATE TRIGGER topic_changed
 ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
 
 
--- The end of a row frees its ordering_key: the next row by id may run. Both this and the claim
--- (outbox_take_key) decide under the key's lock and in a snapshot taken after it, so that a row is never
--- marked blocked by a claim that missed the end, nor left blocked by an end that missed the mark.
+-- The end of a row frees its ordering_key: the next row by id may run. So does a row that stops running
+-- and stays unfinished (a retry, a hand-back): while it ran, a row with a lower id may have been committed
+-- late and been blocked by it; were it left so, each of the two would wait for the other.
+-- Both this and the claim (outbox_take_key) decide under the key's lock and in a snapshot taken after it,
+-- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
+-- missed the mark.
 CREATE FUNCTION outbox_free_key() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'ending a row that has an ordering_key needs READ COMMITTED'
+        RAISE EXCEPTION 'freeing an ordering_key needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'An older snapshot may not show the row that waits for this one.';
     END IF;
@@ -167,7 +170,8 @@ CREATE TRIGGER outbox_free_key
     AFTER UPDATE ON outbox FOR EACH ROW
     WHEN (
         OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running')
-        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key)
+        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key
+             OR (OLD.state = 'running' AND NEW.state = 'ready'))
     )
     EXECUTE FUNCTION outbox_free_key();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key;

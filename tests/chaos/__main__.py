@@ -29,6 +29,7 @@ import psycopg
 
 from embedded.postgres import EmbeddedPostgres
 from outbox.migrate import migrate
+from tests.chaos import history
 from tests.chaos.broken import BREAKS, break_rule
 from tests.chaos.check import Record, check, excused, rescue_times
 from tests.chaos.faults import Faults
@@ -58,8 +59,9 @@ PLACES: dict[str, tuple[list[str], dict[str, str]]] = {
     "many": (["--concurrency", "8", "--topics", _TOPICS], {"SENDOFF_LISTEN_PROBE": "3"}),
     "lone": (["--concurrency", "1", "--topics", "lone,roll.call"], {}),
 }
-PROCESSES = 5
-SLOTS = 4 + 2 * 3 + 8 + 1
+DATABASES = {"chaos": (4, 4 + 2 * 3 + 8), "lone": (1, 1)}
+"""Worker processes and slots of each. One worker is alone in a database of its own: there no other's lease
+makes it look, so a wake-up that is lost stays lost, and nobody but its successor can rescue it."""
 
 
 class Chaos:
@@ -81,29 +83,24 @@ class Chaos:
     async def run(self, seconds: float) -> tuple[Record, Faults, Producers]:
         """All of it, but the report."""
         await asyncio.to_thread(self._server.start)
-        self._server.psql.exists()
-        with psycopg.connect(self._server.url, autocommit=True) as conn:
-            conn.execute("CREATE DATABASE chaos")
-        self._url = self._server.url_of("chaos")
-        await migrate(self._url)
-        with self._connect() as conn:
-            conn.execute(Path(__file__).with_name("tables.sql").read_bytes())
-            if self._broken:
-                break_rule(conn, self._broken)
+        for name in DATABASES:
+            await self._make_database(name)
         proxy = Proxy("producers", ("127.0.0.1", self._server.port))
         await proxy.open()
         try:
             await self._start_places()
             producers = Producers(
-                url=self._through(proxy),
-                direct=self._url,
+                url=self._through(proxy, "chaos"),
+                direct=self._server.url_of("chaos"),
+                lone_url=self._through(proxy, "lone"),
+                lone_direct=self._server.url_of("lone"),
                 psql=self._server.psql,
                 history=self._history,
                 random=random.Random(self._seed),
             )
             faults = Faults(
                 server=self._server,
-                url=self._url,
+                url=self._server.url_of("chaos"),
                 places=self._places,
                 producers=proxy,
                 history=self._history,
@@ -130,15 +127,31 @@ class Chaos:
         self._server.remove()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self._url, autocommit=True, application_name="chaos runner")
+    async def _make_database(self, name: str) -> None:
+        with psycopg.connect(self._server.url, autocommit=True) as conn:
+            conn.execute(f"CREATE DATABASE {name}")
+        await migrate(self._server.url_of(name))
+        with self._connect(name) as conn:
+            conn.execute(Path(__file__).with_name("tables.sql").read_bytes())
+            if name == "lone":  # ids tell the databases apart
+                conn.execute("ALTER SEQUENCE outbox_id_seq RESTART 1000000000")
+            if self._broken:
+                break_rule(conn, self._broken)
 
-    def _through(self, proxy: Proxy) -> str:
-        return f"postgresql://postgres@127.0.0.1:{proxy.port}/chaos"
+    def _connect(self, database: str) -> psycopg.Connection[Any]:
+        url = self._server.url_of(database)
+        return psycopg.connect(url, autocommit=True, application_name="chaos runner")
+
+    def _through(self, proxy: Proxy, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{proxy.port}/{database}"
 
     def _load(self, *, final: bool) -> Record:
-        with self._connect() as conn:
-            return load(conn, self._file, final=final)
+        lines = list(history.read(self._file))  # first: the databases then hold all that it tells of
+        record = Record(lines=lines, now=time.time(), final=final)
+        for name in DATABASES:
+            with self._connect(name) as conn:
+                load(conn, record)
+        return record
 
     async def _start_places(self) -> None:
         installed = self.directory / "handlers"
@@ -150,7 +163,7 @@ class Chaos:
                 **self._mark,
                 **environment,
                 "PYTHONPATH": f"{installed}:{self._mark['PYTHONPATH']}",
-                "DATABASE_URL": self._through(proxy),
+                "DATABASE_URL": self._through(proxy, _database(place=name)),
                 "CHAOS_HISTORY": str(self._file),
                 "SENDOFF_LEASE": str(LEASE),
                 "SENDOFF_DRAIN_GRACE": "2",
@@ -200,7 +213,7 @@ class Chaos:
                     self.observed.append(f"blocks: row {row_id} is blocked by nothing")
 
     def _wrong_blocks(self) -> list[int]:
-        with self._connect() as conn:
+        with self._connect("chaos") as conn:
             conn.execute("SET statement_timeout = '5s'")
             found = conn.execute(
                 "SELECT id FROM outbox AS b WHERE blocked AND NOT EXISTS ("
@@ -247,22 +260,29 @@ class Chaos:
         # all_ended (check.py) names the rows
 
     def _progress(self) -> tuple[int, int]:
-        with self._connect() as conn:
-            row = conn.execute(
-                "SELECT (SELECT count(*) FROM outbox WHERE state IN ('ready', 'running')"
-                " AND topic <> 'outbox.prune'), (SELECT max(seq) FROM chaos_event)"
-            ).fetchone()
+        """How many rows have not ended, and how much has happened."""
+        left = happened = 0
+        for name in DATABASES:
+            with self._connect(name) as conn:
+                row = conn.execute(
+                    "SELECT (SELECT count(*) FROM outbox WHERE state IN ('ready', 'running')"
+                    " AND topic <> 'outbox.prune'), (SELECT coalesce(max(seq), 0) FROM chaos_event)"
+                ).fetchone()
             assert row is not None
-            return row
+            left, happened = left + row[0], happened + row[1]
+        return left, happened
 
     def _all_parked(self) -> bool:
-        with self._connect() as conn:
-            found = conn.execute("SELECT pid FROM worker_present WHERE parked AND NOT draining").fetchall()
+        parked: list[int] = []
+        for name in DATABASES:
+            with self._connect(name) as conn:
+                found = conn.execute("SELECT pid FROM worker_present WHERE parked AND NOT draining")
+                parked += [row[0] for row in found]
         leaves: list[int] = []
         for place in self._places:
             pids = place.pids()
             leaves += pids[1:] if len(pids) > 1 else pids
-        return len(leaves) == PROCESSES and sorted(leaves) == sorted(row[0] for row in found)
+        return len(leaves) == sum(n for n, _ in DATABASES.values()) and sorted(leaves) == sorted(parked)
 
     async def _until_silent(self) -> None:
         """A parked worker without a probe sends no query for three leases."""
@@ -278,7 +298,7 @@ class Chaos:
 
     def _last_queries(self) -> list[tuple[Any, ...]]:
         ports = [c.port for p in self._places if p.name in ("one", "lone") for c in p.proxy.connections]
-        with self._connect() as conn:
+        with self._connect("chaos") as conn:  # pg_stat_activity shows all databases
             return conn.execute(
                 "SELECT client_port, application_name, query_start::text, query FROM pg_stat_activity"
                 " WHERE client_port = ANY (%s) ORDER BY 1", (ports,),
@@ -287,28 +307,37 @@ class Chaos:
     async def _roll_call(self) -> None:
         """As many rows as there are slots: each worker must wake."""
         release = self.directory / "release"
-        with self._connect() as conn:
-            conn.execute(
-                "INSERT INTO outbox (topic, payload) SELECT 'roll.call', jsonb_build_object('release', %s::text)"
-                " FROM generate_series(1, %s)", (str(release), SLOTS),
-            )  # fmt: skip
+        for name, (_, slots) in DATABASES.items():
+            with self._connect(name) as conn:
+                conn.execute(
+                    "INSERT INTO outbox (topic, payload)"
+                    " SELECT 'roll.call', jsonb_build_object('release', %s::text) FROM generate_series(1, %s)",
+                    (str(release), slots),
+                )
         await self._until("all awake", self._all_slots_taken)
         release.touch()
         await self._until_all_ended()
 
     def _all_slots_taken(self) -> bool:
-        with self._connect() as conn:
-            row = conn.execute(
-                "SELECT count(*), count(DISTINCT worker_id) FROM outbox"
-                " WHERE topic = 'roll.call' AND state = 'running'"
-            ).fetchone()
-        return row == (SLOTS, PROCESSES)
+        for name, (processes, slots) in DATABASES.items():
+            with self._connect(name) as conn:
+                row = conn.execute(
+                    "SELECT count(DISTINCT worker_id), count(*) FROM outbox"
+                    " WHERE topic = 'roll.call' AND state = 'running'"
+                ).fetchone()
+            if row != (processes, slots):
+                return False
+        return True
 
     def _end_leaked(self) -> None:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("CHAOS_RUN") == self._mark["CHAOS_RUN"]:
                     process.kill()
+
+
+def _database(place: str) -> str:
+    return "lone" if place == "lone" else "chaos"
 
 
 def report(record: Record, chaos: Chaos, faults: Faults, producers: Producers) -> int:

@@ -156,8 +156,8 @@ class Run:
 class Record:
     """All that was recorded. `final`: faults are over, and all had time to end."""
 
-    lines: list[Line]
-    events: list[Event]
+    lines: list[Line] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
     booked: dict[str, int] = field(default_factory=dict)

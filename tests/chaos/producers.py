@@ -42,6 +42,8 @@ class Producers:
 
     url: str
     direct: str
+    lone_url: str
+    lone_direct: str
     psql: Path
     history: History
     random: random.Random
@@ -75,14 +77,14 @@ class Producers:
     # The library, on a connection of the producer's.
 
     async def _library(self) -> None:
-        async with await self._connect() as conn:
+        async with await self._connect(self.url) as conn:
             while not self.stop.is_set():
                 await self._transaction(conn, self._some_rows())
                 await self._pause(0.12)
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, url: str) -> Connection:
         return await psycopg.AsyncConnection.connect(
-            self.url, autocommit=True, connect_timeout=3, application_name="chaos producer"
+            url, autocommit=True, connect_timeout=3, application_name="chaos producer"
         )
 
     async def _transaction(
@@ -120,7 +122,8 @@ class Producers:
             self.history.tell("enqueue", ids=ids, outcome=outcome, **line)
         if outcome != "acked":
             return []
-        self.recent = (self.recent + ids)[-40:]
+        if not dawdle:
+            self.recent = (self.recent + ids)[-40:]
         return ids
 
     def _some_rows(self) -> list[dict[str, Any]]:
@@ -163,8 +166,8 @@ class Producers:
 
     async def _lone(self) -> None:
         async with (
-            await self._connect() as conn,
-            await psycopg.AsyncConnection.connect(self.direct, autocommit=True) as watch,
+            await self._connect(self.lone_url) as conn,
+            await psycopg.AsyncConnection.connect(self.lone_direct, autocommit=True) as watch,
         ):
             while not self.stop.is_set():
                 ids = []
@@ -188,7 +191,7 @@ class Producers:
     # Sessions, as the API writes them.
 
     async def _sessions(self) -> None:
-        async with await self._connect() as conn:
+        async with await self._connect(self.url) as conn:
             while not self.stop.is_set():
                 await self._a_session(conn)
                 await self._pause(0.5)
