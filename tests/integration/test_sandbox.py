@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.faults import Fault
+from tests.support.git_http import git_server
 from tests.support.process import Process, running
 from tests.support.production import Production, git, production, rows
 
@@ -349,6 +350,33 @@ async def test_the_api_of_the_agent_gets_no_more_of_our_environment_than_it_need
     assert environment["HOME"].startswith(str(parts.directory))
     assert "environment" not in arguments  # the prompt comes by stdin
     assert not Path(environment["HOME"]).exists()
+
+
+async def test_credentials_open_the_repository_and_are_removed_again(
+    parts: Production, database: str, api: Api, tmp_path: Path
+) -> None:
+    """A repository over HTTPS that asks for a password, read and written; each user has a file."""
+    directory = tmp_path / "credentials"
+    directory.mkdir()
+    async with git_server(parts.directory, "bot", "right-token") as (url, certificate):
+        parts.sandboxes[0].environment["GIT_SSL_CAINFO"] = str(certificate)
+        host = url.removeprefix("https://")
+        env = parts.environment(database, SENDOFF_GIT_CREDENTIALS=str(directory), SENDOFF_GIT_PUSH="true")
+        async with running("worker", env=env) as worker:
+            none = await api.create(repo=f"{url}/origin.git", prompt=COMMIT)
+            refused = await worker.event("ended", topic="session.run", state="dead")
+            (directory / "local").write_text(f"https://bot:wrong-token@{host}\n")
+            wrong = await api.create(repo=f"{url}/origin.git", prompt=COMMIT)
+            await worker.event("ended", after=refused, topic="session.run", state="dead")
+            (directory / "local").write_text(f"https://bot:right-token@{host}\n")
+            right = await api.create(repo=f"{url}/origin.git", branch="work", prompt=COMMIT)
+            await ended(worker, status="succeeded")
+    for session in (none, wrong):
+        (prompt,) = (await shown(api, session))["prompts"]
+        assert prompt["reason"].startswith("cannot clone the repository: ")
+        assert "token" not in prompt["reason"]
+    (prompt,) = (await shown(api, right))["prompts"]
+    assert parts.branches()["work"] == prompt["result"]["head"]
 
 
 SECRETS = {

@@ -67,6 +67,8 @@ class Sandbox:
         self.commands: list[str] = []
         self.written: dict[str, bytes] = {}
         self.shells: dict[str, Shell] = {}
+        self.environment: dict[str, str] = {}
+        """What its commands find in their environment beside PATH and HOME."""
         self.patience: float | None = None
         """Seconds after which exec answers that nothing changes, though the command runs on."""
         self._steps = steps
@@ -110,7 +112,12 @@ class Sandbox:
         process = await asyncio.create_subprocess_exec(
             *("bash", "--noprofile", "--norc", "-c", command),
             cwd=directory or self.home,
-            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "GIT_CONFIG_NOSYSTEM": "1"},
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.home),
+                "GIT_CONFIG_NOSYSTEM": "1",
+                **self.environment,
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
