@@ -50,10 +50,11 @@ class Settings(BaseSettings):
     """Whether `file://` repositories may be named. For demos and tests."""
 
     workspace_root: Path = Path(".state/workspaces")
-    """Where the embedded form keeps workspaces."""
+    """Where the embedded form keeps workspaces, and an agent of a sandbox its HOME."""
 
     agent_command: str = "claude -p --output-format stream-json --verbose"
-    """The agent, as one shell-quoted command line; the prompt is appended as its last argument."""
+    """The agent, as one shell-quoted command line; the prompt is appended as its last argument; in a sandbox
+    the CLI's flags are (docs/agent.md)."""
 
     agent_permission_mode: str = "default"
     """The CLI's --permission-mode in a sandbox. default: only the sandbox's MCP tools may be used."""

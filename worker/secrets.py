@@ -25,7 +25,7 @@ class Secrets:
             form
             for value in values
             if len(value) >= _SHORTEST
-            for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])
+            for form in (value, quote(value, safe=""), json.dumps(value, ensure_ascii=False)[1:-1])
         }
         # The longest first: one may be part of another.
         self._values = sorted(spelled, key=len, reverse=True)

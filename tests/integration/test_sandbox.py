@@ -12,6 +12,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from tests.conftest import Connect
+from tests.integration.test_docs import blocks
 from tests.support.api import Api, serving
 from tests.support.faults import Fault
 from tests.support.git_http import git_server
@@ -165,8 +166,9 @@ async def test_a_borrow_without_an_answer_is_shown_as_a_suspected_leak(
         await api.create(repo=parts.repo, prompt="say: hello")
         await worker.event("borrow_unclear")
         await worker.event("ended", topic="session.run", state="ready")
-    ((error, session),) = await rows(conn, "SELECT error, session_id FROM sandbox_suspect")
+    ((_, session, attempt, _, error),) = await rows(conn, blocks("sandbox.md", "sql")[0])
     assert "504" in error
+    assert attempt == 1
     assert [str(session)] == [asked["session_id"] for asked in parts.allocator.asked][:1]
     assert len(parts.allocator.borrowed) == 1
 
@@ -181,6 +183,20 @@ async def test_a_session_that_is_deleted_owes_the_return(parts: Production, conn
     await conn.execute("DELETE FROM session")
     ((payload,),) = await rows(conn, "SELECT payload FROM outbox WHERE topic = 'sandbox.return'")
     assert payload["sandbox"] == held
+
+
+async def test_a_return_that_is_refused_is_tried_again(
+    parts: Production, database: str, api: Api, connect: Connect
+) -> None:
+    conn = await connect()
+    parts.steps.arm("return", Fault((500, {"err": "broken"})))
+    async with running("worker", env=parts.environment(database)) as worker:
+        await api.create(repo=parts.repo, prompt="say: hello")
+        failed = await worker.event("ended", topic="sandbox.return", state="ready")
+        ((_, _, _, error),) = await rows(conn, blocks("sandbox.md", "sql")[1])
+        assert "500" in error
+        await worker.event("sandbox_returned", after=failed)
+    assert not parts.allocator.borrowed
 
 
 async def test_a_follow_up_goes_on_from_commits_and_transcript_on_another_host(

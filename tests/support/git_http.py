@@ -77,7 +77,10 @@ async def _call(root: Path, request: Request) -> Response:
     )
     output, _ = await process.communicate(await request.body())
     head, _, body = output.partition(b"\r\n\r\n")
-    fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+    fields: dict[str, str] = {}
+    for line in head.decode().split("\r\n"):
+        name, _, value = line.partition(": ")
+        fields[name] = value
     status = int(fields.pop("Status", "200").split(" ")[0])
     return Response(body, status, fields)
 

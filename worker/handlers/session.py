@@ -103,11 +103,12 @@ async def run_turn(job: Job) -> None:
         credentials = load_credentials(settings.git_credentials, turn.user_id)
         secrets |= secrets_in(credentials)
         sandbox, used = await borrow(job, turn.session_id, turn.run, allocator(settings))
-        stage = _in_sandbox(job, turn, settings, sandbox, used, credentials)
         if settings.ip_allocator_url is None:
-            stage = _on_this_host(job, turn, settings)
-        async with stage as opened:
-            await _work(job, turn, settings, opened, secrets)
+            staged = _on_this_host(job, turn, settings)
+        else:
+            staged = _in_sandbox(job, turn, settings, sandbox, used, credentials)
+        async with staged as stage:
+            await _work(job, turn, settings, stage, secrets)
     except PermanentError as error:
         raise Permanent(secrets.text(str(error))) from None
     except TransientError as error:
@@ -120,7 +121,8 @@ async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets:
     said = Said()
     verdict: tuple[str, str | None] = ("succeeded", None)
     if turn.prompt is not None:
-        ended = await _run_agent(job, turn, settings, stage.command(turn.prompt), secrets, said)
+        command = await asyncio.to_thread(stage.command, turn.prompt)
+        ended = await _run_agent(job, turn, settings, command, secrets, said)
         verdict = _judge(ended, said.result, settings, secrets)
     result: dict[str, Any] = {"branch": turn.branch, "agent": said.result, "pull_request": said.pull_request}
     result["head"] = await workspace.keep()
@@ -130,7 +132,7 @@ async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets:
         bundle = workspace.bundle
         if workspace.problem and verdict[0] == "succeeded":
             verdict = ("failed", secrets.text(workspace.problem))
-    transcript = stage.transcript(said.session) if said.session else None
+    transcript = await asyncio.to_thread(stage.transcript, said.session) if said.session else None
     await outlast(lambda: _conclude(job, turn, verdict, result, transcript, bundle))
     log.info("turn_ended", status=verdict[0], reason=verdict[1], head=result["head"])
 
