@@ -17,6 +17,7 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -73,24 +74,27 @@ git checkout --quiet --no-track -B "$branch" "$start" -- 2>&1
 echo "$start $theirs"
 """
 _REUSE = """
-cd "$repo"; branch=$1
-git rev-parse --verify "refs/heads/$branch"
-git rev-parse --quiet --verify "refs/remotes/origin/$branch" || :
+cd "$repo"
+head=$(git rev-parse --verify "refs/heads/$1")
+theirs=$(git rev-parse --quiet --verify "refs/remotes/origin/$1" || :)
+echo "$head $theirs"
 """
 _COMMIT = """
 cd "$repo"; branch=refs/heads/$1
 if test "$(git symbolic-ref --quiet HEAD || :)" = "$branch"; then
     rm -f .git/index.lock
     git add --all -- . 2>&1
-    if test -n "$(git status --porcelain --untracked-files=no)"; then
-        git commit --quiet -m 'Save what the agent left uncommitted' 2>&1
-    fi
+    left=$(git status --porcelain --untracked-files=no)
+    if test -n "$left"; then git commit --quiet -m 'Save what the agent left uncommitted' 2>&1; fi
 fi
-echo "$(git rev-parse --verify "$branch") $(git rev-list --count "$branch" --not --remotes=origin)"
+head=$(git rev-parse --verify "$branch")
+ours=$(git rev-list --count "$branch" --not --remotes=origin)
+echo "$head $ours"
 """
 _LOG = """
 cd "$repo"
-git log --max-count="$1" --reverse --topo-order --no-show-signature --format='%H %s' "$2..refs/heads/$3" --
+git log --max-count="$1" --reverse --topo-order --no-show-signature --format='= %H %s' \\
+    "$2..refs/heads/$3" --
 """
 _PUSH = """
 cd "$repo"; chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; branch=refs/heads/$3
@@ -100,7 +104,8 @@ git update-ref "refs/remotes/origin/$3" "$branch"
 _BUNDLE = """
 cd "$repo"; rm -f "$bundle"
 git bundle create --quiet "$bundle" "refs/heads/$1" --not --remotes=origin 2>&1
-echo "$(sha256sum < "$bundle" | cut -d ' ' -f 1) $(wc -c < "$bundle")"
+digest=$(sha256sum < "$bundle"); size=$(wc -c < "$bundle")
+echo "${digest%% *} $size"
 """
 _READ = 'tail -c "+$1" "$bundle" | head -c "$2" | base64'
 _SWEEP = 'rm -rf "$home"'
@@ -127,17 +132,20 @@ class RemoteWorkspace:
     async def commits(self) -> list[Commit]:
         """The work branch's commits since `base`, oldest first, the last 1,000 at most."""
         lines = await self._run("list the commits", _LOG, str(COMMITS), self.base, self.branch)
-        return [Commit(*line.partition(" ")[::2]) for line in lines.split("\n") if line]
+        # The sandbox mixes stderr in.
+        marked = (line.partition(" ") for line in lines.split("\n"))
+        return [Commit(*rest.partition(" ")[::2]) for mark, _, rest in marked if mark == "="]
 
     async def keep(self) -> str:
         """Save the work for the session's next turn; returns the work branch's commit.
 
         Raises SessionError if it can't be saved.
         """
-        head, _, ours = (await self._run("save the work branch", _COMMIT, self.branch)).partition(" ")
-        if int(ours) and self._remote.push:
-            ours = "0" if await self._push() else ours
-        if int(ours):
+        head, count = _pair(await self._run("save the work branch", _COMMIT, self.branch))
+        ours = count != "0"
+        if ours and self._remote.push:
+            ours = not await self._push()
+        if ours:
             self.bundle = await self._read_bundle()
         return head
 
@@ -167,11 +175,12 @@ class RemoteWorkspace:
         return False
 
     async def _read_bundle(self) -> bytes:
-        digest, _, size = (await self._run("save the work branch", _BUNDLE, self.branch)).partition(" ")
-        if int(size) > BUNDLE_LIMIT:
+        digest, told = _pair(await self._run("save the work branch", _BUNDLE, self.branch))
+        size = int(told) if told.isdigit() else 0
+        if size > BUNDLE_LIMIT:
             raise PermanentError(f"the turn's commits are over {BUNDLE_LIMIT >> 20} MiB: they must be pushed")
         content = bytearray()
-        while len(content) < int(size):
+        while len(content) < size:
             arguments = (str(len(content) + 1), str(_CHUNK))
             try:
                 chunk = base64.b64decode(await self._run("read the commits", _READ, *arguments))
@@ -243,8 +252,8 @@ async def open_remote(
     if not path.startswith("/"):
         raise TransientError("the sandbox did not say where its home is")
     if used:
-        heads = (await _run(sandbox, "find the work branch", _REUSE, branch)).split()
-        return RemoteWorkspace(path, branch, heads[0], sandbox, remote, "".join(heads[1:]))
+        head, known = _pair(await _run(sandbox, "find the work branch", _REUSE, branch))
+        return RemoteWorkspace(path, branch, head, sandbox, remote, known)
     settings = [part for setting in AUTHOR for part in ("--config", setting)]
     try:
         async with remote.credentials_in(sandbox, path):
@@ -264,7 +273,7 @@ async def open_remote(
             case 66:
                 raise PermanentError("the repository is empty: it has no branch to start from") from error
         raise GitError(error.code, error.said).explain("cannot find where to start") from error
-    base, _, known = start.splitlines()[-1].partition(" ")
+    base, known = _pair(start)
     return RemoteWorkspace(path, branch, base, sandbox, remote, known)
 
 
@@ -273,8 +282,16 @@ async def sweep(sandbox: Sandbox) -> None:
     await _run(sandbox, "sweep the sandbox", _SWEEP)
 
 
+def _pair(output: str) -> tuple[str, str]:
+    """The two words of its last line, the second perhaps empty; before it may be what stderr said."""
+    first, _, second = output.rpartition("\n")[2].partition(" ")
+    if not re.fullmatch("[0-9a-f]{40,64}", first):
+        raise TransientError("the sandbox did not answer a step as its script would")
+    return first, second.strip()
+
+
 async def _run(sandbox: Sandbox, step: str, script: str, *arguments: str) -> str:
     try:
         return await sandbox.run(step, _GIT + script, *arguments)
     except StepError as error:
-        raise TransientError(str(error)) from error
+        raise GitError(error.code, error.said).explain(f"cannot {step}") from error

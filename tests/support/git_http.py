@@ -54,15 +54,15 @@ async def git_server(root: Path, user: str, password: str) -> AsyncIterator[tupl
 
 async def _call(root: Path, request: Request) -> Response:
     """Run the backend as CGI."""
-    headers = {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in request.headers.items()}
+    told = {
+        f"HTTP_{name.upper().replace('-', '_')}": request.headers[name]
+        for name in ("content-encoding", "git-protocol")
+        if name in request.headers
+    }
     process = await asyncio.create_subprocess_exec(
         BACKEND,
         env={
-            **{
-                name: headers[name]
-                for name in ("HTTP_CONTENT_ENCODING", "HTTP_GIT_PROTOCOL")
-                if name in headers
-            },
+            **told,
             "PATH": os.environ["PATH"],
             "GIT_PROJECT_ROOT": str(root),
             "GIT_HTTP_EXPORT_ALL": "1",

@@ -279,9 +279,8 @@ def _judge(ended: Exit, result: Event | None, settings: Settings, secrets: Secre
         case _:
             raise TransientError(f"the agent was ended from outside ({ended.cause})")
     if result is not None and result.get("is_error"):
-        return "failed", f"the agent reported {result.get('result') or result.get('subtype') or 'an error'}"[
-            :2000
-        ]
+        words = result.get("result") or result.get("subtype") or "an error"
+        return "failed", f"the agent reported {words}"[:2000]
     stderr = secrets.text(ended.stderr.strip())[-2000:]
     if ended.code != 0:
         how = f"exit status {ended.code}" if ended.code > 0 else f"signal {-ended.code}"
