@@ -127,6 +127,18 @@ async def test_an_allocator_that_is_not_there_was_not_asked() -> None:
     assert not isinstance(caught.value, Unclear)
 
 
+async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unclear, match="did not answer"):
+            await borrow(adapter(f"http://127.0.0.1:{port}"))
+
+
 async def test_arguments_reach_the_shell_as_they_are(client: Sandbox) -> None:
     odd = "a b;\"$(touch x)`id`'\n*\\"
     assert await client.run("say", 'printf "%s|" "$@"', odd, "", "-n") == f"{odd}||-n|"
