@@ -49,10 +49,20 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+# The agent of production, for its tests: a version they are known to pass with.
+CLAUDE := @anthropic-ai/claude-code@2.1.197
+.state/claude/.installed: Makefile
+	@npm install --prefix .state/claude --no-audit --no-fund --loglevel=error $(CLAUDE)
+	@touch $@
+
+.PHONY: claude
+claude: .state/claude/.installed ## Install the Claude Code CLI below .state, for its tests
+
 .PHONY: schema
 schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
 	@$(BIN)/python -m tests.support.schema
 
 .PHONY: test
 test: lint types ## Check style and types, run all tests
+	@if command -v npm >/dev/null; then $(MAKE) claude; fi || echo 'make: tests of the Claude Code CLI are skipped' >&2
 	@$(BIN)/pytest
