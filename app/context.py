@@ -6,6 +6,8 @@ from starlette.requests import Request
 
 from app.database import Database
 from app.hub import Hub
+from app.identity import Authenticator
+from app.limits import Limits
 from app.presence import WorkerPresence
 from outbox.settings import Settings
 
@@ -16,6 +18,8 @@ class Context:
     database: Database
     presence: WorkerPresence
     hub: Hub
+    authenticator: Authenticator
+    limits: Limits
 
 
 def context(request: Request) -> Context:

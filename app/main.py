@@ -16,7 +16,8 @@ from app.access import AccessLog
 from app.context import Context
 from app.database import Database
 from app.hub import Hub
-from app.identity import check_host
+from app.identity import Authenticator, check_host
+from app.limits import Limits
 from app.presence import WorkerPresence
 from app.routes import routes
 from outbox.errors import ConfigurationError
@@ -43,7 +44,10 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         database = Database(settings)
         hub = Hub(database, settings.listen_url)
-        app.state.context = Context(settings, database, WorkerPresence(database), hub)
+        authenticator = Authenticator(settings, database)
+        app.state.context = Context(
+            settings, database, WorkerPresence(database), hub, authenticator, Limits(settings)
+        )
         await database.open()
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
@@ -54,6 +58,7 @@ def create_app(settings: Settings) -> Starlette:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            await authenticator.close()
             await database.close()
 
     app = Starlette(
@@ -111,8 +116,9 @@ def run(settings: Settings) -> None:
     """
     configure(level=settings.log_level)
     app = create_app(settings)
-    everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-    log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
+    if not settings.token_required:
+        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
     with bind(settings.host, settings.port) as listening:
         # uvicorn raises the signal again once it has shut down; for us that is a normal end.
         previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}

@@ -33,8 +33,19 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "`true`: this is the first answer under this key, given again.",
         "schema": {"type": "string", "const": "true"},
     },
+    "WWW-Authenticate": {
+        "description": "The challenge of RFC 6750; `error` says what is wrong with the token.",
+        "schema": {"type": "string"},
+    },
     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
     "Allow": {"description": "The methods of this path.", "schema": {"type": "string"}},
+}
+
+_BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A token of the configured OpenID Connect issuer, or an API token (`sendoff token "
+    "create`). In development mode, on loopback only, none is needed.",
 }
 
 
@@ -54,7 +65,7 @@ def document() -> dict[str, Any]:
             "description": _problems_text(),
         },
         "paths": paths,
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": _schemas(), "securitySchemes": {"bearer": _BEARER}},
     }
 
 
@@ -75,6 +86,8 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         "parameters": _parameters(endpoint),
         "responses": responses,
     }
+    if endpoint.access != "anybody":
+        operation["security"] = [{"bearer": []}]
     if endpoint.body:
         schema = {"$ref": _REF.format(model=endpoint.body.__name__)}
         content = {media_type: {"schema": schema} for media_type in endpoint.body_types}
@@ -136,8 +149,8 @@ def _problem(status: int, kinds: list[str]) -> dict[str, Any]:
         "description": " ".join(f"{KINDS[kind][1]}." for kind in kinds),
         "content": {MEDIA_TYPE: {"schema": schema}},
     }
-    if status == 503:
-        answer["headers"] = {"Retry-After": _HEADERS["Retry-After"]}
+    if name := {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}.get(status):
+        answer["headers"] = {name: _HEADERS[name]}
     return answer
 
 

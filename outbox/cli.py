@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import psycopg
 
-from outbox import log
+from outbox import log, token_cli
 from outbox.errors import ConfigurationError, SchemaError
 from outbox.migrate import migrate
 from outbox.settings import Settings, load
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("api", help="serve the HTTP API")
     for name, text in _OPERATIONS.items():
         commands.add_parser(name, help=text).add_argument("row", type=int, nargs="+", help="outbox ids")
+    token_cli.add_parser(commands)
     commands.add_parser("wake", help="wake every worker, for rows that no trigger saw")
     return parser
 
@@ -56,6 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
         # By name: this library does not depend on the application.
         importlib.import_module("app.main").run(settings)
         return 0
+    if arguments.command == "token":
+        return asyncio.run(token_cli.run(settings, arguments))
     if arguments.command == "wake":
         asyncio.run(_call(settings, "SELECT outbox_wake()", [()]))
         return 0
