@@ -116,14 +116,17 @@ def run(settings: Settings) -> None:
     """
     configure(level=settings.log_level)
     app = create_app(settings)
-    if not settings.token_required:
-        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
     with bind(settings.host, settings.port) as listening:
-        # uvicorn raises the signal again once it has shut down; for us that is a normal end.
-        previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        server = Server(app)
+        # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
+        # once it has shut down, it does nothing: for us that is a normal end.
+        previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
+        if not settings.token_required:
+            everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+            warning = f"no authentication: {everybody} is operator"
+            log.warning("dev_identity", host=settings.host, warning=warning)
         try:
-            Server(app).run([listening])
+            server.run([listening])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

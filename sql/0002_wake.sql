@@ -180,7 +180,8 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key_by_delete;
 
 
 -- Keeps a row true to itself whoever wrote it: a cancelled wait ends at once, whether the mark or the
--- readiness came last; ended rows have a time, others have none; only ready rows are blocked.
+-- readiness came last; ended rows have a time, others have none; only ready rows are blocked, and only
+-- behind the key they have: one that is given another key is judged anew by the next claim.
 CREATE FUNCTION outbox_settle() RETURNS trigger
 LANGUAGE plpgsql
 AS $$
@@ -188,7 +189,7 @@ BEGIN
     IF NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL THEN
         NEW.state := 'cancelled';
     END IF;
-    NEW.blocked := NEW.blocked AND NEW.state = 'ready';
+    NEW.blocked := NEW.blocked AND NEW.state = 'ready' AND NEW.ordering_key IS NOT DISTINCT FROM OLD.ordering_key;
     NEW.finished_at := CASE
         WHEN NEW.state IN ('ready', 'running') THEN NULL
         ELSE coalesce(NEW.finished_at, clock_timestamp())
@@ -201,7 +202,7 @@ CREATE TRIGGER outbox_settle
     BEFORE UPDATE ON outbox FOR EACH ROW
     WHEN (
         (NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL)
-        OR (NEW.blocked AND NEW.state <> 'ready')
+        OR (NEW.blocked AND (NEW.state <> 'ready' OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key))
         OR (NEW.state IN ('ready', 'running')) = (NEW.finished_at IS NOT NULL)
     )
     EXECUTE FUNCTION outbox_settle();

@@ -34,10 +34,14 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(1397048887, hashtext(key)) THEN
         RETURN false;
     END IF;
+    -- Two questions, each with an index of its own: as one, it would read the whole queue behind the first
+    -- row of a key.
     IF EXISTS (
         SELECT FROM outbox AS o
-        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
-          AND o.id <> row_id AND (o.state = 'running' OR o.id < row_id)
+        WHERE o.ordering_key = key AND o.state = 'running' AND o.id <> row_id
+    ) OR EXISTS (
+        SELECT FROM outbox AS o
+        WHERE o.ordering_key = key AND o.state IN ('ready', 'running') AND o.id < row_id
     ) THEN
         -- All that wait behind it too, else a long queue of one key would be read row by row, claim by
         -- claim. Never waits: a row that another claim has locked is marked by whoever meets it next.

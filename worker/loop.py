@@ -15,6 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from random import uniform
@@ -81,6 +82,7 @@ class Worker:
         # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
         self._look_at = math.inf
         self._rescue_at = math.inf
+        self._announced = math.inf
         self._probe_at = math.inf
         self._probe_sent: str | None = None
         self._look_again = _LOOK_FIRST
@@ -102,6 +104,9 @@ class Worker:
         Raises SchemaError if the database has another schema than this code.
         """
         delay = _RETRY_FIRST
+        # A thread for each blocking handler: a row that is claimed must be able to start.
+        threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
+        asyncio.get_running_loop().set_default_executor(threads)
         async with self._pool:
             try:
                 while True:
@@ -234,6 +239,7 @@ class Worker:
     def _bring_forward(self, due: float) -> None:
         """`due` is by the server's clock; it may be a row or a lease, so look for both."""
         at = due - self._clock_offset
+        self._announced = min(self._announced, at)
         if at < min(self._look_at, self._rescue_at):
             self._look_at = self._rescue_at = at
             self._event.set()
@@ -299,6 +305,7 @@ class Worker:
                 refused = set(completed) - await self._complete(completed)
                 self._completed(completed, refused)
             return
+        self._look = False  # from here on a notification raises it again
         settling = parking.stage is Stage.SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
         stay_parked = self._stay_parked()
@@ -312,7 +319,6 @@ class Worker:
             parking.begin()
             self._look = True
         else:
-            self._look = False
             await self._schedule()
             if settling and writers_ended:
                 parking.settled()
@@ -382,6 +388,7 @@ class Worker:
     async def _schedule(self) -> None:
         """Step 4: set the one timer. Also how far the server's clock is from ours."""
         connected = time.monotonic() - self._listener.opened_at
+        self._announced = math.inf  # what is announced meanwhile, this query may not see
         cursor = await self._control.execute(
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
             " extract(epoch FROM server_time)::float8"
@@ -397,6 +404,8 @@ class Worker:
         self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
         if row_due is not None and row_due <= 0:
             self._repeat_look()  # parking, step 5
+        self._look_at = min(self._look_at, self._announced)
+        self._rescue_at = min(self._rescue_at, self._announced)
 
     def _repeat_look(self) -> None:
         now = time.monotonic()

@@ -48,9 +48,7 @@ class Api:
         return dict(response.json())
 
     @asynccontextmanager
-    async def follow(
-        self, session_id: str, query: str = "", **headers: str
-    ) -> AsyncIterator["Events"]:
+    async def follow(self, session_id: str, query: str = "", **headers: str) -> AsyncIterator["Events"]:
         """The session's events."""
         path = f"/sessions/{session_id}/events{query}"
         async with aconnect_sse(self.client, "GET", path, headers=headers, timeout=TIMEOUT) as source:
@@ -92,7 +90,7 @@ class Events:
 @asynccontextmanager
 async def serving(database: str, **changes: Any) -> AsyncIterator[Api]:
     """Serve until the block ends."""
-    settings = Settings(DATABASE_URL=database, SENDOFF_PORT=0, **changes)
+    settings = Settings.model_validate({"DATABASE_URL": database, **changes})
     app = create_app(settings)
     server = Server(app)
     listening = bind(settings.host, 0)
@@ -122,7 +120,7 @@ async def _stopped(server: Server, task: asyncio.Task[None]) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     """For states of this process that nothing announces."""
     async with asyncio.timeout(TIMEOUT):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 
