@@ -2,7 +2,7 @@
 
 1. The header is only believed as far as it picks a key: an algorithm of ALGORITHMS (all asymmetric: with
    HS256 the public key itself would sign), and a key of ours that is made for it. URLs and keys in a
-   header (`jku`, `jwk`, `x5u`) are ignored, critical extensions refused.
+   header (`jku`, `jwk`, `x5u`) are ignored.
 2. Keys come from discovery, fetched by one task whoever waits for it. They are used for FRESH seconds, then
    renewed while they go on serving; at STALE they end, so that a key that was withdrawn does too.
 3. An unknown `kid` fetches them anew (the issuer may have rotated), but not within PAUSE of the last try: a
@@ -98,12 +98,10 @@ class Issuer:
         try:
             header = jwt.get_unverified_header(token)
         except (jwt.PyJWTError, ValueError, RecursionError):
-            raise Rejected("The token is not a signed JWT.") from None
+            raise Rejected("The token is not a signed JWT that can be read.") from None
         algorithm, kid = header.get("alg"), header.get("kid")
         if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise Rejected("The token's algorithm is not accepted.")
-        if "crit" in header or "b64" in header:
-            raise Rejected("The token demands an extension that is not known here.")
         if kid is not None and not isinstance(kid, str):
             raise Rejected("The token's kid is not a string.")
         key = await self._find(kid, algorithm)

@@ -53,7 +53,7 @@ CREATE TABLE session (
 );
 CREATE INDEX session_newest ON session (created_at DESC, id DESC);
 CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
-CREATE INDEX session_unfinished ON session (user_id) WHERE inbox_status IN ('active', 'pending');
+CREATE INDEX session_unfinished_of_user ON session (user_id) WHERE inbox_status IN ('active', 'pending');
 CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
 CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
 
