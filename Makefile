@@ -49,6 +49,16 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+# A certified OpenID Connect provider, for tests of authentication.
+.state/oidc/.installed: tests/support/oidc/package-lock.json
+	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
+	@npm ci --prefix .state/oidc --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: oidc
+oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
+
 .PHONY: test
 test: lint types ## Check style and types, run all tests
+	@if command -v npm >/dev/null; then $(MAKE) oidc; fi || echo 'make: tests with oidc-provider are skipped' >&2
 	@$(BIN)/pytest
