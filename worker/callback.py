@@ -24,7 +24,7 @@ class CallbackTransport(httpx.AsyncBaseTransport):
     def __init__(self, allowed: tuple[Network, ...], resolve: Resolve | None = None) -> None:
         self._allowed = allowed
         self._resolve = resolve or _resolve
-        self._inner = httpx.AsyncHTTPTransport(trust_env=False)
+        self._inner = httpx.AsyncHTTPTransport()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url

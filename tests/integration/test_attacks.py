@@ -211,7 +211,11 @@ AUTHENTICATION = [
         "401 unauthorized",
         by_headers(("X-Forwarded-User", "alice"), ("X-Remote-User", "alice"), ("X-User-Id", "alice")),
     ),
-    Attack("Not a JWT", "401 unauthorized: The token is not a signed JWT that can be read.", by_token(lambda i: "abc.def")),
+    Attack(
+        "Not a JWT",
+        "401 unauthorized: The token is not a signed JWT that can be read.",
+        by_token(lambda i: "abc.def"),
+    ),
     Attack(
         "An encrypted token (JWE)",
         "401 unauthorized: The token is not a signed JWT that can be read.",
