@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The first Python that is new enough and can make virtual environments; asked only when one is made.
 .venv/pyvenv.cfg:
@@ -62,3 +62,7 @@ oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its test
 test: lint types ## Check style and types, run all tests
 	@if command -v npm >/dev/null; then $(MAKE) oidc; fi || echo 'make: tests with oidc-provider are skipped' >&2
 	@$(BIN)/pytest
+
+.PHONY: fuzz-api
+fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
+	@$(BIN)/python -m tests.fuzz_api $(CASES)

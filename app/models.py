@@ -46,10 +46,42 @@ def _callback(url: str, info: ValidationInfo) -> str:
 
 
 Storable = AfterValidator(_storable)
-Repo = Annotated[str, Field(max_length=REPO_LENGTH), AfterValidator(_repo)]
-Branch = Annotated[str, Field(max_length=BRANCH_LENGTH), AfterValidator(check_branch)]
-Callback = Annotated[str, Field(max_length=URL_LENGTH), AfterValidator(_callback)]
-Title = Annotated[str, Field(max_length=TITLE_LENGTH), AfterValidator(check_title)]
+# The patterns are for the document: they let pass all that the checks do, and the checks explain better.
+Repo = Annotated[
+    str,
+    Field(
+        max_length=REPO_LENGTH,
+        examples=["octo/tools"],
+        json_schema_extra={
+            "pattern": r"^([A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9._-]+|(https|ssh|file)://[!-~]+"
+            r"|[A-Za-z0-9_][A-Za-z0-9._-]*@[!-~]+)$"
+        },
+    ),
+    AfterValidator(_repo),
+]
+Branch = Annotated[
+    str,
+    Field(
+        max_length=BRANCH_LENGTH,
+        examples=["main"],
+        json_schema_extra={"pattern": r"^[A-Za-z0-9._/+@#=,()-]+$"},
+    ),
+    AfterValidator(check_branch),
+]
+Callback = Annotated[
+    str,
+    Field(
+        max_length=URL_LENGTH,
+        examples=["https://hooks.example/sendoff"],
+        json_schema_extra={"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[!-~]+$"},
+    ),
+    AfterValidator(_callback),
+]
+Title = Annotated[
+    str,
+    Field(max_length=TITLE_LENGTH, examples=["Fix it"], json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(check_title),
+]
 PromptText = Annotated[str, Field(min_length=1, max_length=PROMPT_LENGTH), Storable]
 
 InboxStatus = Literal["active", "pending", "completed", "archived"]

@@ -18,7 +18,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
     "Idempotency-Key": {
         "description": "Repeat a request under its key and get the first answer, not a second session. "
         "A string in double quotes; without them it is the same key.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 257},
+        "schema": {"type": "string", "pattern": '^("[ !#-~]{1,255}"|[!#-~]{1,255})$'},
     },
     "traceparent": {
         "description": "W3C trace context; kept with the outbox row.",
@@ -39,6 +39,17 @@ _HEADERS: dict[str, dict[str, Any]] = {
     },
     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
     "Allow": {"description": "The methods of this path.", "schema": {"type": "string"}},
+}
+
+# Of each event of the stream; `data` is JSON.
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["message", "superseded", "status"]},
+        "id": {"type": "string"},
+        "data": {"type": "string"},
+    },
 }
 
 _BEARER = {
@@ -131,7 +142,7 @@ def _answer(
         schema: dict[str, Any] = {"$ref": _REF.format(model=model.__name__)}
         answer["content"] = {endpoint.gives: {"schema": schema}}
     elif endpoint.gives == EVENTS and status == 200:
-        answer["content"] = {EVENTS: {"schema": {"type": "string"}}}
+        answer["content"] = {EVENTS: {"schema": _EVENT}}
     if headers := endpoint.answer_headers.get(status):
         answer["headers"] = {name: _HEADERS[name] for name in headers}
     return answer

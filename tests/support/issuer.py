@@ -40,7 +40,7 @@ class SigningKey:
     def jwk(self) -> dict[str, Any]:
         """The public key as it is published."""
         kind = RSAAlgorithm if self.algorithm == "RS256" else ECAlgorithm
-        made: dict[str, Any] = kind.to_jwk(self.private.public_key(), as_dict=True)  # type: ignore[attr-defined]
+        made: dict[str, Any] = kind.to_jwk(self.private.public_key(), as_dict=True)
         made.pop("key_ops", None)
         return {**made, "kid": self.kid, "use": "sig", "alg": self.algorithm}
 
