@@ -21,8 +21,9 @@ def _checked_networks(text: str) -> str:
 
 
 def _checked_secrets(text: SecretStr | None) -> SecretStr | None:
-    if text is not None:
-        parse_secrets(text.get_secret_value())
+    if text is None or not text.get_secret_value():
+        return None
+    parse_secrets(text.get_secret_value())
     return text
 
 

@@ -22,6 +22,25 @@ $$;
 COMMENT ON FUNCTION uuid_v7() IS 'A UUID version 7; PostgreSQL has one of its own only since 18.';
 
 
+CREATE FUNCTION repo_key(repo text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT
+AS $$
+    -- host/path, without user, scheme and .git. Hosts, and GitHub's paths, are the same in any case.
+    SELECT CASE WHEN r.host_path ~* '^github\.com/' THEN lower(r.host_path)
+                ELSE lower(substring(r.host_path FROM '^[^/]*')) || substring(r.host_path FROM '/.*$') END
+    FROM (
+        SELECT regexp_replace(
+            CASE
+                WHEN repo ~ '^[A-Za-z]+://' THEN regexp_replace(repo, '^[A-Za-z]+://([^/@]*@)?', '')
+                WHEN repo ~ '^[^/@]+@' THEN regexp_replace(repo, '^[^@]*@(\[[^]]*\]|[^:]*):/?', '\1/')
+                ELSE 'github.com/' || repo
+            END, '(\.git)?/*$', '') AS host_path
+    ) AS r
+$$;
+COMMENT ON FUNCTION repo_key(text) IS
+    'The repository that a name means: octo/tools, git@github.com:octo/tools.git and https://github.com/octo/tools are one.';
+
+
 CREATE TABLE session (
     id             uuid PRIMARY KEY DEFAULT uuid_v7(),
     user_id        text NOT NULL DEFAULT 'local',
@@ -54,7 +73,8 @@ CREATE TABLE session (
 CREATE INDEX session_newest ON session (created_at DESC, id DESC);
 CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
 CREATE INDEX session_unfinished_of_user ON session (user_id) WHERE inbox_status IN ('active', 'pending');
-CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
+CREATE UNIQUE INDEX session_branch_of_repo ON session (repo_key(repo), branch)
+    WHERE session_status = 'active';
 CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
 
 COMMENT ON TABLE session IS 'A coding agent''s session on one branch of one repository.';
