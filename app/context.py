@@ -8,6 +8,7 @@ from app.database import Database
 from app.hub import Hub
 from app.presence import WorkerPresence
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Context:
     database: Database
     presence: WorkerPresence
     hub: Hub
+    stuck: StuckWatch
 
 
 def context(request: Request) -> Context:

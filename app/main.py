@@ -17,11 +17,15 @@ from app.context import Context
 from app.database import Database
 from app.hub import Hub
 from app.identity import check_host
+from app.metrics import CountRequests
 from app.presence import WorkerPresence
 from app.routes import routes
+from app.tracing import Tracing
+from outbox import trace
 from outbox.errors import ConfigurationError
 from outbox.log import configure, get_logger
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
@@ -43,14 +47,17 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         database = Database(settings)
         hub = Hub(database, settings.listen_url)
-        app.state.context = Context(settings, database, WorkerPresence(database), hub)
+        stuck = StuckWatch(settings, database.connection)
+        app.state.context = Context(settings, database, WorkerPresence(database), hub, stuck)
         await database.open()
+        stuck.look_now()
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
             yield
         finally:
             hub.close()
+            await stuck.close()
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
@@ -58,7 +65,7 @@ def create_app(settings: Settings) -> Starlette:
 
     app = Starlette(
         routes=[*routes(), *reference.routes()],
-        middleware=[Middleware(AccessLog)],
+        middleware=[Middleware(Tracing), Middleware(CountRequests), Middleware(AccessLog)],
         exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
     )
@@ -110,6 +117,7 @@ def run(settings: Settings) -> None:
     Raises ConfigurationError if the host is not allowed or the address cannot be had.
     """
     configure(level=settings.log_level)
+    trace.configure("sendoff-api")
     app = create_app(settings)
     everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
     log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
@@ -121,6 +129,7 @@ def run(settings: Settings) -> None:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            trace.shutdown()
     log.info("api_stopped")
 
 

@@ -71,7 +71,16 @@ class Settings(BaseSettings):
     """Seconds between self-notifications that prove the LISTEN connection works; 0: none, for silence."""
 
     health_port: Annotated[int | None, Field(ge=0, le=65535)] = None
-    """Port of a worker's health checks on loopback; unset: none. 0 picks a free one."""
+    """Port of a worker's health checks and metrics; unset: none. 0 picks a free one."""
+
+    health_host: str = "127.0.0.1"
+    """Address of that port. Metrics name topics, no payloads; open it to the network that scrapes only."""
+
+    stuck_after: Annotated[float, Field(gt=0, le=30 * 86400)] = 60.0
+    """How long a row may be due until readiness fails and an alert is raised."""
+
+    stuck_webhook: Annotated[str | None, Field(pattern=r"^https?://")] = None
+    """URL that an alert is posted to, as JSON; unset: alerts are log lines only."""
 
     log_level: str = "info"
     """debug, info, warning or error. debug tells of every row."""

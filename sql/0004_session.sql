@@ -279,10 +279,11 @@ BEGIN
     WHERE id = of_session;
 
     IF next_status = 'completed' AND held IS NOT NULL THEN
-        INSERT INTO outbox (topic, ordering_key, payload, max_attempts)
+        INSERT INTO outbox (topic, ordering_key, payload, traceparent, max_attempts)
         VALUES (
             'sandbox.return', NULL,
             jsonb_build_object('session_id', of_session, 'sandbox', held),
+            OLD.traceparent,
             32767); -- never gives up
     END IF;
     RETURN NULL;

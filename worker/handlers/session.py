@@ -36,6 +36,7 @@ from worker.git import Git
 from worker.guarded import Exit
 from worker.local import Allocator, LocalAllocator
 from worker.messages import Messages, outlast
+from worker.metrics import agent_used
 from worker.workspace import Workspace, open_workspace
 
 TOPIC = "session.run"
@@ -112,13 +113,14 @@ async def _borrow(job: Job, turn: Turn, allocator: Allocator) -> None:
                 SELECT id, sandbox FROM session WHERE id = %(session)s FOR NO KEY UPDATE
             ),
             owed AS (
-                INSERT INTO outbox (topic, payload, max_attempts)
-                SELECT 'sandbox.return', jsonb_build_object('session_id', id, 'sandbox', sandbox), 32767
+                INSERT INTO outbox (topic, payload, traceparent, max_attempts)
+                SELECT 'sandbox.return', jsonb_build_object('session_id', id, 'sandbox', sandbox),
+                    %(trace)s, 32767
                 FROM held WHERE sandbox IS NOT NULL
             )
             UPDATE session SET sandbox = %(sandbox)s FROM held WHERE session.id = held.id
             """,
-            {"session": turn.session_id, "sandbox": Jsonb(sandbox)},
+            {"session": turn.session_id, "sandbox": Jsonb(sandbox), "trace": job.traceparent},
         )
 
 
@@ -173,6 +175,8 @@ async def _run_agent(
             ended = await agent.wait()
         finally:
             keeping.cancel()
+            if result is not None:
+                agent_used(result)
     return _judge(ended, result, settings), result
 
 
