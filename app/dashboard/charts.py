@@ -11,6 +11,8 @@ from app.dashboard.words import duration
 
 WIDTH = 600
 HEIGHT = 120
+_SPANS = [scale * step for scale in (0.001, 0.01, 0.1, 1) for step in (1, 2, 5)]
+_SPANS += [10, 20, 60, 120, 240, 600, 1200, 3600, 7200, 14400, 43200, 86400, 172800, 604800]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def _depth(bins: Sequence[Bin], step: timedelta) -> Chart:
 
 def _waits(bins: Sequence[Bin], step: timedelta) -> Chart:
     highest = max((one.wait_p95 or 0 for one in bins), default=0)
-    top = _round_up(highest)
+    top = next((span for span in _SPANS if span >= highest), highest)
     said = [
         "no row done"
         if one.wait_p50 is None
@@ -90,7 +92,7 @@ def _waits(bins: Sequence[Bin], step: timedelta) -> Chart:
             ("line-2", _path([one.wait_p95 for one in bins], top)),
             ("line-1", _path([one.wait_p50 for one in bins], top)),
         ],
-        [("line-1", "half within"), ("line-2", "95% within")],
+        [("line-1", "median"), ("line-2", "95%")],
         _scale(top, duration),
         _times(bins, step),
     )
@@ -103,8 +105,8 @@ def _throughput(bins: Sequence[Bin], step: timedelta) -> Chart:
     said = [f"{a:,} done, {b:,} cancelled, {c:,} dead" for a, b, c in parts]
     return Chart(
         "throughput",
-        "Finished",
-        f"{done:,} done, {cancelled:,} cancelled, {dead:,} dead, by {duration(step.total_seconds())}.",
+        f"Finished per {duration(step).removeprefix('1 ')}",
+        f"{done:,} done, {cancelled:,} cancelled, {dead:,} dead.",
         _columns(bins, said, [_stack(part, top, place, len(bins)) for place, part in enumerate(parts)]),
         [],
         [("bar-1", "done"), ("bar-2", "cancelled"), ("bar-3", "dead")],
@@ -167,20 +169,16 @@ def _path(values: Sequence[float | None], top: float) -> str:
     return " ".join(parts)
 
 
-def _round_up(value: float) -> float:
-    """A round number at or above value, for the top of an axis; counts and seconds alike."""
-    if value <= 0:
-        return 1.0
+def _round_up(value: int) -> float:
+    """A round number at or above a count, for the top of an axis."""
     power = 1.0
-    while power > value:
-        power /= 10
     while power * 10 <= value:
         power *= 10
     return next(power * step for step in (1, 2, 4, 5, 10) if power * step >= value)
 
 
 def _scale(top: float, say: Callable[[float], str]) -> tuple[str, str, str]:
-    half = say(top / 2) if top / 2 == int(top / 2) or top != int(top) or say is duration else ""
+    half = "" if say is not duration and top % 2 else say(top / 2)
     return say(top), half, "0"
 
 

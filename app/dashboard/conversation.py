@@ -7,6 +7,7 @@ the page; the script does the same with those that come later.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from textwrap import indent
 from typing import Any
 
 from app.dashboard.markdown import to_html
@@ -14,7 +15,7 @@ from app.dashboard.words import pretty
 
 LONGEST = 20_000  # characters of one text; the API has the rest
 _BRIEF = 160
-_TELLING = ("description", "command", "file_path", "path", "pattern", "url", "query", "prompt")
+_TELLING = ("description", "command", "file_path", "pattern", "path", "url", "query", "prompt")
 
 
 @dataclass
@@ -130,10 +131,17 @@ def _clipped(kind: str, text: str, **more: Any) -> Block:
 
 
 def _given(given: Any) -> str:
-    """A tool's input. A lone text needs no JSON around it."""
-    if isinstance(given, dict) and len(given) == 1 and isinstance(value := next(iter(given.values())), str):
-        return value
-    return pretty(given)
+    """A tool's input. Texts of many lines are easier to read than their JSON."""
+    if not isinstance(given, dict) or not all(
+        isinstance(value, str | int | float) for value in given.values()
+    ):
+        return pretty(given)
+    if len(given) == 1:
+        return str(next(iter(given.values())))
+    return "\n".join(
+        f"{name}:\n{indent(value, '  ')}" if isinstance(value, str) and "\n" in value else f"{name}: {value}"
+        for name, value in given.items()
+    )
 
 
 def _brief(given: Any) -> str:
@@ -197,6 +205,20 @@ def facts_of(result: Any) -> dict[str, Any]:
         "tokens_out": _number(usage.get("output_tokens")),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def outcome_of(result: Any) -> dict[str, Any]:
+    """What prompt.result tells: `facts` of the agent's result, `commits` as (sha, subject)."""
+    result = result if isinstance(result, dict) else {}
+    commits = result.get("commits")
+    return {
+        "facts": facts_of(result.get("agent")),
+        "commits": [
+            (str(commit.get("sha", "")), str(commit.get("subject", "")))
+            for commit in (commits if isinstance(commits, list) else [])
+            if isinstance(commit, dict)
+        ],
+    }
 
 
 def _number(value: Any) -> float | int | None:

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -84,7 +85,16 @@ async def show_dead(request: Request, identity: Identity) -> Response:
     found = await ask(
         rows.list_rows, request, identity, query={"limit": 30} | ({"cursor": cursor} if cursor else {})
     )
-    return await render(request, identity, "dead.html", rows=found["rows"], next=found["next"], cursor=cursor)
+    shown = [{**row, "told": _errors(row["errors"])} for row in found["rows"]]
+    return await render(request, identity, "dead.html", rows=shown, next=found["next"], cursor=cursor)
+
+
+def _errors(errors: Any) -> list[dict[str, str]]:
+    """The errors of a row, newest first, as texts: what psql may have put there included."""
+    told = [error for error in errors if isinstance(error, dict)] if isinstance(errors, list) else []
+    return [
+        {name: str(error.get(name, "")) for name in ("attempt", "at", "error")} for error in reversed(told)
+    ]
 
 
 async def show_row(request: Request, identity: Identity) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from app import messages, sessions
 from app.context import Context, context
 from app.dashboard import queries
-from app.dashboard.conversation import attempts_of, facts_of
+from app.dashboard.conversation import attempts_of, outcome_of
 from app.dashboard.page import ask, go, read_form, render
 from app.events import HEADERS, HEARTBEAT
 from app.hub import Stream
@@ -138,18 +138,12 @@ async def show_session(request: Request, identity: Identity) -> Response:
     found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
     said = attempts_of(found["messages"])
     turns = [
-        {
-            **prompt,
-            "facts": facts_of(prompt["result"].get("agent") if isinstance(prompt["result"], dict) else None),
-            "attempts": said.get(prompt["id"], []),
-        }
+        {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
         for prompt in session["prompts"]
     ]
-    if live:
-        turns = [
-            turn for turn in turns[:-2] if turn["attempts"] or turn["status"] in ("queued", "running")
-        ] + turns[-2:]
-    costs = [facts_of((p["result"] or {}).get("agent")).get("cost") for p in session["prompts"]]
+    costs = [turn["facts"]["cost"] for turn in turns if "cost" in turn["facts"]]
+    if live:  # the others have not changed
+        turns = [t for t in turns[:-2] if t["attempts"] or t["status"] in ("queued", "running")] + turns[-2:]
     return await render(
         request,
         identity,
@@ -157,7 +151,7 @@ async def show_session(request: Request, identity: Identity) -> Response:
         session=session,
         turns=turns,
         rows=await queries.turn_rows(database, session_id),
-        cost=sum(cost for cost in costs if cost is not None) if any(c is not None for c in costs) else None,
+        cost=sum(costs) if costs else None,
         after=after,
         earlier=max(after - WINDOW, 0) if after and not live else None,
         seen=found["messages"][-1]["seq"] if found["messages"] else after,

@@ -52,7 +52,7 @@ def ago(at: datetime | str) -> str:
 def money(dollars: float | None) -> str:
     if dollars is None:
         return ""
-    return f"${dollars:.2f}" if dollars >= 0.1 or dollars == 0 else f"${dollars:.4f}"
+    return f"${dollars:.2f}" if dollars >= 0.01 or dollars == 0 else f"${dollars:.4f}"
 
 
 def count(number: float) -> str:

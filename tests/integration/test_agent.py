@@ -145,10 +145,7 @@ async def test_only_the_allowed_environment_reaches_the_agent(
 
 
 async def test_stdin_is_empty_and_no_file_of_ours_is_open(start: Start) -> None:
-    code = (
-        "import os, sys; "
-        "print([sys.stdin.read(), sorted(int(fd) for fd in os.listdir('/dev/fd'))[:4]])"
-    )
+    code = "import os, sys; print([sys.stdin.read(), sorted(int(fd) for fd in os.listdir('/dev/fd'))[:4]])"
     async with start(python(code)) as agent:
         (event,) = await everything(agent)
     assert event == {"type": "text", "text": "['', [0, 1, 2, 3]]"}  # 3 is the listing itself

@@ -32,11 +32,7 @@ async def watched(api: Api, *, handshakes: int = 0) -> None:
     def settled() -> bool:
         hub = api.context.hub
         watch = hub._watch
-        return (
-            watch is not None
-            and watch.ids == set(hub._streams)
-            and len(watch.handshakes) == handshakes
-        )
+        return watch is not None and watch.ids == set(hub._streams) and len(watch.handshakes) == handshakes
 
     await until(settled)
 
@@ -114,9 +110,7 @@ async def test_resume_by_header_and_by_parameter(api: Api, hand: Hand) -> None:
         assert await events.texts(1) == ["4"]
 
 
-async def test_client_that_has_all_of_an_ended_session_is_told_to_stay_away(
-    api: Api, hand: Hand
-) -> None:
+async def test_client_that_has_all_of_an_ended_session_is_told_to_stay_away(api: Api, hand: Hand) -> None:
     session_id = await begun(api, hand)
     await hand.say("1")
     await hand.complete()
@@ -223,9 +217,7 @@ async def test_writer_that_began_before_the_watch_and_looked_after_it(
         await watched(api)
 
 
-async def test_change_of_state_by_a_writer_that_looked_before_the_watch(
-    api: Api, connect: Connect
-) -> None:
+async def test_change_of_state_by_a_writer_that_looked_before_the_watch(api: Api, connect: Connect) -> None:
     created = await api.create()
     ear, writer = await notified(connect), await connect(autocommit=False)
     await writer.execute("UPDATE session SET title = 'Late' WHERE id = %s", (created["id"],))
@@ -237,9 +229,7 @@ async def test_change_of_state_by_a_writer_that_looked_before_the_watch(
     assert await heard(ear) == []
 
 
-async def test_long_foreign_transaction_holds_nobody_back(
-    api: Api, hand: Hand, connect: Connect
-) -> None:
+async def test_long_foreign_transaction_holds_nobody_back(api: Api, hand: Hand, connect: Connect) -> None:
     """Of two writers in the set one ends: what it wrote is shown while the other goes on."""
     session_id = await begun(api, hand)
     foreign, writer = await connect(autocommit=False), await connect(autocommit=False)
@@ -388,7 +378,9 @@ async def test_client_that_takes_nothing_is_cut_off(
         url = httpx.URL(api.url)
         assert url.port is not None
         reader, writer = await asyncio.open_connection("127.0.0.1", url.port, limit=1024)
-        writer.write(f"GET /sessions/{session_id}/events HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n\r\n".encode())
+        writer.write(
+            f"GET /sessions/{session_id}/events HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n\r\n".encode()
+        )
         await until(lambda: bool(api.context.hub._streams))
         await until(lambda: not api.context.hub._streams)
         writer.transport.abort()

@@ -49,9 +49,7 @@ async def own_api(postgres: EmbeddedPostgres) -> AsyncIterator[Api]:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_stop_and_start_under_a_live_api(
-    own_api: Api, postgres: EmbeddedPostgres, mode: Any
-) -> None:
+async def test_stop_and_start_under_a_live_api(own_api: Api, postgres: EmbeddedPostgres, mode: Any) -> None:
     api = own_api
     created = await api.create()
     # Fill the pool, so that all its connections go stale.
@@ -192,9 +190,7 @@ async def test_lock_that_is_not_released_ends_the_request(
         assert_unavailable(response)
 
 
-async def test_server_that_goes_silent_ends_the_request(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_server_that_goes_silent_ends_the_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statement's own timeout is the server's, which does not answer any more."""
     monkeypatch.setattr("app.database.ANSWER_TIMEOUT", 0.05)
     with pytest.raises(pg.OperationalError):

@@ -60,7 +60,8 @@ async def test_field_that_cannot_be_accepted(
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff", b'{"repo": "\xff"}', b"[" * 100_000, b"1" * 5000, '{"a":"é"}'.encode("utf-16")]
+    "body",
+    [b"", b"{", b"\xff", b'{"repo": "\xff"}', b"[" * 100_000, b"1" * 5000, '{"a":"é"}'.encode("utf-16")],
 )
 async def test_body_that_is_no_json(api: Api, body: bytes) -> None:
     response = await post(api, body)

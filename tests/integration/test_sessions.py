@@ -31,9 +31,7 @@ async def test_create_writes_session_prompt_and_row(api: Api, connect: Connect) 
     assert created["inbox_status"] == "active"
     assert created["worker_present"] is False
     assert [prompt["status"] for prompt in created["prompts"]] == ["queued"]
-    rows = await fetch(
-        connect, "SELECT topic, ordering_key, payload, state, traceparent FROM outbox"
-    )
+    rows = await fetch(connect, "SELECT topic, ordering_key, payload, state, traceparent FROM outbox")
     payload = {"session_id": created["id"], "prompt_id": created["prompts"][0]["id"]}
     assert rows == [("session.run", f"session:{created['id']}", payload, "ready", trace)]
     shown = (await api.client.get(f"/sessions/{created['id']}")).json()
@@ -51,9 +49,7 @@ async def test_create_says_whether_a_worker_is_present(api: Api, hand: Hand) -> 
     assert (await api.create())["worker_present"] is True
 
 
-async def test_worker_of_other_topics_or_one_that_drains_is_not_present(
-    api: Api, hand: Hand
-) -> None:
+async def test_worker_of_other_topics_or_one_that_drains_is_not_present(api: Api, hand: Hand) -> None:
     for change in ("topics = '{email.send}'", "topics = '{session.run}', draining = true"):
         await hand.conn.execute(f"UPDATE worker SET {change}")
         api.context.presence._read_at = float("-inf")
@@ -68,17 +64,16 @@ async def test_presence_is_read_once_for_many_requests(api: Api, connect: Connec
 async def test_twenty_identical_requests_make_one_session(api: Api, connect: Connect) -> None:
     asked = {"repo": "octo/tools", "target_branch": "main", "prompt": "Once"}
     responses = await asyncio.gather(
-        *(
-            api.client.post("/sessions", json=asked, headers={"Idempotency-Key": '"a b"'})
-            for _ in range(20)
-        )
+        *(api.client.post("/sessions", json=asked, headers={"Idempotency-Key": '"a b"'}) for _ in range(20))
     )
     assert {response.status_code for response in responses} == {201}
     assert len({response.text for response in responses}) == 1
     assert len({response.headers["location"] for response in responses}) == 1
     replayed = [response.headers.get("idempotent-replayed") for response in responses]
     assert sorted(map(str, replayed)) == ["None"] + ["true"] * 19
-    counts = "SELECT (SELECT count(*) FROM session), (SELECT count(*) FROM prompt), (SELECT count(*) FROM outbox)"
+    counts = (
+        "SELECT (SELECT count(*) FROM session), (SELECT count(*) FROM prompt), (SELECT count(*) FROM outbox)"
+    )
     assert await fetch(connect, counts) == [(1, 1, 1)]
 
 
@@ -296,9 +291,7 @@ async def test_prompt_that_commits_while_its_session_is_archived_is_cancelled(
 ) -> None:
     created = await api.create()
     writer = await connect(autocommit=False)
-    await writer.execute(
-        "SELECT prompt_create(%s, NULL, 'More', false)", (UUID(created["id"]),)
-    )
+    await writer.execute("SELECT prompt_create(%s, NULL, 'More', false)", (UUID(created["id"]),))
     archiving = asyncio.create_task(api.client.delete(f"/sessions/{created['id']}"))
     watcher = await connect()
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

@@ -274,9 +274,7 @@ time.sleep(1000)
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The worker of another attempt of the session, in `left`."""
     left = tmp_path / "root" / str(SESSION) / "left-1"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(left)], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(left)], cwd=ROOT, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout
         holder.stdout.readline()

@@ -48,9 +48,7 @@ class Api:
         return dict(response.json())
 
     @asynccontextmanager
-    async def follow(
-        self, session_id: str, query: str = "", **headers: str
-    ) -> AsyncIterator["Events"]:
+    async def follow(self, session_id: str, query: str = "", **headers: str) -> AsyncIterator["Events"]:
         """The session's events."""
         path = f"/sessions/{session_id}/events{query}"
         async with aconnect_sse(self.client, "GET", path, headers=headers, timeout=TIMEOUT) as source:

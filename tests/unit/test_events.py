@@ -100,9 +100,7 @@ def test_every_line_is_storable(line: bytes) -> None:
 def feed(data: bytes, chunk: int, limit: int = 100) -> list[dict[str, Any]]:
     splitter = Splitter(limit)
     made = [
-        event
-        for start in range(0, len(data), chunk)
-        for event in splitter.feed(data[start : start + chunk])
+        event for start in range(0, len(data), chunk) for event in splitter.feed(data[start : start + chunk])
     ]
     return [*made, *splitter.finish()]
 

@@ -122,9 +122,7 @@ def test_branches_that_are_refused(branch: str) -> None:
 
 
 NAMES = st.lists(
-    st.sampled_from(
-        ["a", "B", "7", "-", ".", "/", "@", "{", "_", "+", "#", ".lock", "HEAD", "refs/"]
-    )
+    st.sampled_from(["a", "B", "7", "-", ".", "/", "@", "{", "_", "+", "#", ".lock", "HEAD", "refs/"])
     | st.characters(max_codepoint=0x17F),
     max_size=8,
 ).map("".join)
@@ -139,9 +137,7 @@ def test_git_takes_every_branch_that_passes(branch: str) -> None:
         check_branch(branch)
     except InvalidNameError:
         return
-    git = subprocess.run(
-        ["git", "check-ref-format", "--branch", branch], capture_output=True, check=False
-    )
+    git = subprocess.run(["git", "check-ref-format", "--branch", branch], capture_output=True, check=False)
     assert git.returncode == 0
     assert git.stdout.decode() == branch + "\n"
 
@@ -151,9 +147,7 @@ def test_titles_that_pass(title: str) -> None:
     assert check_title(title) == title
 
 
-@pytest.mark.parametrize(
-    "title", ["", "  ", "a\nb", "a\0", "\x1b[0m", "\u2028x", "\ud800", "t" * 201]
-)
+@pytest.mark.parametrize("title", ["", "  ", "a\nb", "a\0", "\x1b[0m", "\u2028x", "\ud800", "t" * 201])
 def test_titles_that_are_refused(title: str) -> None:
     with pytest.raises(InvalidNameError):
         check_title(title)

@@ -70,6 +70,7 @@ function file(result) {
 
 let asking = null;
 let again = false;
+let whole = false; // the whole conversation is wanted, not only what came since
 let failures = 0;
 
 function refresh() {
@@ -79,11 +80,14 @@ function refresh() {
 
 async function ask() {
   again = false;
-  const address = turns?.dataset.page ? turns.dataset.page + turns.dataset.seq : location.href;
+  const address = turns?.dataset.page && !whole ? turns.dataset.page + turns.dataset.seq : location.href;
   try {
     const answer = await fetch(address, { headers: { Accept: "text/html" } });
+    if (answer.status >= 400 && answer.status < 500) return say("gone"); // it won't come back
     if (!answer.ok) throw new Error(String(answer.status));
-    merge(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (turns && address === location.href) retell(page);
+    merge(page);
     failures = 0;
     if (turns && "more" in turns.dataset) again = true;
     await pause(PAUSE);
@@ -97,16 +101,18 @@ async function ask() {
 
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 
-// An attempt that was superseded moves: take the whole conversation anew.
-async function reload() {
-  const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-  if (!answer.ok) return refresh();
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+// An attempt that was superseded moves: all is told anew.
+function reload() {
+  whole = true;
+  refresh();
+}
+
+function retell(page) {
+  whole = false;
   const fresh = page.getElementById("turns");
-  if (!fresh) return;
+  const open = [...turns.querySelectorAll(".message details[open]")].map((details) => details.closest(".message").id);
   turns.replaceChildren(...[...fresh.children].map((child) => document.importNode(child, true)));
-  turns.dataset.seq = fresh.dataset.seq;
-  merge(page);
+  for (const id of open) document.querySelector(`#${id} details`)?.setAttribute("open", "");
 }
 
 // Listening
@@ -168,7 +174,8 @@ document.addEventListener("submit", async (event) => {
     form.closest("details.confirm")?.removeAttribute("open");
     if ("clear" in form.dataset) form.reset();
     document.activeElement?.blur?.();
-    merge(page);
+    if (turns) refresh(); // the page it answered with tells results with their calls: those here would miss them
+    else merge(page);
     if ("clear" in form.dataset) form.querySelector("textarea").focus();
     else if (!document.activeElement || document.activeElement === document.body) main.focus({ preventScroll: true });
   } catch (error) {
