@@ -80,13 +80,12 @@ _FIRST_TURN = [
     say("I'll look at how deliveries are retried today."),
     tool("t1", "Grep", pattern="def deliver", path="webhooks/"),
     returned(
-        "t1",
-        "webhooks/deliver.py:41:async def deliver(event: Event) -> None:\nwebhooks/queue.py:12:    await deliver(event)",
+        "t1", "webhooks/deliver.py:41:async def deliver(event)\nwebhooks/queue.py:12: await deliver(event)"
     ),
     tool("t2", "Read", file_path="webhooks/deliver.py"),
     returned(
         "t2",
-        "41  async def deliver(event: Event) -> None:\n42      for attempt in range(5):\n43          await asyncio.sleep(1)",
+        "41  async def deliver(event):\n42      for attempt in range(5):\n43          await asyncio.sleep(1)",
     ),
     say(
         "Deliveries are retried **every second, five times**, all at the same moment. After an outage every "
@@ -124,7 +123,7 @@ _SECOND_TURN = [
     say("I'll add the limit to the settings and document it."),
     tool("u1", "Grep", pattern="class Settings", path="."),
     returned("u1", "settings.py:9:class Settings(BaseSettings):"),
-    tool("u2", "Edit", file_path="settings.py", old_string="retries: int = 5", new_string="retries: int = 5\n    longest_pause: float = 600.0"),
+    tool("u2", "Edit", file_path="settings.py", new_string="retries = 5\nlongest_pause = 600.0"),
 ]  # fmt: skip
 
 
@@ -178,7 +177,8 @@ async def _conclude(hand: Hand, status: str, outcome: dict[str, Any], *commits: 
     reason = "the agent ended with exit status 1: no network" if status == "failed" else None
     done = {"branch": "sendoff/work", "agent": outcome, "commits": list(commits)}
     await hand.conn.execute(
-        "UPDATE prompt SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp() WHERE id = %s",
+        "UPDATE prompt SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()"
+        " WHERE id = %s",
         (status, reason, Jsonb(done), hand.payload["prompt_id"]),
     )
     await hand.complete()
@@ -205,7 +205,8 @@ async def _conversation(client: httpx.AsyncClient, hand: Hand) -> str:
 
 async def _move_back(conn: AsyncConnection[Any], session: str, span: timedelta) -> None:
     for query in (
-        "UPDATE session SET created_at = created_at - %(span)s, updated_at = updated_at - %(span)s WHERE id = %(id)s",
+        "UPDATE session SET created_at = created_at - %(span)s, updated_at = updated_at - %(span)s"
+        " WHERE id = %(id)s",
         "UPDATE prompt SET created_at = created_at - %(span)s, started_at = started_at - %(span)s,"
         " finished_at = finished_at - %(span)s + interval '94 seconds' WHERE session_id = %(id)s",
         "UPDATE outbox SET created_at = created_at - %(span)s, available_at = available_at - %(span)s,"
@@ -238,7 +239,8 @@ async def _traffic(conn: AsyncConnection[Any]) -> None:
             SELECT date_trunc('minute', clock_timestamp()) - make_interval(mins => 59 - m)
                        + make_interval(secs => n % 50) AS at,
                    make_interval(secs => 0.02 + (n * 7919 % 100) / 900.0
-                       + CASE WHEN m BETWEEN 27 AND 36 THEN (n % 40) * 2.1 * (1 - abs(m - 31) / 6.0) ELSE 0 END
+                       + CASE WHEN m BETWEEN 27 AND 36
+                              THEN (n % 40) * 2.1 * (1 - abs(m - 31) / 6.0) ELSE 0 END
                    ) AS wait
         ) AS c
         WHERE c.wait > '0' AND c.at + c.wait + interval '180 ms' < clock_timestamp()
