@@ -3,11 +3,11 @@
 A request must not wait for a pool's timeout to learn that Postgres is down:
 1. A connection from the pool whose socket is readable is dead (the server has said goodbye, an idle
    one never speaks): it is replaced before use. That costs a system call, no round trip.
-2. Whatever looks like an outage (a dead connection, a failed connect) only raises suspicion; one probe
-   decides, by connecting itself. Refused: the outage begins, at once. Silent: after CONNECT_TIMEOUT.
+2. Replacing fails when Postgres is down. Once no connection is left and none can be made, the outage
+   begins: refused connects tell within milliseconds, silence after CONNECT_TIMEOUT. As long as some are
+   left (the server has none to spare, say) requests wait for one of them.
 3. While it lasts requests are refused at once, and those that wait for a connection are woken to be
-   refused too. The probe goes on with jittered backoff, and its first success ends the outage.
-A server that has no connection left for us is no outage as long as we have some: then we wait for one.
+   refused too. A probe connects with jittered backoff, and its first success ends the outage.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ def _conninfo(settings: Settings) -> str:
     if settings.pooled:  # a pooler refuses startup options
         return info
     options = (
-        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC "
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c jit=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
         f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )
@@ -71,7 +71,7 @@ class Database:
             open=False,
             timeout=WAIT_TIMEOUT,
             reconnect_timeout=0,  # gives up at once: the probe knows when to try again
-            reconnect_failed=lambda pool: self._suspect(),
+            reconnect_failed=self._not_replaced,
         )
         self._available = asyncio.Event()
         self._available.set()
@@ -146,6 +146,11 @@ class Database:
             await self._pool.putconn(conn)
             self._suspect()
 
+    def _not_replaced(self, pool: AsyncConnectionPool[AsyncConnection]) -> None:
+        if pool.get_stats()["pool_size"] == 0:
+            self._begin_outage()
+        self._suspect()
+
     def _suspect(self) -> None:
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._find_out())
@@ -155,12 +160,10 @@ class Database:
         while True:
             try:
                 conn = await AsyncConnection.connect(self._conninfo)
-            except pg.TooManyConnections as error:
-                if self._pool.get_stats()["pool_size"] > 0:
-                    return
-                self._begin_outage(error)
             except psycopg.Error as error:
-                self._begin_outage(error)
+                if self._pool.get_stats()["pool_size"] == 0:
+                    self._begin_outage()
+                log.warning("database_not_reached", error=str(error))
             else:
                 await conn.close()
                 break
@@ -170,10 +173,10 @@ class Database:
             self._available.set()
             log.info("database_back")
 
-    def _begin_outage(self, error: psycopg.Error) -> None:
+    def _begin_outage(self) -> None:
         if self.available:
             self._available.clear()
-            log.warning("database_down", error=str(error))
+            log.warning("database_down")
         now = asyncio.get_running_loop().time()
         for waiting in self._waiting:
             if not waiting.expired():

@@ -30,7 +30,7 @@ import psycopg
 
 from app.database import Database
 from app.listen import Listener
-from app.problems import Problem, of_database
+from app.problems import Problem, of_database, unavailable
 from outbox.log import get_logger
 
 PAUSE = 0.05  # seconds between two reads, at least
@@ -155,7 +155,8 @@ class Stream:
         self.user_id = found.user_id
         if found.seqs:
             self.cursor = found.seqs[-1]
-        all_read = self.cursor >= found.last_seq
+        # Nothing behind the cursor is the end too: messages before last_seq may have been pruned.
+        all_read = not found.seqs or self.cursor >= found.last_seq
         parts = [
             _event("superseded" if superseded else "message", text, seq)
             for seq, superseded, text in zip(found.seqs, found.superseded, found.texts, strict=True)
@@ -232,6 +233,8 @@ class Hub:
         stream = Stream(self, session_id, after, until_completed=until_completed)
         if self._closing:
             stream.fail(Problem("unavailable", "This process is shutting down."))
+        elif not self._database.available:
+            stream.fail(unavailable())
         self._streams[session_id].add(stream)
         self._mark(stream)
         self._to_watch.set()

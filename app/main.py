@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> Starlette:
         stuck = StuckWatch(settings, database.connection)
         app.state.context = Context(settings, database, WorkerPresence(database), hub, stuck)
         await database.open()
-        stuck.look_now()
+        stuck.work_came()  # before we started
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
@@ -119,13 +119,15 @@ def run(settings: Settings) -> None:
     configure(level=settings.log_level)
     trace.configure("sendoff-api")
     app = create_app(settings)
-    everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-    log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
     with bind(settings.host, settings.port) as listening:
-        # uvicorn raises the signal again once it has shut down; for us that is a normal end.
-        previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        server = Server(app)
+        # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
+        # once it has shut down, it does nothing: for us that is a normal end.
+        previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
+        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
         try:
-            Server(app).run([listening])
+            server.run([listening])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -62,9 +62,7 @@ class Script:
             tools=["Write", "Bash"],
             model="scripted",
         )
-        self.say(
-            "I am a scripted agent, not a language model: I do what my prompt's directives say."
-        )
+        self.say("I am a scripted agent, not a language model: I do what my prompt's directives say.")
         for word in self.prompt.split():
             name, _, value = word.partition(":")
             directive = DIRECTIVES.get(name)

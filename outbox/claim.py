@@ -68,17 +68,19 @@ async def claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
+    presence: int | None = None,
 ) -> list[Claimed]:
     """Claim up to `slots` due rows, by priority, then age. They are the worker's for `lease`, which each
-    claim and `renew` extend; then another worker may rescue them.
+    claim and `renew` extend; then another worker may rescue them. With `presence`, only while that is the
+    worker's: a claim still on its way when its connection broke then claims nothing.
 
-    Raises WorkerEnded if that has happened.
+    Raises WorkerEnded if its lease was ended, or the presence is another.
     """
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_claim(%s, %s, %s, %s, %s)",
-                (worker_id, list(topics), slots, lease, stay_parked),
+                "SELECT * FROM outbox_claim(%s, %s, %s, %s, %s, %s)",
+                (worker_id, list(topics), slots, lease, stay_parked, presence),
                 binary=True,
             )
             return await cursor.fetchall()
@@ -95,6 +97,7 @@ async def complete_and_claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
+    presence: int | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
     `completed` that were fenced.
@@ -105,7 +108,8 @@ async def complete_and_claim(
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_complete_and_claim(%s, %s::bigint[], %s::integer[], %s, %s, %s, %s)",
+                "SELECT * FROM outbox_complete_and_claim("
+                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s)",
                 (
                     worker_id,
                     [row_id for row_id, _ in tokens],
@@ -114,6 +118,7 @@ async def complete_and_claim(
                     slots,
                     lease,
                     stay_parked,
+                    presence,
                 ),
                 binary=True,
             )

@@ -19,12 +19,15 @@ from psycopg.conninfo import make_conninfo
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
     """`url` with keepalive and user timeout for `lease`; a pooler takes no server options."""
     seconds = lease.total_seconds()
-    # First probe after a third, then as many as fit into the rest, so that silence is known before the
-    # lease is out. The kernel counts whole seconds.
+    # First probe after a third, then ten at most over the rest, so that silence is known before the
+    # lease is out. The kernel counts whole seconds, and refuses more than 127 probes.
     idle = max(1, int(seconds / 3))
-    count = max(1, int(seconds) - idle - 1)
+    rest = max(1, int(seconds) - idle - 1)
+    count = min(rest, 10)
+    interval = rest // count
     server = (
-        f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval=1 -c tcp_keepalives_count={count} "
+        f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
+        f"-c tcp_keepalives_count={count} "
         f"-c tcp_user_timeout={int(seconds * 1000)}"
     )
     extra: dict[str, Any] = {} if pooled else {"options": server}
@@ -34,7 +37,7 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> 
         connect_timeout=max(2, int(seconds)),
         keepalives=1,
         keepalives_idle=idle,
-        keepalives_interval=1,
+        keepalives_interval=interval,
         keepalives_count=count,
         tcp_user_timeout=int(seconds * 1000),
         **extra,
@@ -88,3 +91,8 @@ def is_outage(error: BaseException) -> bool:
         return True
     text = str(error)
     return "Connection refused" in text or "the database system is" in text
+
+
+def is_away(error: psycopg.Error) -> bool:
+    """Whether the same statement may succeed later: no connection, an outage, or a deadlock."""
+    return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or is_outage(error)

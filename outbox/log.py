@@ -78,6 +78,7 @@ def configure(*, level: str = "INFO", stream: TextIO | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=number, force=True)
     logging.captureWarnings(capture=True)
+    logging.getLogger("httpx").setLevel(max(number, logging.WARNING))  # it logs every URL, tokens and all
 
 
 def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:

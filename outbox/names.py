@@ -91,13 +91,9 @@ def check_branch(branch: str) -> str:
         raise InvalidNameError("a branch must not contain two dots in a row")
     for part in branch.split("/"):
         if not part:
-            raise InvalidNameError(
-                "a branch must not start or end with a slash, or hold two in a row"
-            )
+            raise InvalidNameError("a branch must not start or end with a slash, or hold two in a row")
         if part.startswith(".") or part.endswith((".", ".lock")):
-            raise InvalidNameError(
-                "no part of a branch may start with a dot, or end with a dot or .lock"
-            )
+            raise InvalidNameError("no part of a branch may start with a dot, or end with a dot or .lock")
     return branch
 
 

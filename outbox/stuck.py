@@ -3,8 +3,8 @@
 It runs in the API, which takes sessions whether or not a worker is there, and in each worker, which sees
 rows of topics that nobody serves:
 
-1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment
-   at which that work could be stuck, unless one is set for sooner. No query.
+1. Whenever work may have come (a process starts, a session was created, rows were claimed), one timer is
+   set to the moment at which that work could be stuck, unless one is set for sooner. No query.
 2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
    `stuck` for each topic, and a POST to SENDOFF_STUCK_WEBHOOK if that is set. A topic is reported by one
    process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said.
@@ -47,10 +47,6 @@ class StuckWatch:
     def work_came(self) -> None:
         """Step 1."""
         self._arm(self._after)
-
-    def look_now(self) -> None:
-        """Look without waiting for a timer, as a process does when it starts."""
-        self._arm(0.0)
 
     async def close(self) -> None:
         """Forget the timer; end a look under way."""

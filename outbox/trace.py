@@ -99,6 +99,11 @@ def valid(traceparent: str | None) -> str | None:
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
+def log_fields(traceparent: str | None) -> dict[str, str]:
+    """What a log line outside of the span carries to belong to it."""
+    return {"trace_id": traceparent.split("-")[1]} if traceparent else {}
+
+
 class Span:
     """A span being made, or, where none are exported, only its place in the trace."""
 
@@ -174,7 +179,7 @@ def _inside(traceparent: str | None) -> Iterator[None]:
         if traceparent is None:
             yield
         else:
-            with bound_contextvars(trace_id=traceparent.split("-")[1]):
+            with bound_contextvars(**log_fields(traceparent)):
                 yield
     finally:
         _current.reset(token)

@@ -137,15 +137,18 @@ CREATE TRIGGER topic_changed
 ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
 
 
--- The end of a row frees its ordering_key: the next row by id may run. Both this and the claim
--- (outbox_take_key) decide under the key's lock and in a snapshot taken after it, so that a row is never
--- marked blocked by a claim that missed the end, nor left blocked by an end that missed the mark.
+-- The end of a row frees its ordering_key: the next row by id may run. So does a row that stops running
+-- and stays unfinished (a retry, a hand-back): while it ran, a row with a lower id may have been committed
+-- late and been blocked by it; were it left so, each of the two would wait for the other.
+-- Both this and the claim (outbox_take_key) decide under the key's lock and in a snapshot taken after it,
+-- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
+-- missed the mark.
 CREATE FUNCTION outbox_free_key() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'ending a row that has an ordering_key needs READ COMMITTED'
+        RAISE EXCEPTION 'freeing an ordering_key needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'An older snapshot may not show the row that waits for this one.';
     END IF;
@@ -154,9 +157,11 @@ BEGIN
     SET blocked = false
     WHERE blocked
       AND id = (
+          -- As a range, so that only outbox_key has this order: see outbox_take_key.
           SELECT o.id FROM outbox AS o
-          WHERE o.ordering_key = OLD.ordering_key AND o.state IN ('ready', 'running')
-          ORDER BY o.id
+          WHERE o.ordering_key >= OLD.ordering_key AND o.ordering_key <= OLD.ordering_key
+            AND o.state IN ('ready', 'running')
+          ORDER BY o.ordering_key, o.id
           LIMIT 1
       );
     RETURN NULL;
@@ -167,7 +172,8 @@ CREATE TRIGGER outbox_free_key
     AFTER UPDATE ON outbox FOR EACH ROW
     WHEN (
         OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running')
-        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key)
+        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key
+             OR (OLD.state = 'running' AND NEW.state = 'ready'))
     )
     EXECUTE FUNCTION outbox_free_key();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key;
@@ -180,7 +186,8 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key_by_delete;
 
 
 -- Keeps a row true to itself whoever wrote it: a cancelled wait ends at once, whether the mark or the
--- readiness came last; ended rows have a time, others have none; only ready rows are blocked.
+-- readiness came last; ended rows have a time, others have none; only ready rows are blocked, and only
+-- behind the key they have: one that is given another key is judged anew by the next claim.
 CREATE FUNCTION outbox_settle() RETURNS trigger
 LANGUAGE plpgsql
 AS $$
@@ -188,7 +195,7 @@ BEGIN
     IF NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL THEN
         NEW.state := 'cancelled';
     END IF;
-    NEW.blocked := NEW.blocked AND NEW.state = 'ready';
+    NEW.blocked := NEW.blocked AND NEW.state = 'ready' AND NEW.ordering_key IS NOT DISTINCT FROM OLD.ordering_key;
     NEW.finished_at := CASE
         WHEN NEW.state IN ('ready', 'running') THEN NULL
         ELSE coalesce(NEW.finished_at, clock_timestamp())
@@ -201,7 +208,7 @@ CREATE TRIGGER outbox_settle
     BEFORE UPDATE ON outbox FOR EACH ROW
     WHEN (
         (NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL)
-        OR (NEW.blocked AND NEW.state <> 'ready')
+        OR (NEW.blocked AND (NEW.state <> 'ready' OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key))
         OR (NEW.state IN ('ready', 'running')) = (NEW.finished_at IS NOT NULL)
     )
     EXECUTE FUNCTION outbox_settle();

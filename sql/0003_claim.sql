@@ -35,18 +35,26 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(1397048887, hashtext(key)) THEN
         RETURN false;
     END IF;
-    IF EXISTS (
+    -- Each asks an index for one row. As EXISTS with "a lower id, or running", it read the whole queue
+    -- behind the first row of a key. The key is given as a range, so that only outbox_key has the order
+    -- asked for: with an equality the planner may read the table by id until it meets the key.
+    IF (
+        SELECT o.id FROM outbox AS o
+        WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+        ORDER BY o.ordering_key, o.id
+        LIMIT 1
+    ) < row_id OR EXISTS (
         SELECT FROM outbox AS o
-        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
-          AND o.id <> row_id AND (o.state = 'running' OR o.id < row_id)
+        WHERE o.ordering_key = key AND o.state = 'running' AND o.id <> row_id
     ) THEN
         -- All that wait behind it too, else a long queue of one key would be read row by row, claim by
         -- claim. Never waits: a row that another claim has locked is marked by whoever meets it next.
         UPDATE outbox SET blocked = true
         WHERE id IN (
             SELECT o.id FROM outbox AS o
-            WHERE o.ordering_key = key AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
-            ORDER BY o.id
+            WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+              AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
+            ORDER BY o.ordering_key, o.id
             LIMIT 10000
             FOR UPDATE SKIP LOCKED
         );
@@ -78,7 +86,8 @@ CREATE FUNCTION outbox_claim(
     topics      text[],
     slots       integer,
     lease       interval,
-    stay_parked boolean DEFAULT false
+    stay_parked boolean DEFAULT false,
+    of_presence integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -93,8 +102,12 @@ BEGIN
     END IF;
 
     -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
-    -- or after it, and then sees the rows claimed here.
-    SELECT w.* INTO me FROM worker AS w WHERE w.id = claimer AND w.ended_at IS NULL FOR NO KEY UPDATE;
+    -- or after it, and then sees the rows claimed here. A claim of an earlier connection of this worker,
+    -- still on its way when that broke, comes before the new presence, which then finds its rows
+    -- (worker/loop.py, _introduce), or fails: nobody would hear of what it claims.
+    SELECT w.* INTO me FROM worker AS w
+    WHERE w.id = claimer AND w.ended_at IS NULL AND w.presence IS NOT DISTINCT FROM coalesce(of_presence, w.presence)
+    FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
     END IF;
@@ -187,7 +200,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integer) IS
     'Claims up to slots due rows of these topics for a worker, by priority, then in the order of topics given, then by age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
 
 
@@ -220,7 +233,7 @@ COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
 -- locked first: the order of locks is the same as a rescue's.
 CREATE FUNCTION outbox_complete_and_claim(
     turner uuid, ids bigint[], attempts integer[],
-    topics text[], slots integer, lease interval, stay_parked boolean
+    topics text[], slots integer, lease interval, stay_parked boolean, of_presence integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 AS $$
@@ -236,10 +249,10 @@ BEGIN
         FROM unnest(ids, attempts) AS f (id, attempt)
         WHERE f.id <> ALL (ended);
     END IF;
-    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked);
+    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, of_presence);
 END
 $$;
-COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean) IS
+COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer) IS
     'Ends completed rows and claims the next in one commit; rows without a topic are completions that were fenced.';
 
 
@@ -319,18 +332,21 @@ COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
     'Gives claimed rows back without a failure: a drain, or a wait for something that is not there yet.';
 
 
--- Ends an attempt whose handler was stopped because of a cancel.
+-- Ends an attempt whose handler was stopped because of a cancel. Without the mark, because a cancel of an
+-- earlier attempt was heard late or the handler took itself for cancelled, the row goes back: not at once,
+-- or such a handler would spin.
 CREATE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
 AS $$
     UPDATE outbox AS o
-    SET state = 'cancelled'
+    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        available_at = CASE WHEN o.cancel_requested_at IS NULL THEN clock_timestamp() + interval '1 second'
+                            ELSE o.available_at END
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
-      AND o.cancel_requested_at IS NOT NULL
-    RETURNING true
+    RETURNING o.state = 'cancelled'
 $$;
 COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
-    'Ends a claimed row as cancelled once its handler has stopped; null if it is fenced or was not asked for.';
+    'Ends a claimed row as cancelled once its handler has stopped; false if that was not asked for and the row went back, null if it is fenced.';
 
 
 -- Extends the lease and tells which of the rows the worker believes to run it still does, and which of

@@ -3,6 +3,12 @@
 --
 -- A session's rows share the ordering_key 'session:ID', so its turns run one at a time, in order.
 
+-- What lists of the API read, besides session_newest: the few that are not finished, and those of one
+-- repository. The first costs a session two entries in its life, which end with the next vacuum.
+CREATE INDEX session_unfinished ON session (inbox_status, created_at DESC, id DESC)
+    WHERE inbox_status IN ('active', 'pending');
+CREATE INDEX session_newest_of_repo ON session (repo, created_at DESC, id DESC);
+
 CREATE FUNCTION session_json(s session) RETURNS jsonb
 LANGUAGE sql STABLE
 AS $$

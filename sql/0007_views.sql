@@ -67,7 +67,9 @@ COMMENT ON COLUMN outbox_front.available_at IS 'Since when it is due, or when it
 
 -- Each part reads one partial index; done and cancelled rows are in none of them.
 CREATE VIEW outbox_depth AS
-SELECT d.topic, d.state, d.wait, d.rows, greatest(statement_timestamp() - d.since, interval '0') AS oldest
+SELECT d.topic, d.state,
+       CASE WHEN d.wait = 'due' AND t.max_running = 0 THEN 'paused' ELSE d.wait END AS wait,
+       d.rows, greatest(statement_timestamp() - d.since, interval '0') AS oldest
 FROM (
     SELECT o.topic, 'ready' AS state,
            CASE WHEN o.available_at <= statement_timestamp() THEN 'due' ELSE 'delayed' END AS wait,
@@ -91,13 +93,14 @@ FROM (
     FROM outbox AS o
     WHERE o.state = 'dead'
     GROUP BY 1
-) AS d;
+) AS d
+LEFT JOIN topic AS t ON t.name = d.topic;
 COMMENT ON VIEW outbox_depth IS
     'How many rows wait, run or are dead, by topic, and for how long the oldest. Does not read finished rows.';
 COMMENT ON COLUMN outbox_depth.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_depth.state IS 'ready, running or dead; done and cancelled rows are counted by outbox_hourly.';
 COMMENT ON COLUMN outbox_depth.wait IS
-    'What a ready row waits for: due (a worker), delayed (its available_at), key (an earlier row of its ordering_key).';
+    'What a ready row waits for: due (a worker), delayed (its available_at), key (an earlier row of its ordering_key), paused (its topic is).';
 COMMENT ON COLUMN outbox_depth.rows IS 'How many.';
 COMMENT ON COLUMN outbox_depth.oldest IS
     'How long the oldest has been due, has run or has been dead; 0 if all are delayed.';
@@ -253,7 +256,10 @@ LEFT JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT
         CASE r.state WHEN 'dead' THEN r.finished_at
-                     WHEN 'running' THEN coalesce(r.cancel_requested_at, r.started_at)
+                     -- since it was asked to stop, or its worker's lease ran out
+                     WHEN 'running' THEN coalesce(
+                         statement_timestamp() + CASE WHEN w.state = 'lost' THEN w.lease_left END,
+                         r.cancel_requested_at, r.started_at)
                      ELSE r.available_at END AS since,
         CASE
             WHEN r.state = 'dead' THEN 'dead'
@@ -281,7 +287,7 @@ COMMENT ON COLUMN outbox_waiting.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_waiting.state IS 'outbox.state.';
 COMMENT ON COLUMN outbox_waiting.reason IS
     'dead; worker lost, cancelling (of a running row); scheduled, retry (not due yet); key; topic paused, topic limit; no worker, workers draining, locked, workers busy, unnoticed; due (nothing is wrong).';
-COMMENT ON COLUMN outbox_waiting.waited IS 'Since it fell due, died, or was asked to stop; 0 when it is not due yet.';
+COMMENT ON COLUMN outbox_waiting.waited IS 'Since it fell due, died, was asked to stop, or its worker''s lease ran out; 0 when it is not due yet.';
 COMMENT ON COLUMN outbox_waiting.detail IS 'The reason in words, and what to do.';
 COMMENT ON COLUMN outbox_waiting.waits_for IS 'The row of its ordering_key that comes first.';
 COMMENT ON COLUMN outbox_waiting.due_at IS 'When it falls due, if it has not yet.';

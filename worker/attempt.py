@@ -5,6 +5,7 @@ Why a handler was stopped decides what becomes of its row, so a stop always name
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -13,7 +14,7 @@ import structlog
 
 from outbox import trace
 from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
-from outbox.handler import Handler, Job
+from outbox.handler import Handler, Job, Run
 from outbox.log import get_logger
 
 log = get_logger(__name__)
@@ -91,7 +92,6 @@ class Attempt:
         structlog.contextvars.bind_contextvars(outbox_id=row.id, attempt=row.attempt, topic=row.topic)
         if isinstance(session := row.payload.get("session_id"), str):
             structlog.contextvars.bind_contextvars(session_id=session)
-        log.debug("started")
         limit = asyncio.timeout(timeout.total_seconds() if timeout else None)
         if row.traceparent is None and not trace.exporting():
             async with limit:
@@ -114,9 +114,9 @@ class Attempt:
                 await self._call()
 
     async def _call(self) -> None:
+        log.debug("started")
         if self._handler.blocking:
-            # A thread, so that the loop, and with it the lease, goes on.
-            await asyncio.to_thread(self._handler.run, self.job)
+            await _in_thread(self._handler.run, self.job)
         else:
             running = self._handler.run(self.job)
             assert running is not None
@@ -125,7 +125,9 @@ class Attempt:
     def _outcome(self) -> Outcome:
         job = self.job
         if self._task.cancelled():
-            cause = self._stop or Stop.DRAIN
+            cause = self._stop
+            if cause is None:
+                return Outcome(job, End.FAIL, "the handler was cancelled, by nobody here")
             return Outcome(job, End.NOTHING if job.settled else _BY_STOP[cause], f"stopped: {cause.value}")
         error = self._task.exception()
         if job.settled or self._stop is Stop.FENCED:
@@ -148,3 +150,18 @@ class Attempt:
             case _:
                 log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
                 return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
+
+
+async def _in_thread(run: Run, job: Job) -> None:
+    """A thread, so that the loop, and with it the lease, goes on. It cannot be interrupted: a stop takes
+    effect when it returns, for until then the row is still being worked on.
+    """
+    thread = asyncio.ensure_future(asyncio.to_thread(run, job))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        while not thread.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([thread])
+        thread.exception()
+        raise

@@ -121,9 +121,7 @@ def _storable(value: Any, depth: int, notes: set[str]) -> Any:
         notes.add(_NESTING)
         return "\u2026"
     if isinstance(value, dict):
-        return {
-            _clean(key, notes): _storable(item, depth - 1, notes) for key, item in value.items()
-        }
+        return {_clean(key, notes): _storable(item, depth - 1, notes) for key, item in value.items()}
     if isinstance(value, list):
         return [_storable(item, depth - 1, notes) for item in value]
     return value

@@ -59,9 +59,7 @@ class Guarded:
         self._timed_out = False
         self._reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[int] = (
-            self._loop.create_future()
-        )  # the process's id, or -errno
+        self._started: asyncio.Future[int] = self._loop.create_future()  # the process's id, or -errno
         self._loop.add_reader(stderr, self._take_stderr)
         self._watcher = asyncio.create_task(self._watch())
         _watchers.add(self._watcher)

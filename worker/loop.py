@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from random import uniform
@@ -24,6 +25,7 @@ from uuid import UUID
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
+from outbox import trace
 from outbox.claim import (
     Claimed,
     claim,
@@ -89,12 +91,14 @@ class Worker:
         self._look = True
         self._told_draining = False
         self._stats = STATS
+        self._stats.topics = sorted(handlers)
         self._full_stop = False
         self._control: Connection
         self._listener: Listener
         # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
         self._look_at = math.inf
         self._rescue_at = math.inf
+        self._announced = math.inf
         self._probe_at = math.inf
         self._probe_sent: str | None = None
         self._look_again = _LOOK_FIRST
@@ -117,6 +121,9 @@ class Worker:
         Raises SchemaError if the database has another schema than this code.
         """
         delay = _RETRY_FIRST
+        # A thread for each blocking handler: a row that is claimed must be able to start.
+        threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
+        asyncio.get_running_loop().set_default_executor(threads)
         async with self._pool:
             try:
                 while True:
@@ -175,9 +182,24 @@ class Worker:
             )
             if cursor.rowcount == 0:
                 raise WorkerEnded(f"worker {self.id} has ended")
+            await self._give_back_strays()
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
+
+    async def _give_back_strays(self) -> None:
+        """Rows of ours that we know nothing of: the claim was committed, but its answer lost. No earlier
+        claim can come after the new presence, so this finds all of them.
+        """
+        assert self.id is not None
+        known = {attempt.job.token for attempt in self._running.values()}
+        known |= {outcome.job.token for outcome in self._ended}
+        cursor = await self._control.execute(
+            "SELECT id, attempt FROM outbox WHERE worker_id = %s AND state = 'running'", (self.id,)
+        )
+        if strays := {(row[0], row[1]) async for row in cursor} - known:
+            await hand_back(self._control, self.id, strays)
+            log.warning("strays_handed_back", rows=sorted(row_id for row_id, _ in strays))
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         if is_outage(error):
@@ -267,6 +289,7 @@ class Worker:
     def _bring_forward(self, due: float) -> None:
         """`due` is by the server's clock; it may be a row or a lease, so look for both."""
         at = due - self._clock_offset
+        self._announced = min(self._announced, at)
         if at < min(self._look_at, self._rescue_at):
             self._look_at = self._rescue_at = at
             self._event.set()
@@ -288,8 +311,13 @@ class Worker:
     async def _turns(self) -> None:
         while True:
             self._listener.check()
-            with bounded(self._control, self._settings.lease):
-                await self._turn()
+            try:
+                with bounded(self._control, self._settings.lease):
+                    await self._turn()
+            except psycopg.errors.DeadlockDetected as error:
+                log.warning("deadlock", error=str(error).strip())
+                self._look = True
+                continue  # nothing of the statement was done: the next turn does it again
             if self.draining and not self._running and not self._ended:
                 await self._leave()
                 return
@@ -338,6 +366,7 @@ class Worker:
                 refused = set(completed) - await self._complete(completed)
                 self._completed(completed, refused)
             return
+        self._look = False  # from here on a notification raises it again
         settling = parking.stage is Stage.SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
         stay_parked = self._stay_parked()
@@ -351,7 +380,6 @@ class Worker:
             parking.begin()
             self._look = True
         else:
-            self._look = False
             await self._schedule()
             if settling and writers_ended:
                 parking.settled()
@@ -381,6 +409,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
             self._completed(completed, refused)
         else:
@@ -390,6 +419,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
+                presence=self._listener.presence,
             )
         self._stats.looked(len(rows))
         if rows:
@@ -432,6 +462,7 @@ class Worker:
     async def _schedule(self) -> None:
         """Step 4: set the one timer. Also how far the server's clock is from ours."""
         connected = time.monotonic() - self._listener.opened_at
+        self._announced = math.inf  # what is announced meanwhile, this query may not see
         cursor = await self._control.execute(
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
             " extract(epoch FROM server_time)::float8"
@@ -447,6 +478,8 @@ class Worker:
         self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
         if row_due is not None and row_due <= 0:
             self._repeat_look()  # parking, step 5
+        self._look_at = min(self._look_at, self._announced)
+        self._rescue_at = min(self._rescue_at, self._announced)
 
     def _repeat_look(self) -> None:
         self._stats.count("sendoff_worker_repeated_looks")
@@ -511,10 +544,12 @@ class Worker:
                         back = await hand_back(self._control, self.id, [job.token], delay)
                         state = "handed back" if back else "fenced"
                     case End.CANCELLED:
-                        await self._control.execute(
+                        cursor = await self._control.execute(
                             "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
                         )
-                        state = "cancelled"
+                        ended = await cursor.fetchone()
+                        assert ended is not None
+                        state = {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)
@@ -526,6 +561,7 @@ class Worker:
                 topic=job.row.topic,
                 state=state,
                 reason=outcome.reason or None,
+                **trace.log_fields(job.traceparent),
             )
 
     async def _tell_draining(self) -> None:

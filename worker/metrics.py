@@ -50,6 +50,11 @@ HISTOGRAMS = {
     "sendoff_worker_run_seconds": "From a row's claim to the end of its handler.",
 }
 
+OUTCOMES = ("done", "retry", "dead", "cancelled", "handed_back", "fenced")
+CAUSES = ("notify", "deadline", "reconnect")
+
+_ATTEMPTS = "sendoff_worker_attempts"
+_WAKEUPS = ("sendoff_worker_wakeups", "sendoff_worker_wakeups_in_vain")
 _TOKEN_KINDS = {
     "input_tokens": "input",
     "output_tokens": "output",
@@ -77,6 +82,8 @@ class Stats:
     """The counts of this process."""
 
     def __init__(self) -> None:
+        self.topics: list[str] = []
+        """What is served: their counters begin at 0, so that Prometheus sees the first event as a rise."""
         self._counters: Counter[tuple[str, ...]] = Counter()
         self._waits: dict[str, _Times] = {}
         self._runs: dict[str, _Times] = {}
@@ -115,11 +122,19 @@ class Stats:
     def snapshot(self, gauges: Mapping[str, float]) -> Snapshot:
         """All of it, with the values of GAUGES that hold now."""
         result: Snapshot = {name: [[[], value]] for name, value in gauges.items()}
-        for (name, *labels), value in self._counters.items():
+        for (name, *labels), value in {**self._zeros(), **self._counters}.items():
             result.setdefault(name, []).append([labels, value])
         for name, by_topic in zip(HISTOGRAMS, (self._waits, self._runs), strict=True):
             result[name] = [[[topic], [list(times.counts), times.total]] for topic, times in by_topic.items()]
         return result
+
+
+    def _zeros(self) -> dict[tuple[str, ...], float]:
+        attempts = ((_ATTEMPTS, topic, outcome) for topic in self.topics for outcome in OUTCOMES)
+        wakeups = ((name, cause) for name in _WAKEUPS for cause in CAUSES)
+        tokens = (("sendoff_agent_tokens", kind) for kind in _TOKEN_KINDS.values())
+        turns = (("sendoff_agent_turns", outcome) for outcome in ("succeeded", "failed"))
+        return dict.fromkeys((*attempts, *wakeups, *tokens, *turns), 0.0)
 
 
 STATS = Stats()

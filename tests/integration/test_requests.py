@@ -156,9 +156,9 @@ async def test_query_that_cannot_be_accepted(api: Api, path: str, parameter: str
     assert [error["parameter"] for error in response.json()["errors"]] == [parameter]
 
 
-@pytest.mark.parametrize("key", ["", '""', '"a', 'a"b', "ü".encode("latin-1"), "k" * 256, "a b"])
-async def test_key_that_cannot_be_accepted(api: Api, key: str | bytes) -> None:
-    response = await api.client.post("/sessions", json=GOOD, headers={"Idempotency-Key": key})
+@pytest.mark.parametrize("key", [b"", b'""', b'"a', b'a"b', "ü".encode("latin-1"), b"k" * 256, b"a b"])
+async def test_key_that_cannot_be_accepted(api: Api, key: bytes) -> None:
+    response = await api.client.post("/sessions", json=GOOD, headers={b"Idempotency-Key": key})
     assert response.status_code == 422
     assert response.json()["errors"][0]["header"] == "Idempotency-Key"
 
@@ -166,8 +166,8 @@ async def test_key_that_cannot_be_accepted(api: Api, key: str | bytes) -> None:
 async def test_event_id_that_cannot_be_accepted(api: Api) -> None:
     created = await api.create()
     path = f"/sessions/{created['id']}/events"
-    for event_id in ("x", "-1", "1" * 19, "²".encode("latin-1")):
-        response = await api.client.get(path, headers={"Last-Event-ID": event_id})
+    for event_id in (b"x", b"-1", b"1" * 19, "²".encode("latin-1")):
+        response = await api.client.get(path, headers={b"Last-Event-ID": event_id})
         assert response.status_code == 422
         assert response.json()["errors"][0]["header"] == "Last-Event-ID"
 

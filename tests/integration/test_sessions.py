@@ -294,9 +294,12 @@ async def test_prompt_that_commits_while_its_session_is_archived_is_cancelled(
     await writer.execute("SELECT prompt_create(%s, NULL, 'More', false)", (UUID(created["id"]),))
     archiving = asyncio.create_task(api.client.delete(f"/sessions/{created['id']}"))
     watcher = await connect()
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
     while (await (await watcher.execute(waiting)).fetchone()) == (0,):
-        await asyncio.sleep(0.005)
+        pass
     await writer.commit()
     assert (await archiving).status_code == 204
     assert await fetch(connect, "SELECT DISTINCT state FROM outbox") == [("cancelled",)]

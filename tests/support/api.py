@@ -90,7 +90,7 @@ class Events:
 @asynccontextmanager
 async def serving(database: str, **changes: Any) -> AsyncIterator[Api]:
     """Serve until the block ends."""
-    settings = Settings(DATABASE_URL=database, SENDOFF_PORT=0, **changes)
+    settings = Settings.model_validate({"DATABASE_URL": database, **changes})
     app = create_app(settings)
     server = Server(app)
     listening = bind(settings.host, 0)
@@ -120,7 +120,7 @@ async def _stopped(server: Server, task: asyncio.Task[None]) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     """For states of this process that nothing announces."""
     async with asyncio.timeout(TIMEOUT):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 

@@ -1,0 +1,1 @@
+"""The chaos run: real parts, random faults, and a check of what is left."""

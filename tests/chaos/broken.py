@@ -1,0 +1,41 @@
+"""Breaks one rule of the protocol in the database under test, to see that the checker notices.
+
+Each is a replacement in the text of a function as the server has it, which must be found there.
+"""
+
+from typing import Any
+
+import psycopg
+
+BREAKS: dict[str, tuple[str, str, str]] = {
+    # Anybody may write for any attempt.
+    "fence": (
+        "outbox_fence",
+        "o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'",
+        "true",
+    ),
+    # A check and then a write, without a lock between them.
+    "lock": ("outbox_fence", "FOR NO KEY UPDATE", ""),
+    # Workers are rescued from before their lease is over.
+    "lease": (
+        "outbox_rescue",
+        "w.lease_until < clock_timestamp()",
+        "w.lease_until < clock_timestamp() + interval '10 seconds'",
+    ),
+    # Parking without steps 2 and 3: nobody waits for writers that missed the flag.
+    "park": ("outbox_writers", "l.locktype = 'relation'", "false AND l.locktype = 'relation'"),
+    # A key's rows exclude each other, but run in any order.
+    "order": ("outbox_take_key", "(o.state = 'running' OR o.id < row_id)", "o.state = 'running'"),
+    # The limit is counted without the topic's lock.
+    "limit": ("outbox_topic_room", "NOT pg_try_advisory_xact_lock(1397048888, hashtext(name))", "false"),
+}
+
+
+def break_rule(conn: psycopg.Connection[Any], name: str) -> None:
+    """Break it. Raises ValueError if the function has no such text any more."""
+    function, text, replacement = BREAKS[name]
+    row = conn.execute("SELECT pg_get_functiondef(%s::regproc)", (function,)).fetchone()
+    assert row is not None
+    if row[0].count(text) != 1:
+        raise ValueError(f"{function} does not have this text once: {text}")
+    conn.execute(row[0].replace(text, replacement))

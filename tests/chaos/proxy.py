@@ -1,0 +1,151 @@
+"""A TCP proxy before Postgres that does to connections what networks do.
+
+Each worker has a port of its own, so that a fault can hit one connection or all of one worker's. What
+a connection is for is read from the application_name of its startup packet.
+
+    cut        both sides are reset
+    delay      each piece waits, then goes on
+    throttle   so many bytes a second
+    swallow    bytes are read and dropped, in one or both directions, while both sockets stay open; so is
+               an end of file. The stream is broken then: heal() resets the connection
+    partition  new connections are refused (or accepted, and swallowed), the old ones are swallowed
+"""
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
+
+
+class Connection:
+    """A client's connection and its own to the server."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.name = ""
+        self.port = 0
+        """Of its socket to the server: pg_stat_activity.client_port."""
+        self.delay = 0.0
+        self.rate = 0.0
+        self.swallow_up = False
+        self.swallow_down = False
+        self._writers = [client]
+        self._cut = asyncio.Event()
+
+    @property
+    def broken(self) -> bool:
+        """Whether bytes of it may have been lost."""
+        return self.swallow_up or self.swallow_down
+
+    def cut(self) -> None:
+        """Reset both sides."""
+        self._cut.set()
+        for writer in self._writers:
+            sock = writer.get_extra_info("socket")
+            with suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
+
+    async def run(self, client: asyncio.StreamReader, address: tuple[str, int]) -> None:
+        """Pass bytes both ways until both sides have ended or it is cut."""
+        up, upstream = await asyncio.open_connection(*address)
+        self._writers.append(upstream)
+        self.port = upstream.get_extra_info("sockname")[1]
+        pumps = [
+            asyncio.create_task(self._pump(client, upstream, upward=True)),
+            asyncio.create_task(self._pump(up, self._writers[0], upward=False)),
+        ]
+        cut = asyncio.create_task(self._cut.wait())
+        try:
+            await cut  # a pump that ends cuts
+        finally:
+            for task in (*pumps, cut):
+                task.cancel()
+            await asyncio.gather(*pumps, cut, return_exceptions=True)
+            self.cut()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool) -> None:
+        with suppress(OSError):
+            while piece := await reader.read(65536):
+                if upward and not self.name:
+                    self.name = application_name(piece)
+                if self._swallows(upward):
+                    continue
+                if wait := self.delay + (len(piece) / self.rate if self.rate else 0.0):
+                    await asyncio.sleep(wait)
+                if self._swallows(upward):  # it came while we waited
+                    continue
+                writer.write(piece)
+                await writer.drain()
+        if self._swallows(upward):
+            await self._cut.wait()  # the other side is not told
+        self.cut()
+
+    def _swallows(self, upward: bool) -> bool:
+        return self.swallow_up if upward else self.swallow_down
+
+
+def application_name(startup: bytes) -> str:
+    """Read from a startup packet: length, version, then pairs of strings. Another packet: `?`."""
+    if len(startup) < 8 or startup[4:8] != b"\x00\x03\x00\x00":
+        return "?"
+    words = startup[8:].split(b"\0")
+    found = dict(zip(words[::2], words[1::2], strict=False))
+    return found.get(b"application_name", b"?").decode(errors="replace")
+
+
+class Proxy:
+    """One port. `name` says whose."""
+
+    def __init__(self, name: str, address: tuple[str, int]) -> None:
+        self.name = name
+        self.port = 0
+        self.connections: list[Connection] = []
+        self.swallow_new = False
+        self._address = address
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Listen; again on the same port after refuse()."""
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    def refuse(self) -> None:
+        """Refuse new connections, as a host does whose server is down."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def heal(self) -> None:
+        """All is well again. A connection that lost bytes is reset: its stream can't go on."""
+        self.swallow_new = False
+        for connection in list(self.connections):
+            connection.delay = connection.rate = 0.0
+            if connection.broken:
+                connection.cut()
+        await self.open()
+
+    async def close(self) -> None:
+        """End all."""
+        self.refuse()
+        for connection in list(self.connections):
+            connection.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(writer)
+        connection.swallow_up = connection.swallow_down = self.swallow_new
+        self.connections.append(connection)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await connection.run(reader, self._address)
+        except OSError:
+            connection.cut()  # the server is down
+        finally:
+            self.connections.remove(connection)
+            self._tasks.discard(task)

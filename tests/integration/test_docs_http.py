@@ -1,0 +1,54 @@
+"""The examples of docs/http-api.md and docs/events.md print what these pages say.
+
+With SENDOFF_WRITE_DOCS=1 the pages are rewritten instead: look at the diff.
+"""
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.api import Api, until
+from tests.support.examples import Page
+from tests.support.hand import Hand
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+@pytest.mark.parametrize("name", ["http-api.md", "events.md"])
+async def test_examples(api: Api, hand: Hand, name: str) -> None:
+    page = Page(DOCS / name)
+    await until(lambda: api.context.hub.listening)
+
+    async def shell(command: str) -> str:
+        process = await asyncio.create_subprocess_shell(
+            command.replace("http://localhost:8000", api.url).replace("localhost:8000", api.url),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        return output.decode()
+
+    async def act(what: str) -> None:
+        """`claim`, `say TEXT`, `complete`, `fail REASON` (for good), `retry REASON`."""
+        verb, _, rest = what.partition(" ")
+        match verb:
+            case "claim":
+                await hand.claim()
+            case "say":
+                await hand.say(rest)
+            case "complete":
+                await hand.complete()
+            case "fail" | "retry":
+                await hand.fail(rest, permanent=verb == "fail")
+            case _:
+                raise AssertionError(f"unknown: {what}")
+
+    written = await page.run(shell, act)
+    if os.environ.get("SENDOFF_WRITE_DOCS") == "1":
+        page.path.write_text(written, encoding="utf-8")
+    else:
+        assert written == page.text

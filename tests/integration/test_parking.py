@@ -1,0 +1,490 @@
+"""Falling asleep without missing a row: each interleaving that worker/park.py speaks of, one by one.
+
+P is a producer at psql, W the worker. In each test the rule is also taken out, and W then sleeps for
+ever beside a row that waits: nothing that happened will wake it, and it has no timer.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox.connect import connect as connect_noticing
+from tests.conftest import Connect
+from tests.support.steps import (
+    Connection,
+    Rule,
+    add,
+    get,
+    one,
+    take_out,
+    until,
+    with_and_without,
+)
+from tests.support.worker import Watched, watched
+from worker import listen
+from worker.listen import WAKE, Listener
+from worker.park import Parking, Stage
+
+
+async def runs(worker: Watched, row_id: int) -> None:
+    """The row is not missed."""
+    await worker.has_run(row_id)
+
+
+async def is_missed(worker: Watched, conn: Connection, row_id: int) -> None:
+    """The harm: the worker sleeps, nothing will wake it, and the row waits."""
+    await worker.asleep()
+    assert await worker.sleeps_for_ever(conn)
+    assert await get(conn, row_id) == "ready"
+
+
+@with_and_without
+async def test_insert_wakes_a_sleeper(rule: Rule, connect: Connect, database: str) -> None:
+    """1. W sleeps. 2. P inserts."""
+    psql = await connect()
+    async with watched(database) as worker:
+        assert await worker.asleep() == math.inf
+        if rule == "taken out":
+            await psql.execute("DROP TRIGGER outbox_inserted ON outbox")
+        row = await add(psql)
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@pytest.mark.parametrize("commits", ["before the last look", "after the last look", "in its sleep"])
+async def test_producer_that_saw_the_flag(commits: str, connect: Connect, database: str) -> None:
+    """1. W sets its flag. 2. P inserts before or after W's last look, and sees it. 3. P commits."""
+    psql = await connect()
+    async with watched(database, started=False) as worker:
+        held = worker.hold("writers" if commits == "before the last look" else "schedule")
+        await held.wait()
+        await psql.execute("BEGIN")
+        row = await add(psql)
+        if commits != "in its sleep":
+            await psql.execute("COMMIT")
+        held.release()
+        if commits == "in its sleep":
+            await worker.asleep()
+            await psql.execute("COMMIT")
+        await worker.has_run(row)
+
+
+@with_and_without
+async def test_producer_that_missed_the_flag_and_commits_late(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 2 and 3: wait for those who write.
+
+    1. W finds nothing. 2. P inserts and looks: nobody is parked. 3. W sets its flag and looks again: the
+    row is not there yet. 4. P commits, without a word.
+    """
+    if rule == "taken out":
+        monkeypatch.setattr(Parking, "saw_writers", lambda self, writers: True)
+        monkeypatch.setattr(Parking, "settled", lambda self: setattr(self, "stage", Stage.PARKED))
+    psql = await connect()
+    async with watched(database, started=False) as worker:
+        await psql.execute("BEGIN")
+        row = await add(psql)
+        if rule == "kept":
+            await worker.looked(4)
+            assert worker.readiness()["stage"] == "settling"
+        else:
+            await worker.asleep()
+        await psql.execute("COMMIT")
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
+async def test_writers_are_noted_after_the_flag(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 1 comes before step 2.
+
+    1. W finds nothing (taken out: and notes who writes now: nobody). 2. P inserts and looks: nobody is
+    parked. 3. W sets its flag (kept: and notes P). 4. P commits, without a word.
+    """
+
+    class NotesFirst(Watched):
+        async def _claim(self, *arguments: Any) -> Any:
+            rows = await super()._claim(*arguments)
+            if self._parking.stage is Stage.AWAKE:
+                self.early = await super()._writers()
+                await self._step("park")
+            return rows
+
+        async def _writers(self) -> list[str]:
+            return self.early if rule == "taken out" else await super()._writers()
+
+    psql = await connect()
+    async with watched(database, kind=NotesFirst, started=False) as worker:
+        before_flag = worker.hold("park")
+        await before_flag.wait()
+        await psql.execute("BEGIN")
+        row = await add(psql)
+        before_flag.release()
+        await (worker.parks() if rule == "kept" else worker.asleep())
+        await psql.execute("COMMIT")
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
+async def test_last_look_comes_after_the_writers_ended(rule: Rule, connect: Connect, database: str) -> None:
+    """Step 4: claim once more. (Step 5 would find this row too, so it is out in both.)
+
+    1. P inserts; nobody is parked. 2. W sets its flag, notes P, looks. 3. P commits. 4. W sees that all
+    it noted have ended. Taken out: it does not look again.
+    """
+
+    class Hasty(Watched):
+        async def _claim(self, *arguments: Any) -> Any:
+            settling = self._parking.stage is Stage.SETTLING
+            if rule == "taken out" and settling and not self._parking._waits_for:
+                return []
+            return await super()._claim(*arguments)
+
+        async def _schedule(self) -> None:
+            await super()._schedule()
+            self._look_at = math.inf
+
+    psql = await connect()
+    async with watched(database, kind=Hasty, started=False) as worker:
+        await psql.execute("BEGIN")
+        row = await add(psql)
+        await worker.looked(3)
+        again = worker.hold("writers")
+        await again.wait()
+        await psql.execute("COMMIT")
+        again.release()
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
+@pytest.mark.parametrize("prepares", ["before the flag", "after it was noted"])
+async def test_prepared_transaction(rule: Rule, prepares: str, connect: Connect, database: str) -> None:
+    """A prepared transaction has no process, and still holds its locks.
+
+    1. P inserts, nobody is parked. 2. P prepares its transaction: before W's flag, or once W has noted it.
+    3. W does not take it for ended. 4. P commits, without a word.
+    """
+    psql, producer = await connect(), await connect()
+    if not int(await one(psql, "SHOW max_prepared_transactions")):
+        pytest.skip("the server has max_prepared_transactions = 0")
+    if rule == "taken out":
+        await take_out(psql, "outbox_writers", "IS DISTINCT FROM pg_backend_pid()", "<> pg_backend_pid()")
+    await producer.execute("BEGIN")
+    row = await add(producer)
+    name = f"p{row}_{database.rpartition('_')[2]}"
+    if prepares == "before the flag":
+        await producer.execute(f"PREPARE TRANSACTION '{name}'".encode())
+    async with watched(database, started=False) as worker:
+        try:
+            if prepares == "after it was noted":
+                await worker.looked(3)
+                await producer.execute(f"PREPARE TRANSACTION '{name}'".encode())
+            await (worker.looked(worker.looks + 4) if rule == "kept" else worker.asleep())
+        finally:
+            await psql.execute(f"COMMIT PREPARED '{name}'".encode())
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+async def test_prepare_is_refused_while_somebody_sleeps(connect: Connect, database: str) -> None:
+    """A transaction that has notified cannot be prepared: the row must be inserted in a plain one."""
+    psql = await connect()
+    if not int(await one(psql, "SHOW max_prepared_transactions")):
+        pytest.skip("the server has max_prepared_transactions = 0")
+    async with watched(database):
+        await psql.execute("BEGIN")
+        await add(psql)
+        with pytest.raises(psycopg.errors.FeatureNotSupported):
+            await psql.execute("PREPARE TRANSACTION 'refused'")
+
+
+@pytest.mark.parametrize("way", ["triggers off", "wake"])
+async def test_wake_finds_what_no_trigger_saw(way: str, connect: Connect, database: str) -> None:
+    """1. W sleeps. 2. P inserts with all triggers of the table off. 3. P calls outbox_wake()."""
+    psql = await connect()
+    async with watched(database) as worker:
+        await psql.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
+        row = await add(psql)
+        if way == "wake":
+            await psql.execute("SELECT outbox_wake()")
+            await worker.has_run(row)
+        else:
+            await is_missed(worker, psql, row)
+
+
+async def test_replica_role_does_not_silence_the_triggers(connect: Connect, database: str) -> None:
+    """ENABLE ALWAYS: `session_replication_role = replica` (a restore, say) still notifies."""
+    psql = await connect()
+    async with watched(database) as worker:
+        await psql.execute("SET session_replication_role = replica")
+        await worker.has_run(await add(psql))
+    query = "SELECT tgname FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'A'"
+    assert await (await psql.execute(query)).fetchall() == []
+
+
+@with_and_without
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Connect, database: str) -> None:
+    """Its look may be stale, so it always notifies.
+
+    1. P takes its snapshot: nobody is parked. 2. W parks and sleeps. 3. P inserts, looks in its old
+    snapshot, commits.
+    """
+    psql, producer = await connect(), await connect()
+    if rule == "taken out":
+        text = "current_setting('transaction_isolation')"
+        for function in ("outbox_inserted", "outbox_notify"):
+            await take_out(psql, function, text, "'read committed'")
+    await producer.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
+    await producer.execute("SELECT count(*) FROM worker")
+    async with watched(database) as worker:
+        row = await add(producer)
+        await producer.execute("COMMIT")
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+async def test_long_writer_costs_looks_that_back_off_and_end_with_it(connect: Connect, database: str) -> None:
+    """1. U, unrelated, has written to outbox and stays open. 2. W parks; it looks again and again, ever
+    more rarely, to a second at most. 3. A row inserted meanwhile runs at once. 4. U ends: W sleeps.
+    """
+    psql, unrelated = await connect(), await connect()
+    await unrelated.execute("BEGIN")
+    await unrelated.execute("UPDATE outbox SET priority = 1 WHERE false")
+    async with watched(database, started=False) as worker:
+        await worker.looked(10)
+        waits = [wait for wait in worker.waits if 0 < wait < math.inf]
+        assert all(later > earlier for earlier, later in itertools.pairwise(waits)), waits
+        assert max(waits) <= 1.0
+        assert worker.readiness()["stage"] == "settling"
+        await worker.has_run(await add(psql))
+        await unrelated.execute("COMMIT")
+        assert await worker.asleep() == math.inf
+
+
+@with_and_without
+async def test_writers_that_come_later_keep_nobody_awake(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W waits for those that wrote when it set its flag, and for no other: they saw it.
+
+    1. U writes. 2. W parks, notes U. 3. V writes; U commits. 4. W sleeps, though V is open.
+    Taken out: W waits for whoever writes now.
+    """
+    if rule == "taken out":
+
+        def waits_for_all(parking: Parking, writers: Iterable[str]) -> bool:
+            parking._waits_for = frozenset(writers)
+            return not parking._waits_for
+
+        monkeypatch.setattr(Parking, "saw_writers", waits_for_all)
+    first, second = await connect(), await connect()
+    await first.execute("BEGIN")
+    await first.execute("UPDATE outbox SET priority = 1 WHERE false")
+    async with watched(database, started=False) as worker:
+        await worker.looked(3)
+        await second.execute("BEGIN")
+        await second.execute("UPDATE outbox SET priority = 1 WHERE false")
+        await first.execute("COMMIT")
+        if rule == "kept":
+            assert await worker.asleep() == math.inf
+        else:
+            await worker.looked(worker.looks + 4)
+            assert worker.readiness()["stage"] == "settling"
+        await second.execute("COMMIT")
+
+
+@with_and_without
+async def test_row_that_was_only_skipped_as_locked(rule: Rule, connect: Connect, database: str) -> None:
+    """Step 5: no sleep while a due row is visible and locked.
+
+    1. L locks a row that is due. 2. W skips it. 3. L rolls back, without a word.
+    """
+
+    class Sleepy(Watched):
+        async def _schedule(self) -> None:
+            await super()._schedule()
+            if rule == "taken out":
+                self._look_at = math.inf
+
+    locker = await connect()
+    row = await add(locker)
+    await locker.execute("BEGIN")
+    await locker.execute("SELECT FROM outbox FOR UPDATE")
+    async with watched(database, kind=Sleepy, started=False) as worker:
+        await (worker.looked(8) if rule == "kept" else worker.asleep())
+        await locker.execute("ROLLBACK")
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, locker, row))
+        if rule == "kept":
+            assert max(wait for wait in worker.waits if wait < math.inf) <= 1.0
+            assert await worker.asleep() == math.inf
+
+
+@with_and_without
+async def test_lost_listen_connection_starts_at_step_1(rule: Rule, connect: Connect, database: str) -> None:
+    """1. W sleeps. 2. Its LISTEN connection is terminated. 3. P inserts: the notification reaches nobody.
+    4. W reconnects. Taken out: it goes on where it was.
+    """
+
+    class GoesOn(Watched):
+        async def _introduce(self) -> None:
+            stage = self._parking.stage
+            await super()._introduce()
+            if rule == "taken out" and stage is Stage.PARKED:
+                self._parking.stage, self._look = stage, False
+
+    psql = await connect()
+    async with watched(database, kind=GoesOn) as worker:
+        before = worker.hold("connect")
+        await end_listener(psql)
+        await before.wait()
+        row = await add(psql)
+        before.release()
+        if rule == "taken out":
+            await until(psql, "SELECT count(*) = 1 FROM worker_present")
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
+async def test_listen_comes_before_the_claim(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. W connects (kept: and listens), parks, has its last look. 2. P inserts, sees the flag and
+    notifies. 3. W sleeps. Taken out: it begins to listen only now.
+    """
+    real_start = Listener.start
+
+    async def open_silent(url: str, lease: Any, heard: Any) -> Listener:
+        conn = await connect_noticing(url, "sendoff worker listen", lease)
+        return Listener(conn, await listen._take_presence(conn), heard)
+
+    class ListensLate(Watched):
+        async def _sleep(self) -> None:
+            if rule == "taken out" and self._parking.stage is Stage.PARKED:
+                await self._step("listen")
+                await self._listener._conn.execute(f"LISTEN {WAKE}")
+                await self._listener._conn.execute(f"LISTEN {listen.CANCEL}")
+                real_start(self._listener, self._event.set)
+                self._parking.stage = Stage.PARKED
+            await super()._sleep()
+
+    if rule == "taken out":
+        monkeypatch.setattr(Listener, "open", open_silent)
+        monkeypatch.setattr(Listener, "start", lambda self, ended: None)
+    psql = await connect()
+    async with watched(database, kind=ListensLate, started=False) as worker:
+        last = worker.hold("listen" if rule == "taken out" else "sleep")
+        await last.wait()
+        await until(psql, "SELECT parked FROM worker")
+        row = await add(psql)
+        last.release()
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+async def end_listener(conn: Connection) -> None:
+    """Cut the worker's LISTEN connection as an operator would."""
+    assert await one(
+        conn,
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE application_name = 'sendoff worker listen' AND datname = current_database()",
+    )
+
+
+async def test_listener_is_in_no_transaction(connect: Connect, database: str) -> None:
+    """A listener in a transaction would hold back the server's notification queue."""
+    psql = await connect()
+    async with watched(database):
+        query = (
+            "SELECT state, backend_xmin IS NULL FROM pg_stat_activity"
+            " WHERE application_name = 'sendoff worker listen' AND datname = current_database()"
+        )
+        assert await (await psql.execute(query)).fetchall() == [("idle", True)]
+
+
+async def test_flag_of_a_dead_sleeper_is_cleared_by_whoever_parks(connect: Connect, database: str) -> None:
+    """1. A worker that sleeps dies: its flag stays up, its presence lock is gone. 2. W parks.
+
+    Else every producer would notify for nobody, for ever.
+    """
+    psql = await connect()
+    await psql.execute(
+        "INSERT INTO worker (host, pid, version, topics, concurrency, presence, parked)"
+        " VALUES ('gone', 1, '0', '{t}', 1, 4711, true)"
+    )
+    async with watched(database):
+        assert await one(psql, "SELECT array_agg(host <> 'gone') FROM worker WHERE parked") == [True]
+
+
+async def test_presence_counts_in_this_database_only(connect: Connect, database: str, server: str) -> None:
+    """pg_locks shows the whole cluster: the same lock held in another database makes nobody present."""
+    psql, elsewhere = await connect(), await connect(server)
+    await psql.execute(
+        "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
+        " VALUES ('gone', 1, '0', '{t}', 1, 4712)"
+    )
+    await elsewhere.execute("SELECT pg_advisory_lock(1397048886, 4712)")
+    assert await one(psql, "SELECT count(*) FROM worker_present") == 0
+    await psql.execute("SELECT pg_advisory_lock(1397048886, 4712)")
+    assert await one(psql, "SELECT count(*) FROM worker_present") == 1
+
+
+async def test_role_that_may_only_insert_can_enqueue(connect: Connect, database: str) -> None:
+    """The trigger's function is SECURITY DEFINER: the producer needs no right on worker."""
+    psql = await connect()
+    role = f"producer_{database.rpartition('_')[2]}"
+    await psql.execute(f"CREATE ROLE {role}; GRANT INSERT ON outbox TO {role}".encode())
+    try:
+        async with watched(database) as worker:
+            await psql.execute(f"SET ROLE {role}".encode())
+            await psql.execute("INSERT INTO outbox (topic) VALUES ('t')")
+            await psql.execute("RESET ROLE")
+            await worker.has_run(await one(psql, "SELECT max(id) FROM outbox"))
+    finally:
+        await psql.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE outbox SET available_at = clock_timestamp() WHERE id = {}",
+        "UPDATE outbox SET topic = 't' WHERE id = {}",
+        "UPDATE outbox SET state = 'ready' WHERE id = {}",
+        "SELECT outbox_retry({})",
+        "UPDATE outbox SET ordering_key = NULL WHERE id = {}",
+        "UPDATE outbox SET ordering_key = 'other' WHERE id = {}",
+        "DELETE FROM outbox WHERE ordering_key = 'k' AND id <> {}",
+        "UPDATE topic SET max_running = 1 WHERE name = 't' AND {} > 0",
+        "DELETE FROM topic WHERE name = 't' AND {} > 0",
+        "UPDATE topic SET name = 'u' WHERE name = 't' AND {} > 0",
+    ],
+)
+async def test_whatever_makes_a_row_claimable_wakes(statement: str, connect: Connect, database: str) -> None:
+    """1. A row is not claimable, for the reason that the statement removes. 2. W sleeps. 3. P removes it."""
+    psql = await connect()
+    columns: dict[str, Any] = {}
+    if "available_at" in statement:
+        columns["available_at"] = await one(psql, "SELECT now() + interval '1 day'")
+    elif "topic = 't'" in statement:
+        columns["topic"] = "unknown"
+    elif "state" in statement or "retry" in statement:
+        columns["state"] = "dead"
+    elif "ordering_key" in statement:
+        other = await one(psql, "SELECT gen_random_uuid()")
+        await psql.execute(
+            "INSERT INTO worker (id, host, pid, version, topics, concurrency, lease_until)"
+            " VALUES (%s, 'h', 1, '0', '{t}', 1, now() + interval '1 day')",
+            (other,),
+        )
+        await add(psql, state="running", worker_id=other, ordering_key="k")
+        columns["ordering_key"] = "k"
+    else:
+        await psql.execute("INSERT INTO topic (name, max_running) VALUES ('t', 0)")
+    row = await add(psql, **columns)
+    async with watched(database) as worker:
+        await worker.asleep()
+        assert worker.ran == []
+        await psql.execute(statement.format(row).encode())
+        await worker.has_run(row)
