@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The first Python that is new enough and can make virtual environments; asked only when one is made.
 .venv/pyvenv.cfg:
@@ -50,8 +50,18 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+# A certified OpenID Connect provider, for tests of authentication.
+.state/oidc/.installed: tests/support/oidc/package-lock.json
+	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
+	@npm ci --prefix .state/oidc --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: oidc
+oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
+
 .PHONY: test
 test: lint types chromium ## Check style and types, run all tests
+	@if command -v npm >/dev/null; then $(MAKE) oidc; fi || echo 'make: tests with oidc-provider are skipped' >&2
 	@$(BIN)/pytest
 
 .PHONY: test-browser
@@ -74,3 +84,7 @@ screenshots: .venv/.complete chromium ## Take the screenshots of docs/dashboard.
 .PHONY: dashboard-figures
 dashboard-figures: .venv/.complete chromium ## Measure page weight and time to the first live event
 	@$(BIN)/python -m tests.browser.figures
+
+.PHONY: fuzz-api
+fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
+	@$(BIN)/python -m tests.fuzz_api $(CASES)

@@ -37,6 +37,7 @@ CREATE TABLE session (
     created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     deleted_at     timestamptz,
+    callback_url   text,
     CONSTRAINT session_inbox_status_known
         CHECK (inbox_status IN ('active', 'pending', 'completed', 'archived')),
     CONSTRAINT session_status_known
@@ -47,10 +48,12 @@ CREATE TABLE session (
     CONSTRAINT session_branch_length
         CHECK (length(branch) BETWEEN 1 AND 250 AND length(target_branch) BETWEEN 1 AND 250),
     CONSTRAINT session_title_length CHECK (length(title) BETWEEN 1 AND 200),
-    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255)
+    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255),
+    CONSTRAINT session_callback_length CHECK (length(callback_url) BETWEEN 1 AND 1000)
 );
 CREATE INDEX session_newest ON session (created_at DESC, id DESC);
 CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
+CREATE INDEX session_unfinished_of_user ON session (user_id) WHERE inbox_status IN ('active', 'pending');
 CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
 CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
 
@@ -60,6 +63,7 @@ COMMENT ON COLUMN session.inbox_status IS
 COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
 COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}; null when none is.';
+COMMENT ON COLUMN session.callback_url IS 'Where its webhooks go; each time something of it ends (sql/0008_access.sql).';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 
 

@@ -27,8 +27,9 @@ from starlette.types import Message
 from app.body import read_bytes
 from app.context import context
 from app.dashboard import queries, words
+from app.dashboard.cookie import identify, signed_in
 from app.dashboard.queries import Overview
-from app.identity import Identity, identify
+from app.identity import Identity
 from app.problems import Problem, of_database
 from outbox.log import get_logger
 
@@ -49,6 +50,7 @@ HEADERS = {
 PACKED = [Middleware(GZipMiddleware, minimum_size=1000)]  # never event streams
 THEMES = ("auto", "light", "dark")
 THEME_COOKIE = "sendoff_theme"
+NOBODY = Identity("", operator=False)
 YEAR = 365 * 86400
 FORM = "application/x-www-form-urlencoded"
 
@@ -90,18 +92,20 @@ _TEMPLATES.filters.update(
 async def render(
     request: Request, identity: Identity, template: str, status: int = 200, **values: Any
 ) -> Response:
-    """A page, with what its head says of the outbox."""
+    """A page, with what its head says of the outbox. NOBODY is not told anything of it."""
     here = context(request)
-    overview = Overview(None, False, 1, 0)
+    overview, present = Overview(None, False, 1, 0), True
+    if identity is not NOBODY:
+        present = await here.presence.present()
     if identity.operator:
         overview = await queries.overview(here.database, timedelta(seconds=here.settings.stuck_after))
     return _page(
         request,
         template,
         status,
-        identity=identity,
+        identity=identity if identity is not NOBODY else None,
         overview=overview,
-        worker_present=await here.presence.present(),
+        worker_present=present,
         **values,
     )
 
@@ -110,26 +114,29 @@ def _page(request: Request, template: str, status: int, **values: Any) -> Respon
     theme = request.cookies.get(THEME_COOKIE, "auto")
     text = _TEMPLATES.get_template(template).render(
         path=request.url.path,
-        here=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
+        here=_here(request),
+        signed_in=signed_in(request),
         theme=theme if theme in THEMES else "auto",
         **values,
     )
     return HTMLResponse(text, status)
 
 
-def page(path: str, handler: Handler, *methods: str) -> Route:
-    """A route whose errors are pages too."""
+def page(path: str, handler: Handler, *methods: str, known: bool = True) -> Route:
+    """A route whose errors are pages too. Not `known`: also for those who have not signed in."""
 
     async def handle(request: Request) -> Response:
         request.state.route = path
         identity = None
         try:
-            identity = identify(request)
             if request.method == "POST":
                 _check_same_site(request)
-            response = await handler(request, identity)
+            identity = await identify(request) if known else None
+            response = await handler(request, identity or NOBODY)
         except Problem as problem:
             response = _error(request, identity, problem)
+            if problem.kind == "unauthorized" and _navigates(request):
+                response = go("/ui/sign-in?" + urlencode({"back": _here(request)}))
         except psycopg.Error as error:
             log.warning("page_failed", route=path, sqlstate=error.sqlstate, error=str(error))
             response = _error(request, identity, of_database(error))
@@ -152,6 +159,15 @@ def _error(request: Request, identity: Identity | None, problem: Problem) -> Res
     response = _page(request, "error.html", problem.status, problem=problem, **values)
     response.headers.update(problem.headers)
     return response
+
+
+def _navigates(request: Request) -> bool:
+    """Whether a person looks at the answer; a script would follow a redirect to the issuer in vain."""
+    return request.method == "GET" and request.headers.get("sec-fetch-mode", "navigate") == "navigate"
+
+
+def _here(request: Request) -> str:
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
 def _check_same_site(request: Request) -> None:

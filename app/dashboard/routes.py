@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app import events
 from app.body import check_accept
-from app.dashboard import outbox, sessions
+from app.dashboard import outbox, sessions, signin
 from app.dashboard.page import PACKED, THEME_COOKIE, THEMES, YEAR, back, go, page, read_form
 from app.identity import Identity
 from app.problems import Problem
@@ -24,6 +25,8 @@ def routes() -> list[Route]:
         page("/ui/sessions", sessions.create_session, "POST"),
         page("/ui/sessions/events", sessions.follow_sessions),
         page(session, sessions.show_session),
+        page(f"{session}/events", events.follow_session),
+        page(f"{session}/messages/{{seq:int}}", sessions.show_message),
         page(f"{session}/prompts", sessions.prompt, "POST"),
         page(f"{session}/cancel", sessions.cancel, "POST"),
         page(f"{session}/archive", sessions.archive, "POST"),
@@ -33,7 +36,12 @@ def routes() -> list[Route]:
         page(f"{row}/{{change}}", outbox.change_row, "POST"),
         page("/ui/dead", outbox.show_dead),
         page("/ui/workers", outbox.show_workers),
-        page("/ui/theme", choose_theme, "POST"),
+        page("/ui/theme", choose_theme, "POST", known=False),
+        page("/ui/sign-in", signin.ask, known=False),
+        page("/ui/sign-in", signin.by_token, "POST", known=False),
+        page("/ui/sign-in/issuer", signin.go_to_issuer, known=False),
+        page(signin.CALLBACK, signin.come_back, known=False),
+        page("/ui/sign-out", signin.sign_out, "POST", known=False),
         Route("/ui/static/{version}/{name}", static, middleware=PACKED),
         page("/ui/{path:path}", missing),
     ]

@@ -2,19 +2,22 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator
 from urllib.parse import urlencode
 from uuid import UUID
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from app import messages, sessions
-from app.context import Context, context
+from app.answer import json_response
+from app.context import context
 from app.dashboard import queries
 from app.dashboard.conversation import attempts_of, outcome_of
 from app.dashboard.page import ask, go, read_form, render
-from app.events import HEADERS, HEARTBEAT
+from app.dashboard.words import pretty
+from app.events import HEARTBEAT, Following
 from app.hub import Stream
 from app.identity import Identity
 from app.models import MAX_SEQ
@@ -57,23 +60,30 @@ async def follow_sessions(request: Request, identity: Identity) -> Response:
         raise Problem("not-found", "There is no such session.") from None
     if not 0 < len(ids) <= FOLLOWED:
         raise Problem("invalid", f"Name 1 to {FOLLOWED} sessions.")
+    close = here.limits.open_stream(identity)
     # Behind the last seq there can be: such a stream never reads a message.
     streams = {here.hub.follow(id_, MAX_SEQ, until_completed=True) for id_ in ids}
+
+    def leave() -> None:
+        for stream in streams:
+            here.hub.leave(stream)
+        close()
+
     try:
         for stream in streams:
             await stream.begin()
             if identity.scope not in (None, stream.user_id):
                 raise sessions.no_session()
     except BaseException:
-        _leave(here, streams)
+        leave()
         raise
-    return StreamingResponse(_changes(here, streams), headers=HEADERS, media_type="text/event-stream")
+    return Following(_changes(streams, identity.until), leave)
 
 
-async def _changes(here: Context, streams: set[Stream]) -> AsyncIterator[bytes]:
+async def _changes(streams: set[Stream], until: float) -> AsyncIterator[bytes]:
     waiting: dict[asyncio.Task[bytes], Stream] = {}
     try:
-        while following := {stream for stream in streams if not stream.ended}:
+        while (following := {s for s in streams if not s.ended}) and time.monotonic() < until:
             for stream in following - set(waiting.values()):
                 waiting[asyncio.create_task(stream.take(HEARTBEAT))] = stream
             ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -83,12 +93,6 @@ async def _changes(here: Context, streams: set[Stream]) -> AsyncIterator[bytes]:
     finally:
         for task in waiting:
             task.cancel()
-        _leave(here, streams)
-
-
-def _leave(here: Context, streams: set[Stream]) -> None:
-    for stream in streams:
-        here.hub.leave(stream)
 
 
 async def new_session(request: Request, identity: Identity) -> Response:
@@ -157,6 +161,16 @@ async def show_session(request: Request, identity: Identity) -> Response:
         seen=found["messages"][-1]["seq"] if found["messages"] else after,
         more=found["next"],
     )
+
+
+async def show_message(request: Request, identity: Identity) -> Response:
+    """One message as the JSON it is, for those too long to be shown."""
+    seq = request.path_params["seq"]
+    query = {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"}
+    found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
+    if not found["messages"] or found["messages"][0]["seq"] != seq:
+        raise Problem("not-found", "There is no such message.")
+    return json_response(pretty(found["messages"][0]))
 
 
 def _after(request: Request, otherwise: int) -> int:

@@ -83,7 +83,7 @@ async function ask() {
   const address = turns?.dataset.page && !whole ? turns.dataset.page + turns.dataset.seq : location.href;
   try {
     const answer = await fetch(address, { headers: { Accept: "text/html" } });
-    if (answer.status >= 400 && answer.status < 500) return say("gone"); // it won't come back
+    if (answer.status >= 400 && answer.status < 500) return say(answer.status === 401 ? "sign in again" : "gone");
     if (!answer.ok) throw new Error(String(answer.status));
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (turns && address === location.href) retell(page);
