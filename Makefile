@@ -49,6 +49,10 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+.PHONY: schema
+schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
+	@$(BIN)/python -m tests.support.schema
+
 .PHONY: test
 test: lint types ## Check style and types, run all tests
 	@$(BIN)/pytest
