@@ -36,7 +36,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem("malformed", f"The body is not JSON in UTF-8{where}.") from None
     try:
-        return model.model_validate(content, context={"allow_file_repos": settings.allow_file_repos})
+        return model.model_validate(content, context={"settings": settings})
     except ValidationError as error:
         raise invalid(error, "pointer") from None
 

@@ -6,6 +6,8 @@ from starlette.requests import Request
 
 from app.database import Database
 from app.hub import Hub
+from app.identity import Authenticator
+from app.limits import Limits
 from app.presence import WorkerPresence
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
@@ -18,6 +20,8 @@ class Context:
     presence: WorkerPresence
     hub: Hub
     stuck: StuckWatch
+    authenticator: Authenticator
+    limits: Limits
 
 
 def context(request: Request) -> Context:

@@ -16,7 +16,8 @@ from app.access import AccessLog
 from app.context import Context
 from app.database import Database
 from app.hub import Hub
-from app.identity import check_host
+from app.identity import Authenticator, check_host
+from app.limits import Limits
 from app.metrics import CountRequests
 from app.presence import WorkerPresence
 from app.routes import routes
@@ -48,7 +49,10 @@ def create_app(settings: Settings) -> Starlette:
         database = Database(settings)
         hub = Hub(database, settings.listen_url)
         stuck = StuckWatch(settings, database.connection)
-        app.state.context = Context(settings, database, WorkerPresence(database), hub, stuck)
+        authenticator = Authenticator(settings, database)
+        app.state.context = Context(
+            settings, database, WorkerPresence(database), hub, stuck, authenticator, Limits(settings)
+        )
         await database.open()
         stuck.work_came()  # before we started
         running = asyncio.create_task(hub.run())
@@ -61,6 +65,7 @@ def create_app(settings: Settings) -> Starlette:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            await authenticator.close()
             await database.close()
 
     app = Starlette(
@@ -124,8 +129,10 @@ def run(settings: Settings) -> None:
         # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
         # once it has shut down, it does nothing: for us that is a normal end.
         previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
-        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
+        if not settings.token_required:
+            everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+            warning = f"no authentication: {everybody} is operator"
+            log.warning("dev_identity", host=settings.host, warning=warning)
         try:
             server.run([listening])
         finally:

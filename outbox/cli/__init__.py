@@ -11,6 +11,7 @@ from uuid import UUID
 import psycopg
 
 from outbox import log
+from outbox.cli import token as token_cli
 from outbox.cli.progress import progress
 from outbox.cli.status import status, top
 from outbox.cli.tail import tail
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(found, "one JSON object a message or status")
     for name, text in _OPERATIONS.items():
         commands.add_parser(name, help=text).add_argument("row", type=int, nargs="+", help="outbox ids")
+    token_cli.add_parser(commands)
     commands.add_parser("wake", help="wake every worker, for rows that no trigger saw")
     commands.add_parser("prune", help="delete what is past its retention now")
     return parser
@@ -100,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
                     until_completed=arguments.until_completed,
                 )
             )
+        case "token":
+            return asyncio.run(token_cli.run(settings, arguments))
         case "wake":
             asyncio.run(_call(settings, "SELECT outbox_wake()", [()]))
         case "prune":
