@@ -1,8 +1,8 @@
 """What all pages share: templates, headers, who may ask, and errors a person can read.
 
 Forged requests: a form of another site must not act for its visitor. A browser says where a request
-comes from in Sec-Fetch-Site, which no page can set; older ones say it in Origin. Without either a POST
-is refused: programs have the JSON API.
+comes from in Sec-Fetch-Site and Origin, which no page can set. A POST that has neither, or one that names
+another site, is refused: programs have the JSON API.
 """
 
 import hashlib
@@ -171,12 +171,10 @@ def _here(request: Request) -> str:
 
 
 def _check_same_site(request: Request) -> None:
-    site = request.headers.get("sec-fetch-site")
-    origin = request.headers.get("origin")
-    if site is not None:
-        same = site == "same-origin"
-    else:
-        same = origin is not None and urlsplit(origin).netloc == request.headers.get("host")
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    same = site in (None, "same-origin") and (site, origin) != (None, None)
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        same = same and origin == context(request).settings.public_url
     if not same:
         raise Problem("forbidden", "This form was not sent by a page of this server.")
 

@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import secrets
 from datetime import timedelta
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
 from starlette.requests import Request
@@ -149,13 +149,15 @@ async def _exchange(request: Request, code: str, verifier: str) -> str:
     }
     auth = None
     if settings.oidc_client_secret:
-        auth = httpx.BasicAuth(settings.oidc_client_id, settings.oidc_client_secret.get_secret_value())
+        secret = settings.oidc_client_secret.get_secret_value()
+        # As RFC 6749, 2.3.1 has it: both are form-encoded first.
+        auth = httpx.BasicAuth(quote(settings.oidc_client_id, safe=""), quote(secret, safe=""))
     else:
         form["client_id"] = settings.oidc_client_id
     url = await _issuer(request).endpoint("token_endpoint")
     try:
-        async with httpx.AsyncClient(timeout=FETCH_TIMEOUT) as client:
-            answer = await client.post(url, data=form, auth=auth, headers={"Accept": "application/json"})
+        async with httpx.AsyncClient(timeout=FETCH_TIMEOUT, auth=auth) as client:
+            answer = await client.post(url, data=form, headers={"Accept": "application/json"})
             found = answer.json()
     except (httpx.HTTPError, ValueError):
         raise unavailable("The identity provider does not answer; try again.") from None

@@ -52,6 +52,9 @@ async def _take(server: str, wanted: list[str]) -> None:
         }
         chosen = {page: path for page, path in pages.items() if not wanted or page in wanted}
         await _shoot(browser, api.url, chosen)
+        if not wanted or "sign-in" in wanted:
+            async with serving(database, SENDOFF_OIDC_ISSUER="https://id.example.com") as closed:
+                await _shoot(browser, closed.url, {"sign-in": "/ui/sign-in"})
         if not wanted or "no-worker" in wanted:
             await conn.execute("SELECT pg_advisory_unlock_all()")
             await conn.execute("UPDATE worker SET parked = false")

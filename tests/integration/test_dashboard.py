@@ -66,7 +66,7 @@ async def test_a_form_of_another_site_changes_nothing(
     session = await api.create()
     paths = ("/prompts", "/cancel", "/archive", "/rename")
     posts = {f"/ui/sessions/{session['id']}{path}": {"prompt": "x", "title": "x"} for path in paths}
-    posts |= {"/ui/sessions": {"repo": "a/b", "target_branch": "main"}, "/ui/outbox/1/cancel": {}}
+    posts |= {"/ui/sessions": {"repo": "a/b", "target_branch": "main"}, "/ui/outbox/1/cancel": {"back": "/"}}
     posts |= {"/ui/theme": {"theme": "dark"}}
     async with httpx.AsyncClient(base_url=api.url) as client:
         for path, form in posts.items():
