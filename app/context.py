@@ -10,6 +10,7 @@ from app.identity import Authenticator
 from app.limits import Limits
 from app.presence import WorkerPresence
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Context:
     database: Database
     presence: WorkerPresence
     hub: Hub
+    stuck: StuckWatch
     authenticator: Authenticator
     limits: Limits
 

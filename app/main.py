@@ -11,19 +11,23 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from app import problems, reference
+from app import dashboard, problems, reference
 from app.access import AccessLog
 from app.context import Context
 from app.database import Database
 from app.hub import Hub
 from app.identity import Authenticator, check_host
 from app.limits import Limits
+from app.metrics import CountRequests
 from app.oidc import check_issuer
 from app.presence import WorkerPresence
 from app.routes import routes
+from app.tracing import Tracing
+from outbox import trace
 from outbox.errors import ConfigurationError
 from outbox.log import configure, get_logger
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
@@ -46,17 +50,20 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         database = Database(settings)
         hub = Hub(database, settings.listen_url)
+        stuck = StuckWatch(settings, database.connection)
         authenticator = Authenticator(settings, database)
         app.state.context = Context(
-            settings, database, WorkerPresence(database), hub, authenticator, Limits(settings)
+            settings, database, WorkerPresence(database), hub, stuck, authenticator, Limits(settings)
         )
         await database.open()
+        stuck.work_came()  # before we started
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
             yield
         finally:
             hub.close()
+            await stuck.close()
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
@@ -64,8 +71,8 @@ def create_app(settings: Settings) -> Starlette:
             await database.close()
 
     app = Starlette(
-        routes=[*routes(), *reference.routes()],
-        middleware=[Middleware(AccessLog)],
+        routes=[*routes(), *reference.routes(), *dashboard.routes()],
+        middleware=[Middleware(Tracing), Middleware(CountRequests), Middleware(AccessLog)],
         exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
     )
@@ -117,6 +124,7 @@ def run(settings: Settings) -> None:
     Raises ConfigurationError if the host is not allowed or the address cannot be had.
     """
     configure(level=settings.log_level)
+    trace.configure("sendoff-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:
         server = Server(app)
@@ -132,6 +140,7 @@ def run(settings: Settings) -> None:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            trace.shutdown()
     log.info("api_stopped")
 
 

@@ -164,7 +164,7 @@ class RowQuery(Request):
 
 class ReadyQuery(Request):
     workers: Literal["0", "1"] = "0"
-    """`1`: not ready without a worker present."""
+    """`1`: not ready either without a worker present, or when a row is stuck."""
 
 
 class NoQuery(Request):
@@ -301,6 +301,11 @@ class Ready(Answer):
     listener: bool
     """Whether the connection that feeds the event streams is up."""
     worker_present: bool
+    """Whether a worker is there that runs sessions."""
+    nothing_stuck: bool
+    """Whether no row has been due for longer than SENDOFF_STUCK_AFTER."""
+    stuck: str | None = None
+    """What is stuck, and why."""
 
 
 class FieldError(Answer):

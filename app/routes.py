@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import events, health, messages, models, rows, sessions
+from app import events, health, messages, metrics, models, rows, sessions
 from app.body import check_accept
 from app.context import context
 from app.identity import Identity
@@ -214,6 +214,15 @@ ENDPOINTS = [
         {200: ("Yes.", models.Ready)},
         ("not-ready",),
         query=models.ReadyQuery,
+        access="anybody",
+    ),
+    Endpoint(
+        "GET",
+        "/metrics",
+        metrics.metrics,
+        "Metrics for Prometheus",
+        {200: ("In its text format.", None)},
+        gives="text/plain",
         access="anybody",
     ),
 ]

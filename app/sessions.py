@@ -149,6 +149,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
     outcome, session_id, answer = row
     _check_outcome(outcome)
     request.state.session = session_id
+    here.stuck.work_came()
     return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
 
 
@@ -179,6 +180,7 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
     if outcome == "archived":
         raise archived()
     _check_outcome(outcome)
+    here.stuck.work_came()
     return json_response(answer, 201, _replay_mark(outcome))
 
 

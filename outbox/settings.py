@@ -69,6 +69,15 @@ class Settings(BaseSettings):
     oidc_operator_role: Annotated[str, Field(min_length=1)] = "sendoff-operator"
     """The role that makes a user an operator."""
 
+    oidc_client_id: Annotated[str, Field(min_length=1)] = "sendoff-dashboard"
+    """The client that the dashboard is at the issuer, for people who sign in with a browser."""
+
+    oidc_client_secret: SecretStr | None = None
+    """Its secret; unset: a public client, which PKCE alone protects."""
+
+    public_url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
+    """Where browsers reach the dashboard, such as `https://sendoff.example`. Default: as they say."""
+
     max_sessions: Annotated[int, Field(ge=1)] = 100
     """Unfinished sessions a user may have at once. Operators are not limited."""
 
@@ -92,13 +101,32 @@ class Settings(BaseSettings):
     """Whether `file://` repositories may be named. For demos and tests."""
 
     workspace_root: Path = Path(".state/workspaces")
-    """Where the embedded form keeps workspaces."""
+    """Where the embedded form keeps workspaces, and an agent of a sandbox its HOME."""
 
     agent_command: str = "claude -p --output-format stream-json --verbose"
-    """The agent, as one shell-quoted command line; the prompt is appended as its last argument."""
+    """The agent, as one shell-quoted command line; the prompt is appended as its last argument; in a sandbox
+    the CLI's flags are (docs/agent.md)."""
+
+    agent_permission_mode: str = "default"
+    """The CLI's --permission-mode in a sandbox. default: only the sandbox's MCP tools may be used."""
 
     agent_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """How long one turn of an agent may take; the topic table can override it."""
+
+    ip_allocator_url: Annotated[str | None, Field(alias="IP_ALLOCATOR_URL", pattern="^https?://")] = None
+    """The allocator of sandboxes. Unset: the embedded form, where a workspace directory is the sandbox."""
+
+    borrow_wait: Annotated[float, Field(ge=0, le=300)] = 10.0
+    """How long the allocator may wait for a free sandbox; then the session waits without a worker."""
+
+    sandbox_keep: Annotated[float, Field(ge=0)] = 0.0
+    """How long a finished turn's sandbox is kept for a follow-up; 0: it is returned at once."""
+
+    git_credentials: Path | None = None
+    """A git-credential-store file for every user's sessions, or a directory of one file a user."""
+
+    git_push: bool = False
+    """Whether the work branch is pushed when a turn in a sandbox has ended."""
 
     lease: Annotated[float, Field(ge=0.2, le=3600)] = 6.0
     """How long a worker's rows stay its own without a word from it; a rescue comes this late at most."""
@@ -113,7 +141,16 @@ class Settings(BaseSettings):
     """Seconds between self-notifications that prove the LISTEN connection works; 0: none, for silence."""
 
     health_port: Annotated[int | None, Field(ge=0, le=65535)] = None
-    """Port of a worker's health checks on loopback; unset: none. 0 picks a free one."""
+    """Port of a worker's health checks and metrics; unset: none. 0 picks a free one."""
+
+    health_host: str = "127.0.0.1"
+    """Address of that port. Metrics name topics, no payloads; open it to the network that scrapes only."""
+
+    stuck_after: Annotated[float, Field(gt=0, le=30 * 86400)] = 60.0
+    """How long a row may be due until readiness fails and an alert is raised."""
+
+    stuck_webhook: Annotated[str | None, Field(pattern=r"^https?://")] = None
+    """URL that an alert is posted to, as JSON; unset: alerts are log lines only."""
 
     webhook_secret: Annotated[SecretStr | None, AfterValidator(_checked_secrets)] = None
     """What webhooks are signed with: `whsec_` and base64 of 24 to 64 bytes. Several, separated by spaces,

@@ -137,15 +137,18 @@ CREATE TRIGGER topic_changed
 ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
 
 
--- The end of a row frees its ordering_key: the next row by id may run. Both this and the claim
--- (outbox_take_key) decide under the key's lock and in a snapshot taken after it, so that a row is never
--- marked blocked by a claim that missed the end, nor left blocked by an end that missed the mark.
+-- The end of a row frees its ordering_key: the next row by id may run. So does a row that stops running
+-- and stays unfinished (a retry, a hand-back): while it ran, a row with a lower id may have been committed
+-- late and been blocked by it; were it left so, each of the two would wait for the other.
+-- Both this and the claim (outbox_take_key) decide under the key's lock and in a snapshot taken after it,
+-- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
+-- missed the mark.
 CREATE FUNCTION outbox_free_key() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'ending a row that has an ordering_key needs READ COMMITTED'
+        RAISE EXCEPTION 'freeing an ordering_key needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'An older snapshot may not show the row that waits for this one.';
     END IF;
@@ -154,9 +157,11 @@ BEGIN
     SET blocked = false
     WHERE blocked
       AND id = (
+          -- As a range, so that only outbox_key has this order: see outbox_take_key.
           SELECT o.id FROM outbox AS o
-          WHERE o.ordering_key = OLD.ordering_key AND o.state IN ('ready', 'running')
-          ORDER BY o.id
+          WHERE o.ordering_key >= OLD.ordering_key AND o.ordering_key <= OLD.ordering_key
+            AND o.state IN ('ready', 'running')
+          ORDER BY o.ordering_key, o.id
           LIMIT 1
       );
     RETURN NULL;
@@ -167,7 +172,8 @@ CREATE TRIGGER outbox_free_key
     AFTER UPDATE ON outbox FOR EACH ROW
     WHEN (
         OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running')
-        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key)
+        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key
+             OR (OLD.state = 'running' AND NEW.state = 'ready'))
     )
     EXECUTE FUNCTION outbox_free_key();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key;
@@ -239,10 +245,18 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'SO001';
     END IF;
+    -- A sleeper may come back while this waits for another's row; the condition is then asked again, of the
+    -- new row. Of a join (worker_present, or EXISTS) only that row would be new, the other side as it was, so
+    -- that its flag would be taken down while it sleeps. A count is asked anew.
     UPDATE worker
     SET parked = false
     WHERE parked AND id <> parker
-      AND NOT EXISTS (SELECT FROM worker_present AS p WHERE p.id = worker.id);
+      AND 0 = (
+          SELECT count(*) FROM pg_locks AS l
+          WHERE l.locktype = 'advisory' AND l.granted
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND l.classid = 1397048886 AND l.objid = worker.presence::bigint::oid AND l.objsubid = 2
+      );
 END
 $$;
 COMMENT ON FUNCTION outbox_park(uuid) IS 'Parking, step 1: says that this worker sleeps, so that producers notify.';

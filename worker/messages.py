@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 from psycopg.types.json import Jsonb
 
+from outbox.connect import is_away
 from outbox.errors import Cancelled, Fenced
 from outbox.handler import Job
 from outbox.log import get_logger
@@ -121,7 +122,9 @@ async def outlast(write: Callable[[], Awaitable[None]]) -> None:
         try:
             await write()
             return
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except psycopg.Error as error:
+            if not is_away(error):
+                raise
             log.warning("database_away", error=str(error).strip(), retry_in=delay)
             await asyncio.sleep(delay)
             delay = min(delay * 2, _RETRY_LAST)

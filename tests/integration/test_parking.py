@@ -283,11 +283,11 @@ async def test_writers_that_come_later_keep_nobody_awake(
         monkeypatch.setattr(Parking, "saw_writers", waits_for_all)
     first, second = await connect(), await connect()
     await first.execute("BEGIN")
-    await first.execute("DELETE FROM outbox")
+    await first.execute("UPDATE outbox SET priority = 1 WHERE false")
     async with watched(database, started=False) as worker:
         await worker.looked(3)
         await second.execute("BEGIN")
-        await second.execute("DELETE FROM outbox")
+        await second.execute("UPDATE outbox SET priority = 1 WHERE false")
         await first.execute("COMMIT")
         if rule == "kept":
             assert await worker.asleep() == math.inf
@@ -386,11 +386,15 @@ async def test_listen_comes_before_the_claim(
 
 async def end_listener(conn: Connection) -> None:
     """Cut the worker's LISTEN connection as an operator would."""
-    assert await one(
-        conn,
+    await end_session(conn, "sendoff worker listen")
+
+
+async def end_session(conn: Connection, name: str) -> None:
+    query = (
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-        " WHERE application_name = 'sendoff worker listen' AND datname = current_database()",
+        " WHERE application_name = %s AND datname = current_database()"
     )
+    assert await one(conn, query, name)
 
 
 async def test_listener_is_in_no_transaction(connect: Connect, database: str) -> None:

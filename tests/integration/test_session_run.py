@@ -1,13 +1,9 @@
 """The main job through real processes: API, workers, git and the scripted agent."""
 
 import asyncio
-import os
 import re
-import shlex
 import signal
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,8 @@ import pytest
 from embedded.demo import SEED_QUERY, make_repository
 from tests.conftest import Connect
 from tests.support.api import Api, serving
-from tests.support.process import Process, running
-
-LEASE = 2.0
-"""Seconds; short, so that a rescue does not take long."""
+from tests.support.place import Place, held
+from tests.support.process import Process
 
 
 @pytest.fixture
@@ -34,38 +28,9 @@ def repository(tmp_path: Path) -> str:
     return make_repository(tmp_path / "repository").as_uri()
 
 
-class Place:
-    """Where a test's workers run."""
-
-    def __init__(self, database: str, directory: Path) -> None:
-        self.directory = directory
-        self.environment: Mapping[str, str] = {
-            "DATABASE_URL": database,
-            "SENDOFF_LOG_LEVEL": "debug",
-            "SENDOFF_LEASE": str(LEASE),
-            "SENDOFF_ALLOW_FILE_REPOS": "true",
-            "SENDOFF_WORKSPACE_ROOT": str(directory / "workspaces"),
-            "SENDOFF_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "embedded.agent"]),
-            "SENDOFF_DRAIN_GRACE": "0",
-        }
-
-    def worker(self, *arguments: str) -> AbstractAsyncContextManager[Process]:
-        return running("worker", *arguments, env=self.environment)
-
-    def fifo(self, name: str) -> Path:
-        path = self.directory / name
-        os.mkfifo(path)
-        return path
-
-
 @pytest.fixture
 def place(database: str, tmp_path: Path) -> Place:
     return Place(database, tmp_path)
-
-
-async def held(fifo: Path) -> None:
-    """Return when an agent and all its children have let go of the FIFO they hold (`hold:PATH`)."""
-    await asyncio.to_thread(fifo.read_bytes)
 
 
 async def session(api: Api, session_id: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Watched(Worker):
         self.ran: list[int] = []
         self.looks = 0
         """How often it has claimed."""
+        self.renewals = 0
         self.waits: list[float] = []
         """For how many seconds it meant to sleep, each time."""
         self._news = asyncio.Condition()
@@ -89,6 +90,10 @@ class Watched(Worker):
         """Return when it has claimed so often."""
         await self._until(lambda: self.looks >= times)
 
+    async def renewed(self, times: int) -> None:
+        """Return when it has renewed its lease so often."""
+        await self._until(lambda: self.renewals >= times)
+
     async def hears_nothing_more(self, conn: Connection) -> None:
         """Return when it has heard every notification that was sent before: they come in order."""
         mark = str(-secrets.randbelow(2**40) - 1)
@@ -120,6 +125,11 @@ class Watched(Worker):
     async def _schedule(self) -> None:
         await self._step("schedule")
         await super()._schedule()
+
+    async def _renew(self) -> None:
+        await super()._renew()
+        self.renewals += 1
+        await self._tell()
 
     async def _sleep(self) -> None:
         if self._parking.stage is Stage.PARKED:
@@ -282,6 +292,7 @@ def command(
             "DATABASE_URL": database,
             "PYTHONPATH": f"{ROOT}:{handlers}",
             "SENDOFF_LEASE": str(lease),
+            "SENDOFF_DRAIN_GRACE": "0",
             "SENDOFF_LOG_LEVEL": "debug",
             **env,
         },

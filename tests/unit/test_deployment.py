@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service["image"] == "sendoff"}
+NEEDED = {"postgres", "migrate", "api", "worker"}
 VARIABLES = {field.alias for field in Settings.model_fields.values()}
 
 
@@ -36,22 +37,19 @@ def condition(service: str, on: str) -> object:
 
 
 def test_the_services_are_those_a_session_needs() -> None:
-    assert set(SERVICES) - {"keycloak"} == {"postgres", "migrate", "api", "worker"}
+    assert set(SERVICES) == NEEDED | {"prometheus", "grafana", "keycloak"}
     assert set(OURS) == {"migrate", "api", "worker"}
 
 
 def test_everything_starts_by_default() -> None:
     """In the system before, the poller was left out and sessions stayed active for ever."""
-    for name, service in SERVICES.items():
-        if name == "keycloak":
-            assert service["profiles"] == ["auth"]
-            continue
+    for service in (SERVICES[name] for name in NEEDED):
         assert "profiles" not in service
         assert service.get("scale", 1) >= 1
         assert service.get("deploy", {}).get("replicas", 1) >= 1
 
 
-@pytest.mark.parametrize("name", ["postgres", "api", "worker", "keycloak"])
+@pytest.mark.parametrize("name", ["postgres", "api", "worker", "prometheus", "grafana", "keycloak"])
 def test_what_keeps_running_has_a_health_check_and_comes_back(name: str) -> None:
     assert SERVICES[name]["healthcheck"]["test"][0] == "CMD"
     assert SERVICES[name]["restart"] == "unless-stopped"

@@ -1,0 +1,216 @@
+"""Claim: never more than asked for, by priority, then age, and only what may run."""
+
+import asyncio
+
+import pytest
+from psycopg import errors
+
+import outbox
+from tests.conftest import Connect
+from tests.support.steps import (
+    LEASE,
+    Rule,
+    add,
+    claim,
+    claim_ids,
+    column,
+    get,
+    new_worker,
+    one,
+    run_out,
+    take_out,
+    with_and_without,
+)
+from tests.support.worker import watched
+
+
+@with_and_without
+async def test_claim_locks_no_more_rows_than_it_claims(rule: Rule, connect: Connect) -> None:
+    """1. A claims 5 of 100 rows, and has not committed. 2. B finds all the others: 95.
+
+    Taken out: the LIMIT is not in the statement that locks, so that A holds rows that it does not start.
+    """
+    a, b, psql = await connect(), await connect(), await connect()
+    await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 100)")
+    if rule == "taken out":
+        await take_out(psql, "outbox_claim", "            LIMIT v.room\n")
+        await take_out(psql, "outbox_claim", "        LIMIT slots\n")
+    await a.execute("BEGIN")
+    assert len(await claim(a, await new_worker(a), 5)) == 5
+    free = await column(b, "SELECT id FROM outbox WHERE topic = 't' FOR UPDATE SKIP LOCKED")
+    assert len(free) == (95 if rule == "kept" else 0)
+
+
+async def test_claim_locks_no_more_rows_on_a_planner_led_astray(connect: Connect) -> None:
+    """The selection is MATERIALIZED: statistics that make a nested loop look cheap change nothing.
+
+    A table analyzed while empty, then filled; and every join but the nested loop forbidden.
+    """
+    a, b, psql = await connect(), await connect(), await connect()
+    await psql.execute("ANALYZE outbox")
+    await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 1000)")
+    for setting in ("enable_hashjoin", "enable_mergejoin", "enable_bitmapscan", "enable_sort"):
+        await a.execute(f"SET {setting} = off".encode())
+    worker = await new_worker(a)
+    await a.execute("BEGIN")
+    assert len(await claim(a, worker, 7)) == 7
+    assert len(await column(b, "SELECT id FROM outbox WHERE topic = 't' FOR UPDATE SKIP LOCKED")) == 993
+
+
+async def test_hundreds_of_concurrent_claims_take_each_row_once(connect: Connect) -> None:
+    """Eight workers, pipelined, drain 400 rows: each row is claimed exactly once, never more than asked."""
+    psql = await connect()
+    await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 400)")
+
+    async def drain() -> list[int]:
+        conn = await connect()
+        worker, taken = await new_worker(conn), []
+        while rows := await claim_ids(conn, worker, 7):
+            assert len(rows) <= 7
+            taken += rows
+        return taken
+
+    taken = [row for rows in await asyncio.gather(*(drain() for _ in range(8))) for row in rows]
+    assert len(taken) == len(set(taken)) == 400
+
+
+async def test_priority_then_age_then_id(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+    young = await add(conn, available_at="2020-01-02")
+    old = await add(conn, available_at="2020-01-01")
+    low = await add(conn, available_at="2019-01-01", priority=-1)
+    urgent = await add(conn, priority=5)
+    twin = await add(conn, available_at="2020-01-02")
+    assert [(await claim_ids(conn, worker))[0] for _ in range(5)] == [urgent, old, young, twin, low]
+
+
+async def test_rows_not_due_are_left(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+    await conn.execute(
+        "INSERT INTO outbox (topic, available_at) VALUES ('t', clock_timestamp() + interval '1 day')"
+    )
+    due = await add(conn)
+    assert await claim_ids(conn, worker, 5) == [due]
+    later = "SELECT row_due BETWEEN '23 hours' AND '1 day' FROM outbox_next_deadline(%s, '{t}', '1 s', '1 h')"
+    assert await one(conn, later, worker) is True
+
+
+async def test_rows_of_other_topics_are_left(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+    await add(conn, "other")
+    assert await claim_ids(conn, worker, 5) == []
+    query = "SELECT row_due FROM outbox_next_deadline(%s, '{t}', '1 s', '1 h')"
+    assert await one(conn, query, worker) is None
+
+
+async def test_turn_of_topics_decides_between_equal_priorities(connect: Connect) -> None:
+    """A claim takes the topics in the order given; a higher priority of any topic comes first."""
+    conn = await connect()
+    worker = await new_worker(conn)
+    a = [await add(conn, "a") for _ in range(3)]
+    b = [await add(conn, "b") for _ in range(3)]
+    urgent = await add(conn, "b", priority=1)
+    assert await claim_ids(conn, worker, topics=("a", "b")) == [urgent]
+    assert await claim_ids(conn, worker, topics=("b", "a")) == [b[0]]
+    assert await claim_ids(conn, worker, topics=("a", "b")) == [a[0]]
+
+
+async def test_busy_topic_does_not_starve_another(connect: Connect, database: str) -> None:
+    """The worker rotates its topics: with one slot and a backlog of `a`, a row of `b` is among the first."""
+    psql = await connect()
+    async with watched(database, "a", "b", concurrency=1, started=False) as worker:
+        held = worker.hold("claim")
+        await held.wait()
+        await psql.execute("INSERT INTO outbox (topic) SELECT 'a' FROM generate_series(1, 50)")
+        row = await add(psql, "b")
+        held.release()
+        await worker.has_run(row)
+        assert worker.ran.index(row) <= 3
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_claim_needs_read_committed(level: str, connect: Connect) -> None:
+    """In an older snapshot the key's second look would see nothing new."""
+    conn = await connect()
+    worker = await new_worker(conn)
+    await conn.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="READ COMMITTED"):
+        await claim(conn, worker)
+
+
+async def test_claim_raises_the_attempt_and_keeps_the_failures(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+    row = await add(conn, traceparent="00-ab-cd-01", payload={"n": 1})
+    (first,) = await claim(conn, worker)
+    assert (first.id, first.attempt, first.failures, first.payload, first.traceparent) == (
+        row, 1, 0, {"n": 1}, "00-ab-cd-01",
+    )  # fmt: skip
+    await outbox.hand_back(conn, worker, [(row, 1)])
+    (second,) = await claim(conn, worker)
+    assert (second.attempt, second.failures) == (2, 0)
+
+
+async def test_claim_extends_the_lease_when_it_must(connect: Connect) -> None:
+    """A lease of which more than half is left stays: a claim under load writes no worker row."""
+    conn = await connect()
+    worker = await new_worker(conn)
+
+    async def lease() -> object:
+        return await one(conn, "SELECT lease_until FROM worker WHERE id = %s", worker)
+
+    assert await claim_ids(conn, worker) == []
+    assert await lease() is None
+    for _ in range(3):
+        await add(conn)
+    await claim(conn, worker)
+    first = await lease()
+    assert first is not None
+    await claim(conn, worker)
+    assert await lease() == first
+    await run_out(conn, worker)
+    await claim(conn, worker)
+    assert await one(conn, "SELECT lease_until > clock_timestamp() FROM worker WHERE id = %s", worker)
+
+
+async def test_claim_clears_the_flag_of_a_worker_whose_slots_are_full(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+
+    async def parked_after(rows: int, slots: int, *, stay: bool) -> object:
+        await conn.execute("SELECT outbox_park(%s)", (worker,))
+        for _ in range(rows):
+            await add(conn)
+        claimed = await outbox.claim(conn, worker, ["t"], slots, lease=LEASE, stay_parked=stay)
+        assert len(claimed) == rows
+        return await one(conn, "SELECT parked FROM worker WHERE id = %s", worker)
+
+    assert await parked_after(1, 2, stay=True) is True
+    assert await parked_after(2, 2, stay=True) is False
+    assert await parked_after(1, 2, stay=False) is False
+    assert await parked_after(0, 2, stay=False) is True
+
+
+async def test_completion_and_claim_are_one_commit(connect: Connect) -> None:
+    """A turn that fails in its claim has completed nothing."""
+    conn = await connect()
+    worker = await new_worker(conn)
+    row = await add(conn)
+    await claim(conn, worker)
+    await conn.execute("UPDATE worker SET ended_at = clock_timestamp() WHERE id = %s", (worker,))
+    await conn.execute("UPDATE outbox SET state = 'running' WHERE id = %s", (row,))
+    with pytest.raises(outbox.WorkerEnded):
+        await outbox.complete_and_claim(conn, worker, [(row, 1)], ["t"], 1, lease=LEASE)
+    assert await get(conn, row) == "running"
+
+
+async def test_completed_key_is_free_for_the_claim_of_the_same_turn(connect: Connect) -> None:
+    conn = await connect()
+    worker = await new_worker(conn)
+    first, second = await add(conn, ordering_key="k"), await add(conn, ordering_key="k")
+    assert await claim_ids(conn, worker, 5) == [first]
+    rows, refused = await outbox.complete_and_claim(conn, worker, [(first, 1)], ["t"], 5, lease=LEASE)
+    assert ([row.id for row in rows], refused) == ([second], set())

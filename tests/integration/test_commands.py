@@ -1,0 +1,118 @@
+"""The operator's commands: what they print, and their exit status."""
+
+import socket
+
+import pytest
+
+from tests.conftest import Connect
+from tests.support.process import running
+from tests.support.steps import add, get
+from tests.support.worker import watched
+
+
+async def sendoff(*arguments: str, **env: str | None) -> tuple[int, list[str], list[str]]:
+    async with running("sendoff", *arguments, env=env) as process:
+        status = await process.ended()
+        return status, process.stdout, process.stderr
+
+
+async def test_retry_discard_and_cancel(connect: Connect, database: str) -> None:
+    conn = await connect()
+    first, second, waits = await add(conn, state="dead"), await add(conn, state="dead"), await add(conn)
+    assert await sendoff("retry", str(first), DATABASE_URL=database) == (0, [f"{first} ready"], [])
+    assert await sendoff("discard", str(second), DATABASE_URL=database) == (0, [f"{second} cancelled"], [])
+    assert await sendoff("cancel", str(waits), str(first), DATABASE_URL=database) == (
+        0,
+        [f"{waits} cancelled", f"{first} cancelled"],
+        [],
+    )
+
+
+async def test_row_that_is_in_no_state_for_it(connect: Connect, database: str) -> None:
+    """Exit status 1; the other rows named are still done."""
+    conn = await connect()
+    ready, dead = await add(conn), await add(conn, state="dead")
+    status, out, err = await sendoff("retry", str(ready), "999999", str(dead), DATABASE_URL=database)
+    assert (status, err) == (1, [])
+    assert out[0].startswith(f"{ready} unchanged")
+    assert out[1].startswith("999999 unchanged")
+    assert out[2] == f"{dead} ready"
+    assert await get(conn, dead) == "ready"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["retry"], ["retry", "seven"], ["cancel", "1.5"], ["unknown"], []], ids=" ".join
+)
+async def test_usage_error(arguments: list[str], database: str) -> None:
+    status, out, err = await sendoff(*arguments, DATABASE_URL=database)
+    assert (status, out) == (2, [])
+    assert err[-1].startswith("sendoff")
+
+
+async def test_number_that_no_row_can_have(database: str) -> None:
+    """One line, no traceback."""
+    status, out, err = await sendoff("retry", "99999999999999999999999", DATABASE_URL=database)
+    assert (status != 0, out, len(err)) == (True, [], 1), err
+
+
+@pytest.mark.parametrize("command", [["retry", "1"], ["wake"], ["migrate"]], ids=" ".join)
+async def test_setting_that_is_missing(command: list[str]) -> None:
+    status, out, err = await sendoff(*command, DATABASE_URL=None)
+    assert (status, out, err) == (2, [], ["sendoff: DATABASE_URL: is not set"])
+
+
+@pytest.mark.parametrize("command", [["retry", "1"], ["wake"], ["migrate"]], ids=" ".join)
+async def test_database_that_is_not_there(command: list[str]) -> None:
+    with socket.socket() as taken:  # bound and not listening: it refuses
+        taken.bind(("127.0.0.1", 0))
+        url = f"postgresql://postgres@127.0.0.1:{taken.getsockname()[1]}/x"
+        status, out, err = await sendoff(*command, DATABASE_URL=url)
+    assert (status, out, len(err)) == (1, [], 1)
+    assert err[0].startswith("sendoff: ")
+
+
+@pytest.mark.parametrize("command", [["retry", "1"], ["wake"]], ids=" ".join)
+async def test_database_without_our_schema(command: list[str], empty_database: str) -> None:
+    status, out, err = await sendoff(*command, DATABASE_URL=empty_database)
+    assert (status, out, len(err)) == (1, [], 1)
+
+
+async def test_wake(connect: Connect, database: str) -> None:
+    """1. W sleeps. 2. A row comes that no trigger saw. 3. `sendoff wake`."""
+    psql = await connect()
+    async with watched(database) as worker:
+        await psql.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
+        row = await add(psql)
+        assert await sendoff("wake", DATABASE_URL=database) == (0, [], [])
+        await worker.has_run(row)
+
+
+async def test_migrate_prints_the_sql_without_a_database() -> None:
+    status, out, err = await sendoff("migrate", "--print", DATABASE_URL=None)
+    assert (status, err) == (0, [])
+    assert out[0] == "-- 0001_tables"
+
+
+async def test_worker_with_a_wrong_setting(database: str) -> None:
+    """One line that names the variable, exit status 2."""
+    for env, name in (
+        ({"DATABASE_URL": None}, "DATABASE_URL"),
+        ({"DATABASE_URL": database, "SENDOFF_LEASE": "soon"}, "SENDOFF_LEASE"),
+        ({"DATABASE_URL": database, "SENDOFF_LOG_LEVEL": "loud"}, "SENDOFF_LOG_LEVEL"),
+    ):
+        async with running("worker", env=env) as process:
+            assert await process.ended() == 2
+            assert len(process.stderr) == 1
+            assert process.stderr[0].startswith(f"worker: {name}: ")
+
+
+async def test_worker_with_an_old_schema(empty_database: str) -> None:
+    async with running("worker", env={"DATABASE_URL": empty_database}) as process:
+        assert await process.ended() == 2
+        assert process.stderr[-1].endswith("run `sendoff migrate`")
+
+
+async def test_worker_with_a_topic_nobody_handles(database: str) -> None:
+    async with running("worker", "--topics", "nosuch", env={"DATABASE_URL": database}) as process:
+        assert await process.ended() == 2
+        assert "no handler for the topic 'nosuch'" in process.stderr[-1]

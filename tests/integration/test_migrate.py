@@ -1,0 +1,111 @@
+"""Migrations: applied once whoever starts them, refused backwards, and every object explained."""
+
+import asyncio
+import importlib
+
+import psycopg
+import pytest
+
+from outbox import SchemaError, migrate
+from outbox.migrate import check_schema
+from sql import Migration, migrations
+from tests.conftest import Connect
+from tests.support.process import ROOT
+from tests.support.schema import describe
+from tests.support.steps import Connection, column, one
+
+NAMES = [migration.name for migration in migrations()]
+
+
+@pytest.mark.parametrize("starters", [2, 20])
+async def test_concurrent_starters_apply_each_migration_once(
+    starters: int, connect: Connect, empty_database: str
+) -> None:
+    """The others wait, find nothing left to do, and succeed."""
+    applied = await asyncio.gather(*(migrate(empty_database) for _ in range(starters)))
+    assert sorted(name for names in applied for name in names) == NAMES
+    conn = await connect(empty_database)
+    assert await column(conn, "SELECT name FROM schema_migration ORDER BY number") == NAMES
+    await check_schema(conn)
+
+
+async def test_second_run_changes_nothing(connect: Connect, database: str) -> None:
+    conn = await connect()
+    before = await describe(conn)
+    assert await migrate(database) == []
+    assert await describe(conn) == before
+
+
+async def test_newer_schema_is_refused(connect: Connect, database: str) -> None:
+    """By migrate, and by a worker or API that starts."""
+    conn = await connect()
+    await conn.execute("INSERT INTO schema_migration (number, name) VALUES (9999, '9999_future')")
+    with pytest.raises(SchemaError, match="9999, newer"):
+        await migrate(database)
+    with pytest.raises(SchemaError, match="upgrade"):
+        await check_schema(conn)
+
+
+async def test_older_schema_is_refused_until_migrated(connect: Connect, empty_database: str) -> None:
+    conn = await connect(empty_database)
+    with pytest.raises(SchemaError, match="run `sendoff migrate`"):
+        await check_schema(conn)
+
+
+async def test_migration_that_fails_leaves_nothing_of_itself(
+    connect: Connect, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [Migration(1, "0001_broken", "CREATE TABLE half (); SELECT 1 / 0")]
+    monkeypatch.setattr(importlib.import_module("outbox.migrate"), "migrations", lambda: broken)
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await migrate(empty_database)
+    conn = await connect(empty_database)
+    assert await one(conn, "SELECT to_regclass('half')") is None
+    assert await column(conn, "SELECT name FROM schema_migration") == []
+
+
+async def test_functions_with_their_owners_rights_fix_their_search_path(connect: Connect) -> None:
+    """Else a caller's own schema could slip them another table or operator."""
+    conn = await connect()
+    query = (
+        "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'public'::regnamespace"
+        " AND prosecdef AND NOT coalesce(proconfig, '{}') @> '{\"search_path=pg_catalog, public, pg_temp\"}'"
+    )
+    assert await column(conn, query) == []
+
+
+UNEXPLAINED = """
+SELECT c.oid::regclass::text FROM pg_class c
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+  AND obj_description(c.oid, 'pg_class') IS NULL
+UNION ALL
+SELECT p.oid::regprocedure::text FROM pg_proc p
+WHERE p.pronamespace = 'public'::regnamespace AND p.prorettype <> 'trigger'::regtype
+  AND obj_description(p.oid, 'pg_proc') IS NULL
+  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+UNION ALL
+SELECT a.attrelid::regclass || '.' || a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+  AND col_description(a.attrelid, a.attnum) IS NULL
+"""
+
+PLAIN = {"id", "created_at", "updated_at", "started_at", "finished_at"}
+"""Columns whose name says all."""
+
+
+async def test_every_object_is_explained(connect: Connect) -> None:
+    """The database is a public interface: COMMENT on tables, views, functions, and columns but plain ones."""
+    conn = await connect()
+    missing = await unexplained(conn)
+    assert missing == []
+
+
+async def unexplained(conn: Connection) -> list[str]:
+    names = await column(conn, UNEXPLAINED)
+    return sorted(name for name in names if name.rpartition(".")[2] not in PLAIN)
+
+
+async def test_committed_schema_is_what_the_migrations_make(connect: Connect) -> None:
+    """Reviewers see the net effect of a migration in tests/schema.txt. `make schema` writes it."""
+    conn = await connect()
+    assert await describe(conn) == (ROOT / "tests" / "schema.txt").read_text(), "run `make schema`"

@@ -1,0 +1,118 @@
+"""An idle worker sends no query at all, and starts a row at once all the same.
+
+`SENDOFF_TEST_IDLE` sets for how many seconds a real process is watched: 3 by default, 60 for the record.
+"""
+
+import asyncio
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Connect
+from tests.support.steps import Connection, add, get, until
+from tests.support.worker import command, install, watched
+
+IDLE = float(os.environ.get("SENDOFF_TEST_IDLE", "3"))
+
+IDLE_SESSIONS = """
+SELECT count(*) = 2 FROM pg_stat_activity
+WHERE datname = %s AND state = 'idle' AND application_name LIKE 'sendoff%%'
+"""
+
+SESSIONS = """
+SELECT pid, application_name, query_start, state_change, state
+FROM pg_stat_activity
+WHERE datname = %s AND application_name LIKE 'sendoff%%'
+ORDER BY pid
+"""
+
+
+async def test_idle_worker_sends_nothing(
+    connect: Connect, database: str, server: str, tmp_path: Path
+) -> None:
+    """For IDLE seconds, with a lease that would have been renewed several times: not one statement, on the
+    same two connections; then an INSERT at psql is started.
+    """
+    observer = await connect(server)  # from another database: it is not among the sessions it looks at
+    name = database.rpartition("/")[2]
+
+    async def sessions() -> list[Any]:
+        return await (await observer.execute(SESSIONS, (name,))).fetchall()
+
+    async with command(database, install(tmp_path / "handlers"), lease=1.0) as worker:
+        await worker.event("parked")
+        await until(observer, IDLE_SESSIONS, name)
+        before = await sessions()
+        await asyncio.sleep(IDLE)
+        assert await sessions() == before
+        assert sorted(row[1] for row in before) == ["sendoff worker", "sendoff worker listen"]
+        row = await psql_insert(database, connect)
+        await worker.event("completed", rows=[row])
+
+
+async def psql_insert(url: str, connect: Connect) -> int:
+    """By the real psql where there is one."""
+    statement = "INSERT INTO outbox (topic) VALUES ('noop') RETURNING id"
+    if (psql := shutil.which("psql")) is None:
+        return await add(await connect(), "noop")
+    arguments = [psql, url, "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--command", statement]
+    done = await asyncio.to_thread(subprocess.run, arguments, capture_output=True, check=True)
+    return int(done.stdout)
+
+
+async def test_two_workers_fall_silent_again_after_one_job(connect: Connect, database: str) -> None:
+    """1. Two workers sleep. 2. One row: one runs it, both wake for it, and the other learns of a lease. 3.
+    Once that is past, neither has a timer.
+    """
+    psql = await connect()
+    async with watched(database, lease=0.4) as a, watched(database, lease=0.4) as b:
+        row = await add(psql)
+        await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
+        assert a.ran + b.ran == [row]
+        for worker in (a, b):
+            while await worker.asleep() < math.inf:
+                await worker.looked(worker.looks + 1)
+        for worker in (a, b):
+            assert await worker.sleeps_for_ever(psql)
+
+
+async def test_rows_of_other_topics_wake_nobody(connect: Connect, database: str) -> None:
+    """No notification is sent for a topic that no parked worker serves, nor is one of it looked for."""
+    psql = await connect()
+    async with watched(database) as worker:
+        looks = worker.looks
+        row = await add(psql, "other")
+        assert await worker.sleeps_for_ever(psql)
+        assert (worker.looks, await get(psql, row)) == (looks, "ready")
+        assert not [mark for mark in worker._marks if mark.startswith("other")]
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect) -> None:
+    """The economy: an insert notifies only if some worker is parked, and one of no rows never."""
+    conn, listener = await connect(), await connect()
+    await listener.execute("LISTEN sendoff_wake")
+    insert = "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, %s)"
+    await conn.execute(insert, (rows,))
+    assert await heard(conn, listener) == []
+    await conn.execute(
+        "INSERT INTO worker (host, pid, version, topics, concurrency, parked)"
+        " VALUES ('h', 1, '0', '{t}', 1, true)"
+    )
+    await conn.execute(insert, (rows,))
+    assert await heard(conn, listener) == (["t@0"] if rows else [])
+
+
+async def heard(conn: Connection, listener: Connection) -> list[str]:
+    await conn.execute("SELECT pg_notify('sendoff_wake', 'end')")
+    found: list[str] = []
+    async for notification in listener.notifies():
+        if notification.payload == "end":
+            break
+        found.append(notification.payload)
+    return found
