@@ -50,6 +50,19 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+# The agent of production, for its tests: a version they are known to pass with.
+CLAUDE := @anthropic-ai/claude-code@2.1.197
+.state/claude/.installed: Makefile
+	@npm install --prefix .state/claude --no-audit --no-fund --loglevel=error $(CLAUDE)
+	@touch $@
+
+.PHONY: claude
+claude: .state/claude/.installed ## Install the Claude Code CLI below .state, for its tests
+
+.PHONY: schema
+schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
+	@$(BIN)/python -m tests.support.schema
+
 # A certified OpenID Connect provider, for tests of authentication.
 .state/oidc/.installed: tests/support/oidc/package-lock.json
 	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
@@ -59,9 +72,14 @@ types: .venv/.complete ## Check types
 .PHONY: oidc
 oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
 
+# What the tests of the Claude Code CLI and of OpenID Connect need; without npm they skip and say so.
+.PHONY: node-tools
+node-tools:
+	@{ command -v npm >/dev/null && $(MAKE) claude oidc; } || \
+	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
+
 .PHONY: test
-test: lint types chromium ## Check style and types, run all tests
-	@if command -v npm >/dev/null; then $(MAKE) oidc; fi || echo 'make: tests with oidc-provider are skipped' >&2
+test: lint types node-tools chromium ## Check style and types, run all tests
 	@$(BIN)/pytest
 
 .PHONY: test-browser

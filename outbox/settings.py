@@ -21,8 +21,9 @@ def _checked_networks(text: str) -> str:
 
 
 def _checked_secrets(text: SecretStr | None) -> SecretStr | None:
-    if text is not None:
-        parse_secrets(text.get_secret_value())
+    if text is None or not text.get_secret_value():
+        return None
+    parse_secrets(text.get_secret_value())
     return text
 
 
@@ -100,13 +101,32 @@ class Settings(BaseSettings):
     """Whether `file://` repositories may be named. For demos and tests."""
 
     workspace_root: Path = Path(".state/workspaces")
-    """Where the embedded form keeps workspaces."""
+    """Where the embedded form keeps workspaces, and an agent of a sandbox its HOME."""
 
     agent_command: str = "claude -p --output-format stream-json --verbose"
-    """The agent, as one shell-quoted command line; the prompt is appended as its last argument."""
+    """The agent, as one shell-quoted command line; the prompt is appended as its last argument; in a sandbox
+    the CLI's flags are (docs/agent.md)."""
+
+    agent_permission_mode: str = "default"
+    """The CLI's --permission-mode in a sandbox. default: only the sandbox's MCP tools may be used."""
 
     agent_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """How long one turn of an agent may take; the topic table can override it."""
+
+    ip_allocator_url: Annotated[str | None, Field(alias="IP_ALLOCATOR_URL", pattern="^https?://")] = None
+    """The allocator of sandboxes. Unset: the embedded form, where a workspace directory is the sandbox."""
+
+    borrow_wait: Annotated[float, Field(ge=0, le=300)] = 10.0
+    """How long the allocator may wait for a free sandbox; then the session waits without a worker."""
+
+    sandbox_keep: Annotated[float, Field(ge=0)] = 0.0
+    """How long a finished turn's sandbox is kept for a follow-up; 0: it is returned at once."""
+
+    git_credentials: Path | None = None
+    """A git-credential-store file for every user's sessions, or a directory of one file a user."""
+
+    git_push: bool = False
+    """Whether the work branch is pushed when a turn in a sandbox has ended."""
 
     lease: Annotated[float, Field(ge=0.2, le=3600)] = 6.0
     """How long a worker's rows stay its own without a word from it; a rescue comes this late at most."""

@@ -278,6 +278,7 @@ DECLARE
     now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled' ELSE NEW.state END;
     held       jsonb;
     next_status text;
+    keep_until timestamptz;
 BEGIN
     -- The lock first, then new statements: who changes another row of this session comes before or after.
     SELECT sandbox INTO held FROM session WHERE id = of_session FOR NO KEY UPDATE;
@@ -314,17 +315,25 @@ BEGIN
     FROM outbox AS o
     WHERE o.ordering_key = 'session:' || of_session AND o.state IN ('ready', 'running');
 
+    -- A turn that was carried out may leave its sandbox to the next one for a while.
+    IF now_state = 'done' THEN
+        keep_until := clock_timestamp() + (held ->> 'keep')::float8 * interval '1 second';
+    END IF;
     UPDATE session
     SET inbox_status = CASE WHEN session_status = 'archived' THEN 'archived' ELSE next_status END,
-        sandbox = CASE WHEN next_status = 'completed' THEN NULL ELSE sandbox END,
+        sandbox = CASE
+            WHEN keep_until IS NOT NULL THEN sandbox || jsonb_build_object('keep_until', keep_until)
+            WHEN next_status <> 'completed' THEN sandbox
+        END,
         updated_at = clock_timestamp()
     WHERE id = of_session;
 
     IF next_status = 'completed' AND held IS NOT NULL THEN
-        INSERT INTO outbox (topic, ordering_key, payload, traceparent, max_attempts)
+        INSERT INTO outbox (topic, ordering_key, payload, available_at, traceparent, max_attempts)
         VALUES (
             'sandbox.return', NULL,
             jsonb_build_object('session_id', of_session, 'sandbox', held),
+            coalesce(keep_until, clock_timestamp()),
             OLD.traceparent,
             32767); -- never gives up
     END IF;

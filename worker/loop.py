@@ -33,6 +33,7 @@ from outbox.claim import (
     complete_and_claim,
     fail,
     hand_back,
+    reconnect,
     register,
     renew,
 )
@@ -121,6 +122,7 @@ class Worker:
         Raises SchemaError if the database has another schema than this code.
         """
         delay = _RETRY_FIRST
+        longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage, each refusal is worth a lease
         # A thread for each blocking handler: a row that is claimed must be able to start.
         threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
         asyncio.get_running_loop().set_default_executor(threads)
@@ -134,7 +136,7 @@ class Worker:
                         self._start_anew(str(ended))
                         delay = _RETRY_FIRST
                     except (psycopg.Error, OSError) as error:
-                        delay = _RETRY_FIRST if self.connected else min(delay * 2, _RETRY_LAST)
+                        delay = _RETRY_FIRST if self.connected else min(delay * 2, longest)
                         await self._disconnected(error, delay)
                         if self.draining and self._full_stop and not self._running:
                             log.warning("stopped_disconnected", unsettled=len(self._ended))
@@ -176,33 +178,17 @@ class Worker:
             )
             log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
         else:
-            cursor = await self._control.execute(
-                "UPDATE worker SET presence = %s, parked = false WHERE id = %s AND ended_at IS NULL",
-                (self._listener.presence, self.id),
-            )
-            if cursor.rowcount == 0:
-                raise WorkerEnded(f"worker {self.id} has ended")
-            await self._give_back_strays()
+            mine = [a.job.token for a in self._running.values()] + [o.job.token for o in self._ended]
+            back = await reconnect(self._control, self.id, self._listener.presence, mine)
+            if back:
+                log.warning("claim_lost", worker_id=str(self.id), rows=sorted(back))
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
 
-    async def _give_back_strays(self) -> None:
-        """Rows of ours that we know nothing of: the claim was committed, but its answer lost. No earlier
-        claim can come after the new presence, so this finds all of them.
-        """
-        assert self.id is not None
-        known = {attempt.job.token for attempt in self._running.values()}
-        known |= {outcome.job.token for outcome in self._ended}
-        cursor = await self._control.execute(
-            "SELECT id, attempt FROM outbox WHERE worker_id = %s AND state = 'running'", (self.id,)
-        )
-        if strays := {(row[0], row[1]) async for row in cursor} - known:
-            await hand_back(self._control, self.id, strays)
-            log.warning("strays_handed_back", rows=sorted(row_id for row_id, _ in strays))
-
     async def _disconnected(self, error: Exception, delay: float) -> None:
-        if is_outage(error):
+        # A session that was terminated is no proof that the server is down; the next refusal is.
+        if is_outage(error) and not isinstance(error, psycopg.errors.AdminShutdown):
             self._lease.outage()
         self._set_connected(False)
         pause = uniform(delay / 2, delay)  # noqa: S311 - jitter: not all workers at once
@@ -343,7 +329,9 @@ class Worker:
         if self._look and self._free() and not self._event.is_set():
             await asyncio.sleep(0)  # rows keep coming: only let the handlers run
             return
-        until = min(self._look_at, self._rescue_at, self._probe_at)
+        until = min(self._rescue_at, self._probe_at)
+        if self._free():  # else a row that is due could not start
+            until = min(until, self._look_at)
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
@@ -409,7 +397,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
-                presence=self._listener.presence,
+                connection=self._listener.presence,
             )
             self._completed(completed, refused)
         else:
@@ -419,7 +407,7 @@ class Worker:
                 *arguments,
                 lease=self._lease_time,
                 stay_parked=stay_parked,
-                presence=self._listener.presence,
+                connection=self._listener.presence,
             )
         self._stats.looked(len(rows))
         if rows:

@@ -10,7 +10,8 @@ from uuid import UUID
 
 import psycopg
 
-from outbox import log, token_cli
+from outbox import log
+from outbox.cli import token as token_cli
 from outbox.cli.progress import progress
 from outbox.cli.status import status, top
 from outbox.cli.tail import tail

@@ -128,7 +128,9 @@ async def test_worker_row_that_is_locked_is_skipped(rule: Rule, connect: Connect
     await claim(a, lost)
     await run_out(psql, lost)
     if rule == "taken out":
-        await take_out(psql, "outbox_rescue", "FOR NO KEY UPDATE SKIP LOCKED", "FOR NO KEY UPDATE")
+        loop = "\n    LOOP\n        IF EXISTS"
+        skip, wait = f"FOR NO KEY UPDATE SKIP LOCKED{loop}", f"FOR NO KEY UPDATE{loop}"
+        await take_out(psql, "outbox_rescue", skip, wait)
     await a.execute("BEGIN")
     await a.execute("SELECT outbox_renew(%s, '1 h', '{}', '{}')", (lost,))
     if rule == "kept":

@@ -1,5 +1,6 @@
 """What people see who read the tables by SQL."""
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
@@ -11,6 +12,7 @@ from psycopg import sql
 
 from tests.conftest import Connect
 from tests.support.api import Api
+from tests.support.process import ROOT
 
 ROLES = """
 DO $$
@@ -98,6 +100,23 @@ async def test_operators_and_those_who_are_no_readers_see_all(
     people: psycopg.AsyncConnection[Any], role: str
 ) -> None:
     assert await counts(people, role) == [2, 2, 2, 3, 2, 2]
+
+
+async def test_the_pages_statements(people: psycopg.AsyncConnection[Any]) -> None:
+    page = (ROOT / "docs" / "authentication.md").read_text()
+    bind, read = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    await people.execute("CREATE ROLE test_page")
+    try:
+        await people.execute(bind.replace("alice", "test_page").encode())
+        await people.execute("UPDATE sql_reader SET user_id = 'alice' WHERE role_name = 'test_page'")
+        assert await counts(people, "test_page", "bob") == [1] * 6
+        await people.execute("SET ROLE test_reader")
+        setting, query = read.replace("6f1c-the-sub-of-alice", "alice").strip().splitlines()
+        await people.execute(setting.encode())
+        assert len(await (await people.execute(query.encode())).fetchall()) == 1
+    finally:
+        await people.execute("RESET ROLE")
+        await people.execute("DROP ROLE test_page")
 
 
 async def test_readers_see_no_tokens_and_bind_nobody(people: psycopg.AsyncConnection[Any]) -> None:

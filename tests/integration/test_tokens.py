@@ -1,5 +1,6 @@
 """API tokens: made, used, listed and revoked, by the command and over HTTP."""
 
+import shlex
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,7 @@ from outbox import token
 from tests.conftest import Connect
 from tests.support.api import serving
 from tests.support.issuer import bearer
-from tests.support.process import running
+from tests.support.process import ROOT, running
 
 TOKENS_ONLY = {"SENDOFF_REQUIRE_TOKEN": True}
 
@@ -47,6 +48,15 @@ async def test_a_token_from_its_making_to_its_end(
         assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 401
         await sendoff(database, "revoke", token_id, status=1)
         assert "revoked" in (await sendoff(database, "list"))[0][1]
+
+
+async def test_the_pages_commands(database: str) -> None:
+    page = (ROOT / "docs" / "authentication.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("sendoff token ")]
+    assert [command[2] for command in commands] == ["create", "list", "revoke"]
+    _, told = await sendoff(database, *commands[0][2:])
+    await sendoff(database, *commands[1][2:])
+    await sendoff(database, "revoke", told[0].split()[1])
 
 
 async def test_an_operators_token_sees_all(database: str) -> None:

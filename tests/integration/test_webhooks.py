@@ -4,6 +4,7 @@ import asyncio
 import base64
 import datetime
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.hand import Hand
 from tests.support.http import Receiver, listening
-from tests.support.process import running
+from tests.support.process import ROOT, running
 from worker.handlers.webhook import post
 
 SECRETS = ["whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2)]
@@ -111,6 +112,19 @@ async def test_whoever_ends_it_the_event_follows(hooked: Api, hand: Hand, connec
     archived = await hooked.create(callback_url=URL)
     await hooked.client.delete(f"/sessions/{archived['id']}")
     assert (await types(connect))[8:] == ["prompt.cancelled", "session.completed", "session.archived"]
+
+
+async def test_the_pages_event_has_the_form_of_real_ones(hooked: Api, hand: Hand, connect: Connect) -> None:
+    page = (ROOT / "docs" / "webhooks.md").read_text()
+    [shown] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    await hooked.create(callback_url=URL)
+    await hand.claim()
+    await hand.fail("x", permanent=True)
+    real = (await deliveries(connect))[0]["event"]
+    told = json.loads(shown)
+    assert told["type"] == real["type"]
+    assert told["data"].keys() == real["data"].keys()
+    assert told["data"]["prompt"].keys() == real["data"]["prompt"].keys()
 
 
 async def test_a_turn_that_is_followed_by_another_does_not_complete_the_session(
