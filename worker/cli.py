@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,10 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))
         return uvloop.run(_supervise(settings, children))
+    # What start-up made stays; a batch of rows makes thousands of objects that the reference count frees.
+    # With Python's default the collector took 20 % of the time of a drain.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     uvloop.run(_work(settings, handlers, arguments.concurrency, arguments.parent))
     return 0
 
