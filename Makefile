@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The first Python that is new enough and can make virtual environments; asked only when one is made.
 .venv/pyvenv.cfg:
@@ -49,6 +49,38 @@ lint: .venv/.complete ## Check style and formatting
 types: .venv/.complete ## Check types
 	@$(BIN)/mypy
 
+# The agent of production, for its tests: a version they are known to pass with.
+CLAUDE := @anthropic-ai/claude-code@2.1.197
+.state/claude/.installed: Makefile
+	@npm install --prefix .state/claude --no-audit --no-fund --loglevel=error $(CLAUDE)
+	@touch $@
+
+.PHONY: claude
+claude: .state/claude/.installed ## Install the Claude Code CLI below .state, for its tests
+
+.PHONY: schema
+schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
+	@$(BIN)/python -m tests.support.schema
+
+# A certified OpenID Connect provider, for tests of authentication.
+.state/oidc/.installed: tests/support/oidc/package-lock.json
+	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
+	@npm ci --prefix .state/oidc --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: oidc
+oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
+
+# What the tests of the Claude Code CLI and of OpenID Connect need; without npm they skip and say so.
+.PHONY: node-tools
+node-tools:
+	@{ command -v npm >/dev/null && $(MAKE) claude oidc; } || \
+	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
+
 .PHONY: test
-test: lint types ## Check style and types, run all tests
+test: lint types node-tools ## Check style and types, run all tests
 	@$(BIN)/pytest
+
+.PHONY: fuzz-api
+fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
+	@$(BIN)/python -m tests.fuzz_api $(CASES)

@@ -37,6 +37,8 @@ class Claimed(NamedTuple):
     max_attempts: int
     traceparent: str | None
     timeout: timedelta | None
+    waited: timedelta
+    """How long it had been due."""
 
 
 async def register(
@@ -66,18 +68,37 @@ async def claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
-    presence: int | None = None,
+    connection: int | None = None,
 ) -> list[Claimed]:
     """Claim up to `slots` due rows, by priority, then age. They are the worker's for `lease`, which each
-    claim and `renew` extend; then another worker may rescue them. With `presence`, only while that is the
-    worker's: a claim still on its way when its connection broke then claims nothing.
+    claim and `renew` extend; then another worker may rescue them. With `connection`, the worker's presence,
+    it takes nothing once the worker has come back on another connection.
 
-    Raises WorkerEnded if its lease was ended, or the presence is another.
+    Raises WorkerEnded if that has happened.
     """
     rows, _ = await complete_and_claim(
-        conn, worker_id, (), topics, slots, lease=lease, stay_parked=stay_parked, presence=presence
+        conn, worker_id, (), topics, slots, lease=lease, stay_parked=stay_parked, connection=connection
     )
     return rows
+
+
+async def reconnect(
+    conn: psycopg.AsyncConnection[Any], worker_id: UUID, presence: int, running: Iterable[tuple[int, int]]
+) -> set[int]:
+    """Make a worker's new connection known. What a claim took whose answer was lost is given back: all rows
+    of the worker but `running`, given as (id, attempt). Returns their ids.
+
+    Raises WorkerEnded if a rescue came first.
+    """
+    tokens = sorted(running)
+    try:
+        cursor = await conn.execute(
+            "SELECT * FROM outbox_reconnect(%s, %s, %s::bigint[], %s::integer[])",
+            (worker_id, presence, [row_id for row_id, _ in tokens], [attempt for _, attempt in tokens]),
+        )
+        return {row[0] async for row in cursor}
+    except psycopg.Error as error:
+        raise as_ended(error) from error
 
 
 async def complete_and_claim(
@@ -89,7 +110,7 @@ async def complete_and_claim(
     *,
     lease: timedelta = LEASE,
     stay_parked: bool = False,
-    presence: int | None = None,
+    connection: int | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
     `completed` that were fenced.
@@ -110,7 +131,7 @@ async def complete_and_claim(
                     slots,
                     lease,
                     stay_parked,
-                    presence,
+                    connection,
                 ),
                 binary=True,
             )

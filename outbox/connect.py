@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
@@ -30,7 +30,8 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> 
         f"-c tcp_keepalives_count={count} "
         f"-c tcp_user_timeout={int(seconds * 1000)}"
     )
-    extra: dict[str, Any] = {} if pooled else {"options": server}
+    own = conninfo_to_dict(url).get("options") or ""  # what the URL asks for stays
+    extra: dict[str, Any] = {} if pooled else {"options": f"{server} {own}"}
     return make_conninfo(
         url,
         application_name=name,

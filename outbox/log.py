@@ -78,6 +78,8 @@ def configure(*, level: str = "INFO", stream: TextIO | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=number, force=True)
     logging.captureWarnings(capture=True)
+    for chatty in ("httpx", "httpcore"):  # a line and more for each request, headers included
+        logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
 
 
 def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:

@@ -22,7 +22,11 @@ CREATE TABLE IF NOT EXISTS schema_migration (
     number     integer PRIMARY KEY,
     name       text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
-)
+);
+COMMENT ON TABLE schema_migration IS 'The migrations of Sendoff that were applied to this database.';
+COMMENT ON COLUMN schema_migration.number IS 'Its number: the greatest is the version of the schema.';
+COMMENT ON COLUMN schema_migration.name IS 'The name of its file.';
+COMMENT ON COLUMN schema_migration.applied_at IS 'When it was applied.';
 """
 
 

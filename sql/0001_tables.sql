@@ -22,6 +22,25 @@ $$;
 COMMENT ON FUNCTION uuid_v7() IS 'A UUID version 7; PostgreSQL has one of its own only since 18.';
 
 
+CREATE FUNCTION repo_key(repo text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT
+AS $$
+    -- host/path, without user, scheme and .git. Hosts, and GitHub's paths, are the same in any case.
+    SELECT CASE WHEN r.host_path ~* '^github\.com/' THEN lower(r.host_path)
+                ELSE lower(substring(r.host_path FROM '^[^/]*')) || substring(r.host_path FROM '/.*$') END
+    FROM (
+        SELECT regexp_replace(
+            CASE
+                WHEN repo ~ '^[A-Za-z]+://' THEN regexp_replace(repo, '^[A-Za-z]+://([^/@]*@)?', '')
+                WHEN repo ~ '^[^/@]+@' THEN regexp_replace(repo, '^[^@]*@(\[[^]]*\]|[^:]*):/?', '\1/')
+                ELSE 'github.com/' || repo
+            END, '(\.git)?/*$', '') AS host_path
+    ) AS r
+$$;
+COMMENT ON FUNCTION repo_key(text) IS
+    'The repository that a name means: octo/tools, git@github.com:octo/tools.git and https://github.com/octo/tools are one.';
+
+
 CREATE TABLE session (
     id             uuid PRIMARY KEY DEFAULT uuid_v7(),
     user_id        text NOT NULL DEFAULT 'local',
@@ -37,6 +56,7 @@ CREATE TABLE session (
     created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     deleted_at     timestamptz,
+    callback_url   text,
     CONSTRAINT session_inbox_status_known
         CHECK (inbox_status IN ('active', 'pending', 'completed', 'archived')),
     CONSTRAINT session_status_known
@@ -47,19 +67,29 @@ CREATE TABLE session (
     CONSTRAINT session_branch_length
         CHECK (length(branch) BETWEEN 1 AND 250 AND length(target_branch) BETWEEN 1 AND 250),
     CONSTRAINT session_title_length CHECK (length(title) BETWEEN 1 AND 200),
-    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255)
+    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255),
+    CONSTRAINT session_callback_length CHECK (length(callback_url) BETWEEN 1 AND 1000)
 );
 CREATE INDEX session_newest ON session (created_at DESC, id DESC);
 CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
-CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
+CREATE INDEX session_unfinished_of_user ON session (user_id) WHERE inbox_status IN ('active', 'pending');
+CREATE UNIQUE INDEX session_branch_of_repo ON session (repo_key(repo), branch)
+    WHERE session_status = 'active';
 CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
 
 COMMENT ON TABLE session IS 'A coding agent''s session on one branch of one repository.';
+COMMENT ON COLUMN session.user_id IS 'Whose it is, as the authenticating proxy or the token says.';
+COMMENT ON COLUMN session.repo IS 'What is cloned: owner/name, or a URL.';
+COMMENT ON COLUMN session.target_branch IS 'Where the work branch starts, and what it is meant for.';
+COMMENT ON COLUMN session.title IS 'For people to find it by.';
+COMMENT ON COLUMN session.parent IS 'The session it was started from, if any.';
+COMMENT ON COLUMN session.deleted_at IS 'When it was archived.';
 COMMENT ON COLUMN session.inbox_status IS
     'active (work waits) -> pending (a worker has it) -> completed; a new prompt makes it active again; archived.';
 COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
-COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}; null when none is.';
+COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}, and while it is kept for the next turn "keep_until"; null when none is.';
+COMMENT ON COLUMN session.callback_url IS 'Where its webhooks go; each time something of it ends (sql/0009_access.sql).';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 
 
@@ -80,6 +110,8 @@ CREATE TABLE prompt (
 CREATE INDEX prompt_of_session ON prompt (session_id, created_at, id);
 
 COMMENT ON TABLE prompt IS 'One user turn of a session.';
+COMMENT ON COLUMN prompt.session_id IS 'The session it is a turn of.';
+COMMENT ON COLUMN prompt.text IS 'What the user wrote.';
 COMMENT ON COLUMN prompt.status IS
     'queued -> running -> succeeded | failed | cancelled; a retry takes it back to queued.';
 COMMENT ON COLUMN prompt.reason IS 'Why it failed or was cancelled, for a person to read.';
@@ -99,6 +131,9 @@ CREATE TABLE message (
 CREATE INDEX message_of_prompt ON message (prompt_id, attempt, seq);
 
 COMMENT ON TABLE message IS 'What the agent printed, in order: one JSON event a row.';
+COMMENT ON COLUMN message.session_id IS 'The session it was printed in.';
+COMMENT ON COLUMN message.prompt_id IS 'The turn it was printed in.';
+COMMENT ON COLUMN message.body IS 'The event as the agent printed it.';
 COMMENT ON COLUMN message.seq IS 'Counts per session from 1 without a gap; it is the Last-Event-ID of the event stream.';
 COMMENT ON COLUMN message.attempt IS 'The attempt of the outbox row that wrote it; lists show the last attempt of a prompt.';
 
@@ -161,6 +196,10 @@ CREATE INDEX outbox_dead ON outbox (finished_at, id) WHERE state = 'dead';
 
 COMMENT ON TABLE outbox IS
     'Work that will happen. A producer sets topic and payload, and may set ordering_key, priority, available_at, max_attempts, unique_key, traceparent; the rest is the workers''.';
+COMMENT ON COLUMN outbox.topic IS 'What kind of work it is: a worker claims the topics it has a handler for.';
+COMMENT ON COLUMN outbox.payload IS 'What the handler is given.';
+COMMENT ON COLUMN outbox.max_attempts IS 'With so many failures it is dead.';
+COMMENT ON COLUMN outbox.traceparent IS 'The W3C trace that caused it, for the handler to go on with.';
 COMMENT ON COLUMN outbox.state IS
     'ready -> running (claim) -> done | ready (retry, hand-back, rescue) | dead (failures spent) | cancelled; dead or cancelled -> ready (outbox_retry).';
 COMMENT ON COLUMN outbox.ordering_key IS 'Rows that share it run one at a time, by id.';
@@ -196,6 +235,12 @@ CREATE TABLE worker (
 -- No index but the key: every update stays on its page (HOT), and a look reads a page or two.
 
 COMMENT ON TABLE worker IS 'One row a worker process and life; a worker whose lease ended comes back under a new id.';
+COMMENT ON COLUMN worker.host IS 'The host it runs on.';
+COMMENT ON COLUMN worker.pid IS 'Its process id there.';
+COMMENT ON COLUMN worker.version IS 'The version of its code.';
+COMMENT ON COLUMN worker.topics IS 'What it has handlers for.';
+COMMENT ON COLUMN worker.concurrency IS 'How many rows it runs at once.';
+COMMENT ON COLUMN worker.draining IS 'It claims nothing more, and leaves when what it runs has ended.';
 COMMENT ON COLUMN worker.presence IS 'The advisory lock its LISTEN connection holds: whoever holds it is alive (view worker_present).';
 COMMENT ON COLUMN worker.parked IS 'It has free slots and sleeps: producers must notify.';
 COMMENT ON COLUMN worker.lease_until IS 'Its running rows are its own until then; kept only while it runs something.';
@@ -211,6 +256,7 @@ CREATE TABLE topic (
     CONSTRAINT topic_timeout_positive CHECK (timeout > interval '0')
 );
 COMMENT ON TABLE topic IS 'Limits of a topic, over all workers; a topic without a row here has none but its handler''s.';
+COMMENT ON COLUMN topic.name IS 'As in outbox.topic.';
 COMMENT ON COLUMN topic.max_running IS 'How many rows may run at once; 0 pauses the topic.';
 COMMENT ON COLUMN topic.timeout IS 'How long one attempt may run; overrides the handler''s.';
 
@@ -227,3 +273,8 @@ CREATE TABLE idempotency (
 );
 CREATE INDEX idempotency_age ON idempotency (created_at);
 COMMENT ON TABLE idempotency IS 'The first answer given under an Idempotency-Key, per user.';
+COMMENT ON COLUMN idempotency.user_id IS 'Whose key it is.';
+COMMENT ON COLUMN idempotency.key IS 'The header''s value, without quotes.';
+COMMENT ON COLUMN idempotency.request_hash IS 'Of the request''s body: the key of another body is refused.';
+COMMENT ON COLUMN idempotency.session_id IS 'The session that the request made or spoke to.';
+COMMENT ON COLUMN idempotency.answer IS 'The body that was answered, to be answered again.';

@@ -157,9 +157,11 @@ BEGIN
     SET blocked = false
     WHERE blocked
       AND id = (
+          -- As a range, so that only outbox_key has this order: see outbox_take_key.
           SELECT o.id FROM outbox AS o
-          WHERE o.ordering_key = OLD.ordering_key AND o.state IN ('ready', 'running')
-          ORDER BY o.id
+          WHERE o.ordering_key >= OLD.ordering_key AND o.ordering_key <= OLD.ordering_key
+            AND o.state IN ('ready', 'running')
+          ORDER BY o.ordering_key, o.id
           LIMIT 1
       );
     RETURN NULL;
@@ -243,10 +245,18 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'SO001';
     END IF;
+    -- A sleeper may come back while this waits for another's row; the condition is then asked again, of the
+    -- new row. Of a join (worker_present, or EXISTS) only that row would be new, the other side as it was, so
+    -- that its flag would be taken down while it sleeps. A count is asked anew.
     UPDATE worker
     SET parked = false
     WHERE parked AND id <> parker
-      AND NOT EXISTS (SELECT FROM worker_present AS p WHERE p.id = worker.id);
+      AND 0 = (
+          SELECT count(*) FROM pg_locks AS l
+          WHERE l.locktype = 'advisory' AND l.granted
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND l.classid = 1397048886 AND l.objid = worker.presence::bigint::oid AND l.objsubid = 2
+      );
 END
 $$;
 COMMENT ON FUNCTION outbox_park(uuid) IS 'Parking, step 1: says that this worker sleeps, so that producers notify.';

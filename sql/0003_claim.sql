@@ -18,7 +18,8 @@ CREATE TYPE outbox_claimed AS (
     failures     integer,
     max_attempts integer,
     traceparent  text,
-    timeout      interval
+    timeout      interval,
+    waited       interval
 );
 
 
@@ -35,11 +36,12 @@ BEGIN
         RETURN false;
     END IF;
     -- Each asks an index for one row. As EXISTS with "a lower id, or running", it read the whole queue
-    -- behind the first row of a key; with the lower id alone, the planner still may read the table.
+    -- behind the first row of a key. The key is given as a range, so that only outbox_key has the order
+    -- asked for: with an equality the planner may read the table by id until it meets the key.
     IF (
         SELECT o.id FROM outbox AS o
-        WHERE o.ordering_key = key AND o.state IN ('ready', 'running')
-        ORDER BY o.id
+        WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+        ORDER BY o.ordering_key, o.id
         LIMIT 1
     ) < row_id OR EXISTS (
         SELECT FROM outbox AS o
@@ -50,8 +52,9 @@ BEGIN
         UPDATE outbox SET blocked = true
         WHERE id IN (
             SELECT o.id FROM outbox AS o
-            WHERE o.ordering_key = key AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
-            ORDER BY o.id
+            WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
+              AND o.state = 'ready' AND NOT o.blocked AND o.id >= row_id
+            ORDER BY o.ordering_key, o.id
             LIMIT 10000
             FOR UPDATE SKIP LOCKED
         );
@@ -60,6 +63,8 @@ BEGIN
     RETURN true;
 END
 $$;
+COMMENT ON FUNCTION outbox_take_key(text, bigint) IS
+    'Whether this row of an ordering_key may start now; takes the key''s lock until commit. For the claim.';
 
 
 -- How many rows of a limited topic may start. Counted under the topic's lock and in a snapshot taken
@@ -76,6 +81,8 @@ BEGIN
     ));
 END
 $$;
+COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
+    'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
 
 
 -- The plan is made once a session, and must not depend on how large the table was then: each row is found
@@ -87,7 +94,7 @@ CREATE FUNCTION outbox_claim(
     slots       integer,
     lease       interval,
     stay_parked boolean DEFAULT false,
-    of_presence integer DEFAULT NULL
+    connection  integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 SET plan_cache_mode = force_generic_plan
@@ -104,14 +111,17 @@ BEGIN
     END IF;
 
     -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
-    -- or after it, and then sees the rows claimed here. A claim of an earlier connection of this worker,
-    -- still on its way when that broke, comes before the new presence, which then finds its rows
-    -- (worker/loop.py, _introduce), or fails: nobody would hear of what it claims.
+    -- or after it, and then sees the rows claimed here.
     SELECT w.* INTO me FROM worker AS w
-    WHERE w.id = claimer AND w.ended_at IS NULL AND w.presence IS NOT DISTINCT FROM coalesce(of_presence, w.presence)
+    WHERE w.id = claimer AND w.ended_at IS NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
+    END IF;
+    -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
+    -- and come back on another: nobody would hear of what it takes.
+    IF connection <> me.presence THEN
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, claimer;
     END IF;
 
     moment := clock_timestamp();
@@ -181,7 +191,7 @@ BEGIN
     FROM allowed AS a
     WHERE o.id = a.id
     RETURNING o.id, a.name, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
-        o.traceparent, a.timeout;
+        o.traceparent, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
     IF claimed = 0 THEN
@@ -212,6 +222,8 @@ AS $$
     SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
     WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
 $$;
+COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
+    'Tells the parked workers, if there are others, when a lease will end. For the claim.';
 
 
 -- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
@@ -235,7 +247,7 @@ COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
 -- locked first: the order of locks is the same as a rescue's.
 CREATE FUNCTION outbox_complete_and_claim(
     turner uuid, ids bigint[], attempts integer[],
-    topics text[], slots integer, lease interval, stay_parked boolean, of_presence integer DEFAULT NULL
+    topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 SET plan_cache_mode = force_generic_plan
@@ -249,12 +261,13 @@ BEGIN
         ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
         IF cardinality(ended) < cardinality(ids) THEN
             RETURN QUERY
-            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval
+            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
+                NULL::interval
             FROM unnest(ids, attempts) AS f (id, attempt)
             WHERE f.id <> ALL (ended);
         END IF;
     END IF;
-    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, of_presence);
+    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, connection);
 END
 $$;
 COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer) IS
@@ -292,6 +305,8 @@ AS $$
         || jsonb_build_object(
             'attempt', row_attempt, 'at', clock_timestamp(), 'error', left(error, 4000), 'worker_id', worker)
 $$;
+COMMENT ON FUNCTION outbox_error(jsonb, integer, text, uuid) IS
+    'A row''s errors with one more; the last hundred are kept.';
 
 
 -- delay null: by backoff. permanent: retrying is useless.
@@ -354,6 +369,35 @@ COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
     'Ends a claimed row as cancelled once its handler has stopped; false if that was not asked for and the row went back, null if it is fenced.';
 
 
+-- A worker is back on another connection, which it calls by its presence. A claim whose answer was lost may
+-- have taken rows that it does not know of: all but those that it says it runs are given back.
+CREATE FUNCTION outbox_reconnect(
+    worker_back uuid, connection integer, ids bigint[], attempts integer[]
+) RETURNS SETOF bigint
+LANGUAGE plpgsql VOLATILE ROWS 10
+AS $$
+BEGIN
+    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back AND ended_at IS NULL;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'SO001';
+    END IF;
+    -- A statement of its own: its snapshot shows what the claim that held the worker's row has taken.
+    RETURN QUERY
+    WITH lost AS MATERIALIZED (
+        SELECT o.id, o.attempt FROM outbox AS o
+        WHERE o.worker_id = worker_back AND o.state = 'running'
+          AND NOT EXISTS (
+              SELECT FROM unnest(ids, attempts) AS f (id, attempt)
+              WHERE f.id = o.id AND f.attempt = o.attempt)
+        ORDER BY o.id
+    )
+    SELECT outbox_hand_back(worker_back, array_agg(l.id), array_agg(l.attempt)) FROM lost AS l;
+END
+$$;
+COMMENT ON FUNCTION outbox_reconnect(uuid, integer, bigint[], integer[]) IS
+    'Makes a worker''s new connection known, and gives back what runs under its name and not in it; returns those ids.';
+
+
 -- Extends the lease and tells which of the rows the worker believes to run it still does, and which of
 -- them are to be cancelled: a row that is missing was taken away, and its handler must stop.
 CREATE FUNCTION outbox_renew(renewer uuid, lease interval, ids bigint[], attempts integer[])
@@ -407,6 +451,9 @@ CREATE TRIGGER worker_deleted
 ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 
 
+-- Does not wait for a row that is locked: the dead worker may have been cut off in the middle of a fenced
+-- transaction which the server keeps open, and whoever waited for that could not renew its own lease. The
+-- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue).
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
@@ -415,7 +462,7 @@ DECLARE
 BEGIN
     WITH lost AS MATERIALIZED (
         SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
-        ORDER BY id FOR UPDATE
+        ORDER BY id FOR UPDATE SKIP LOCKED
     )
     UPDATE outbox AS o
     SET state = CASE
@@ -433,6 +480,10 @@ BEGIN
     FROM lost
     WHERE o.id = lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
+    UPDATE worker SET lease_until = CASE WHEN l.left_over THEN clock_timestamp() END
+    FROM (SELECT EXISTS (
+        SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running') AS left_over) AS l
+    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR l.left_over);
     RETURN freed;
 END
 $$;
@@ -460,6 +511,7 @@ LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
     lost    uuid;
+    why     text;
     rescued integer := 0;
 BEGIN
     IF connected < lease OR clock_timestamp() - pg_postmaster_start_time() < lease THEN
@@ -478,13 +530,20 @@ BEGIN
             UPDATE worker SET lease_until = NULL WHERE id = lost; -- idle: it keeps none
         END IF;
     END LOOP;
+    -- What was locked when its worker's life was ended.
+    FOR lost, why IN
+        SELECT w.id, w.end_reason FROM worker AS w
+        WHERE w.ended_at IS NOT NULL AND w.lease_until IS NOT NULL
+        ORDER BY w.id
+        FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        PERFORM outbox_free(lost, coalesce(why, 'its worker was ended'));
+    END LOOP;
     -- Rows whose worker has no lease, which only a restore or a disabled trigger leaves behind.
     FOR lost IN
         SELECT DISTINCT o.worker_id FROM outbox AS o
         WHERE o.state = 'running' AND o.worker_id <> rescuer
-          AND NOT EXISTS (
-              SELECT FROM worker AS w
-              WHERE w.id = o.worker_id AND w.ended_at IS NULL AND w.lease_until IS NOT NULL)
+          AND NOT EXISTS (SELECT FROM worker AS w WHERE w.id = o.worker_id AND w.lease_until IS NOT NULL)
         ORDER BY o.worker_id
     LOOP
         PERFORM outbox_free(lost, 'its worker had no lease');
@@ -554,7 +613,7 @@ BEGIN
         server_time - connected + lease
     )) INTO first_lease
     FROM worker AS w
-    WHERE w.id <> looker AND w.ended_at IS NULL AND w.lease_until IS NOT NULL;
+    WHERE w.id <> looker AND w.lease_until IS NOT NULL;
 
     row_due := first_row - server_time;
     lease_end := first_lease - server_time;

@@ -10,6 +10,7 @@ CREATE UNLOGGED TABLE watcher (
 );
 COMMENT ON TABLE watcher IS
     'Sessions that an API process streams. Unlogged: a crash of the server ends every stream, and they come back.';
+COMMENT ON COLUMN watcher.session_id IS 'The session that is streamed.';
 COMMENT ON COLUMN watcher.presence IS 'The advisory lock (1397048890, presence) that the process holds.';
 
 
@@ -24,6 +25,8 @@ BEGIN
     END IF;
 END
 $$;
+COMMENT ON FUNCTION session_notify(uuid) IS
+    'Tells whoever streams this session, if anybody does, that there is something new.';
 
 CREATE FUNCTION message_inserted() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp

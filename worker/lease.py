@@ -7,8 +7,9 @@ stop in time when it cannot ask:
    later than there.
 2. It is extended at a third of its length while something runs, so that two renewals may fail.
 3. When it ends here, everything that runs is stopped: somebody may be running it again.
-4. Except in an outage, when the server refuses connections or writes: nobody can rescue then, nor for one
-   lease after it came back (outbox_rescue). Agents run on to a stated bound, `outage_grace`.
+4. Except in an outage, while the server refuses connections or writes: nobody can rescue then, nor for one
+   lease after it came back (outbox_rescue). So each refusal is worth one lease, counted from itself: a
+   worker that is cut off later stops in time. Agents run on so to a stated bound, `outage_grace`.
 5. A worker that finds its lease ended in the database (WorkerEnded) stops everything, and comes back
    under a new id.
 """
@@ -27,7 +28,6 @@ class Lease:
         self._on_lost = on_lost
         self._contact = time.monotonic()
         self._until = self._contact
-        self._outage = False
         self._timer: asyncio.TimerHandle | None = None
         self._extended = asyncio.Event()
         self.renew_at = self._until
@@ -46,19 +46,17 @@ class Lease:
     def _extend(self, asked_at: float, seconds: float) -> None:
         self._contact = max(self._contact, asked_at)
         self._until = max(self._until, asked_at + seconds)
-        self._outage = False
         self._changed()
 
     def outage(self) -> None:
-        """The server itself is down: the bound is now that of an outage, from the last contact on."""
-        if not self._outage:
-            self._outage = True
-            self._changed()
+        """The server itself is down now: nobody can rescue before one lease from now."""
+        bound = self._contact + max(self._grace, self.seconds)
+        self._until = max(self._until, min(time.monotonic() + self.seconds, bound))
+        self._changed()
 
     def remaining(self) -> float:
         """Seconds left; at most zero when it must be taken for lost."""
-        bound = self._contact + max(self._grace, self.seconds) if self._outage else self._until
-        return bound - time.monotonic()
+        return self._until - time.monotonic()
 
     async def extended(self) -> None:
         """Return when the bound has been moved."""

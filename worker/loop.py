@@ -13,7 +13,7 @@ connection. Then it takes a turn:
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -27,12 +27,14 @@ from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
+from outbox import trace
 from outbox.claim import (
     Claimed,
     complete,
     complete_and_claim,
     fail,
     hand_back,
+    reconnect,
     register,
     renew,
 )
@@ -42,9 +44,11 @@ from outbox.handler import Connection, Handler, Job
 from outbox.log import get_logger
 from outbox.migrate import check_schema
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 from worker.attempt import Attempt, End, Outcome, Stop
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
+from worker.metrics import STATS, Snapshot
 from worker.park import Parking, Stage
 
 log = get_logger(__name__)
@@ -58,6 +62,17 @@ come meanwhile are claimed together, and nobody needs to notify; it parks when t
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
+
+
+_OUTCOMES = {
+    "settled by its handler": "done",
+    "ready": "retry",
+    "dead": "dead",
+    "cancelled": "cancelled",
+    "handed back": "handed_back",
+    "fenced": "fenced",
+}
+"""What the metrics call the state that an attempt left."""
 
 
 class Worker:
@@ -81,6 +96,8 @@ class Worker:
         self._event = asyncio.Event()
         self._look = True
         self._told_draining = False
+        self._stats = STATS
+        self._stats.topics = sorted(handlers)
         self._full_stop = False
         self._control: Connection
         self._listener: Listener
@@ -101,6 +118,7 @@ class Worker:
             max_size=min(concurrency, 20) + 1,
             open=False,
         )
+        self._stuck = StuckWatch(settings, self._pool.connection)
 
     # The life of the worker.
 
@@ -110,6 +128,7 @@ class Worker:
         Raises SchemaError if the database has another schema than this code.
         """
         delay = _RETRY_FIRST
+        longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage, each refusal is worth a lease
         # A thread for each blocking handler: a row that is claimed must be able to start.
         threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
         asyncio.get_running_loop().set_default_executor(threads)
@@ -123,13 +142,14 @@ class Worker:
                         self._start_anew(str(ended))
                         delay = _RETRY_FIRST
                     except (psycopg.Error, OSError) as error:
-                        delay = _RETRY_FIRST if self.connected else min(delay * 2, _RETRY_LAST)
+                        delay = _RETRY_FIRST if self.connected else min(delay * 2, longest)
                         await self._disconnected(error, delay)
                         if self.draining and self._full_stop and not self._running:
                             log.warning("stopped_disconnected", unsettled=len(self._ended))
                             return
             finally:
                 self._lease.close()
+                await self._stuck.close()
 
     async def _while_connected(self) -> None:
         settings = self._settings
@@ -145,6 +165,9 @@ class Worker:
                 await self._introduce()
             self._listener.start(self._event.set)
             self._set_connected(True)
+            self._stats.count("sendoff_worker_connects")
+            self._stats.woken("reconnect")
+            self._stuck.work_came()
             await self._turns()
 
     async def _introduce(self) -> None:
@@ -162,33 +185,17 @@ class Worker:
             )
             log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
         else:
-            cursor = await self._control.execute(
-                "UPDATE worker SET presence = %s, parked = false WHERE id = %s AND ended_at IS NULL",
-                (self._listener.presence, self.id),
-            )
-            if cursor.rowcount == 0:
-                raise WorkerEnded(f"worker {self.id} has ended")
-            await self._give_back_strays()
+            mine = [a.job.token for a in self._running.values()] + [o.job.token for o in self._ended]
+            back = await reconnect(self._control, self.id, self._listener.presence, mine)
+            if back:
+                log.warning("claim_lost", worker_id=str(self.id), rows=sorted(back))
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
 
-    async def _give_back_strays(self) -> None:
-        """Rows of ours that we know nothing of: the claim was committed, but its answer lost. No earlier
-        claim can come after the new presence, so this finds all of them.
-        """
-        assert self.id is not None
-        known = {attempt.job.token for attempt in self._running.values()}
-        known |= {outcome.job.token for outcome in self._ended}
-        cursor = await self._control.execute(
-            "SELECT id, attempt FROM outbox WHERE worker_id = %s AND state = 'running'", (self.id,)
-        )
-        if strays := {(row[0], row[1]) async for row in cursor} - known:
-            await hand_back(self._control, self.id, strays)
-            log.warning("strays_handed_back", rows=sorted(row_id for row_id, _ in strays))
-
     async def _disconnected(self, error: Exception, delay: float) -> None:
-        if is_outage(error):
+        # A session that was terminated is no proof that the server is down; the next refusal is.
+        if is_outage(error) and not isinstance(error, psycopg.errors.AdminShutdown):
             self._lease.outage()
         self._set_connected(False)
         pause = uniform(delay / 2, delay)  # noqa: S311 - jitter: not all workers at once
@@ -219,6 +226,18 @@ class Worker:
             "draining": self.draining,
         }
 
+    async def snapshot(self) -> Snapshot:
+        """What has been counted and holds now, for metrics. From memory, as `readiness`."""
+        return self._stats.snapshot(
+            {
+                "sendoff_worker_listen_connected": self.connected,
+                "sendoff_worker_processes": 1,
+                "sendoff_worker_parked": self._parking.stage is Stage.PARKED,
+                "sendoff_worker_running": len(self._running),
+                "sendoff_worker_slots": self._concurrency,
+            }
+        )
+
     def drain(self) -> None:
         """Claim nothing more; what runs may finish. The second call hands it back at once."""
         if self.draining:
@@ -237,6 +256,7 @@ class Worker:
 
     def _lease_lost(self) -> None:
         if self._running:
+            self._stats.count("sendoff_worker_leases_lost")
             log.error("lease_lost", worker_id=str(self.id), running=len(self._running))
             self._stop_all(Stop.LOST)
 
@@ -248,6 +268,7 @@ class Worker:
             if topic != "*" and topic not in self._handlers:
                 return
             if due == "0":
+                self._woken("notify")
                 self._look = True
                 self._event.set()
             else:  # not yet: bring the timer forward, without a query
@@ -266,9 +287,14 @@ class Worker:
             self._look_at = self._rescue_at = at
             self._event.set()
 
+    def _woken(self, cause: str) -> None:
+        if self._parking.stage is not Stage.AWAKE:
+            self._stats.woken(cause)
+
     def _attempt_ended(self, attempt: Attempt, outcome: Outcome) -> None:
         if self._running.get(attempt.job.row.id) is attempt:
             del self._running[attempt.job.row.id]
+        self._stats.ran(attempt.job.row.topic, time.monotonic() - attempt.started_at)
         if outcome.job.worker_id == self.id:
             self._ended.append(outcome)
         self._event.set()
@@ -299,6 +325,7 @@ class Worker:
         if now >= self._probe_at:
             await self._probe()
         if now >= self._look_at:
+            self._woken("deadline")
             self._look = True
         if self.draining and not self._told_draining:
             await self._tell_draining()
@@ -313,7 +340,9 @@ class Worker:
         if self._look and self._free():  # rows keep coming; the handlers run while we wait for the next
             self._event.clear()
             return
-        until = min(self._look_at, self._rescue_at, self._probe_at)
+        until = min(self._rescue_at, self._probe_at)
+        if self._free():  # else a row that is due could not start
+            until = min(until, self._look_at)
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
@@ -387,17 +416,20 @@ class Worker:
             wants,
             lease=self._lease_time,
             stay_parked=stay_parked,
-            presence=self._listener.presence,
+            connection=self._listener.presence,
         )
         if completed:
             self._completed(completed, refused)
+        self._stats.looked(len(rows))
         if rows:
+            self._stuck.work_came()
+            self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
             self._look_again = _LOOK_FIRST
             self._lease.claimed(asked_at)
             log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
-            self._running[row.id] = Attempt(job, self._handlers[row.topic], self._attempt_ended)
+            self._running[row.id] = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
         return rows
 
     async def _complete(self, completed: list[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -406,6 +438,14 @@ class Worker:
         return {token for token in completed if token[0] in ended}
 
     def _completed(self, tokens: list[tuple[int, int]], refused: set[tuple[int, int]]) -> None:
+        ended = Counter(o.job.row.topic for o in self._ended if o.end is End.COMPLETE)
+        lost = (
+            Counter(o.job.row.topic for o in self._ended if o.job.token in refused) if refused else Counter()
+        )
+        for topic, count in (ended - lost).items():
+            self._stats.count("sendoff_worker_attempts", topic, "done", by=count)
+        for topic, count in lost.items():
+            self._stats.count("sendoff_worker_attempts", topic, "fenced", by=count)
         self._ended = [o for o in self._ended if o.end is not End.COMPLETE]
         for row_id, attempt in refused:
             log.warning("fenced", outbox_id=row_id, attempt=attempt)
@@ -441,6 +481,7 @@ class Worker:
         self._rescue_at = min(self._rescue_at, self._announced)
 
     def _repeat_look(self) -> None:
+        self._stats.count("sendoff_worker_repeated_looks")
         now = time.monotonic()
         again = now + self._look_again
         self._look_at = again if self._look_at <= now else min(self._look_at, again)
@@ -476,6 +517,7 @@ class Worker:
         )
         row = await cursor.fetchone()
         if row is not None and row[0]:
+            self._stats.count("sendoff_worker_rescued", by=row[0])
             log.warning("rescued", workers=row[0], worker_id=str(self.id))
         self._look = True
 
@@ -483,7 +525,8 @@ class Worker:
         """Step 2: end what was not simply completed. An outcome is dropped only once it is committed."""
         assert self.id is not None
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
-            job, state = outcome.job, "settled by its handler"
+            job = outcome.job
+            state = "settled by its handler" if job.settled else "fenced"
             try:
                 match outcome.end:
                     case End.FAIL:
@@ -509,6 +552,7 @@ class Worker:
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)
+            self._stats.count("sendoff_worker_attempts", job.row.topic, _OUTCOMES[state])
             log.info(
                 "ended",
                 outbox_id=job.row.id,
@@ -516,6 +560,7 @@ class Worker:
                 topic=job.row.topic,
                 state=state,
                 reason=outcome.reason or None,
+                **trace.log_fields(job.traceparent),
             )
 
     async def _tell_draining(self) -> None:

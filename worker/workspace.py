@@ -141,21 +141,30 @@ async def open_workspace(
     Raises PermanentError (no such repository or branch, an empty repository, no access) or
     TransientError (the network, a full disk, a timeout).
     """
-    home = root / str(session)
+    async with own_directory(root, session, run, attempt) as place:
+        transports = "https:ssh:file" if allow_file else "https:ssh"
+        path = place / "repo"
+        mirror = place.parent / "mirror.git"
+        await _clone(git, url, path, transports)
+        base, known = await _start(git, path, mirror, target_branch, branch)
+        await _check_out(git, path, branch, base)
+        yield Workspace(path, branch, base, git, mirror, known)
+
+
+@asynccontextmanager
+async def own_directory(root: Path, session: UUID, run: UUID, attempt: int) -> AsyncIterator[Path]:
+    """A directory for one attempt, removed on leaving; those of the session's dead attempts go too.
+
+    Raises TransientError if it can't be made.
+    """
     place = attempt_directory(root, session, run, attempt)
     try:
         lock = _claim(place)
     except OSError as error:
         raise TransientError(f"cannot make a workspace: {error.strerror}") from error
     try:
-        await asyncio.to_thread(_remove_all_dead, home, place)
-        transports = "https:ssh:file" if allow_file else "https:ssh"
-        path = place / "repo"
-        mirror = home / "mirror.git"
-        await _clone(git, url, path, transports)
-        base, known = await _start(git, path, mirror, target_branch, branch)
-        await _check_out(git, path, branch, base)
-        yield Workspace(path, branch, base, git, mirror, known)
+        await asyncio.to_thread(_remove_all_dead, place.parent, place)
+        yield place
     finally:
         await asyncio.shield(asyncio.to_thread(_remove, place, lock))
 

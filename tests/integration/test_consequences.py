@@ -26,13 +26,14 @@ from tests.support.steps import (
 ENDS = {
     "completion": ("SELECT outbox_complete(%(worker)s, ARRAY[%(row)s::bigint], '{1}')", "succeeded", None),
     "permanent failure": (
-        "SELECT outbox_fail(%(worker)s, %(row)s, 1, 'no such branch', NULL, true)", "failed", "no such branch"),
+        "SELECT outbox_fail(%(worker)s, %(row)s, 1, 'no branch', NULL, true)", "failed", "no branch"),
     "failures spent": ("SELECT outbox_fail(%(worker)s, %(row)s, 1, 'flaky')", "failed", "flaky"),
     "rescue": ("SELECT outbox_end_worker(%(worker)s, 'it died')", "failed", "it died"),
     "deleted worker": ("DELETE FROM worker WHERE id = %(worker)s", "failed", "its worker was deleted"),
     "dead by hand": ("UPDATE outbox SET state = 'dead' WHERE id = %(row)s", "failed", "given up"),
     "done by hand": ("UPDATE outbox SET state = 'done' WHERE id = %(row)s", "succeeded", None),
-    "cancelled by hand": ("UPDATE outbox SET state = 'cancelled' WHERE id = %(row)s", "cancelled", "cancelled"),
+    "cancelled by hand": (
+        "UPDATE outbox SET state = 'cancelled' WHERE id = %(row)s", "cancelled", "cancelled"),
     "cancel, then hand-back": (
         "SELECT outbox_cancel(%(row)s);SELECT outbox_hand_back(%(worker)s, ARRAY[%(row)s::bigint], '{1}')",
         "cancelled", "cancelled"),
@@ -131,7 +132,7 @@ async def test_retry_and_hand_back_keep_the_sandbox_and_the_prompt_open(connect:
 
 
 async def test_sandbox_is_kept_while_a_turn_waits(connect: Connect) -> None:
-    """The first of two turns ends: the second will use the sandbox; after it, the sandbox is returned once."""
+    """The first of two turns ends: the second will use the sandbox. After it, it is returned, once."""
     conn = await connect()
     worker = await new_worker(conn, "session.run")
     session = await add_session(conn)
@@ -161,17 +162,14 @@ async def test_two_turns_that_end_at_once_return_the_sandbox_once(rule: Rule, co
     (_, first), (_, second) = await add_turn(psql, session), await add_turn(psql, session)
     if rule == "taken out":
         await take_out(psql, "session_follow", " FOR NO KEY UPDATE")
-        await take_out(
-            psql, "outbox_free_key", "PERFORM pg_advisory_xact_lock(1397048887, hashtext(OLD.ordering_key));"
-        )
-        await psql.execute("DROP TRIGGER outbox_free_key ON outbox")
-        await psql.execute(
-            "CREATE OR REPLACE FUNCTION test_unlocked(of_session uuid, next_status text) RETURNS void"
-            " LANGUAGE sql AS 'SELECT'"
-        )
+        await psql.execute("DROP TRIGGER outbox_free_key ON outbox")  # it takes a lock of the session, too
         # The status is written only where it changes, so that the UPDATE does not wait either.
-        await take_out(psql, "session_follow", "    WHERE id = of_session;\n\n    IF next_status",
-                       "    WHERE id = of_session AND inbox_status <> next_status;\n\n    IF next_status")  # fmt: skip
+        await take_out(
+            psql,
+            "session_follow",
+            "WHERE id = of_session;\n\n    IF next_status",
+            "WHERE id = of_session AND inbox_status <> next_status;\n\n    IF next_status",
+        )
     await a.execute("BEGIN")
     await a.execute("UPDATE outbox SET state = 'cancelled' WHERE id = %s", (first,))
     query = "UPDATE outbox SET state = 'cancelled' WHERE id = %s RETURNING id"

@@ -252,6 +252,42 @@ async def test_end_that_misses_the_mark(rule: Rule, connect: Connect) -> None:
         assert await get(psql, second, "blocked")
 
 
+@with_and_without
+@pytest.mark.parametrize(
+    "back",
+    [
+        "SELECT outbox_hand_back(%s, ARRAY[%s::bigint], '{1}')",
+        "SELECT outbox_fail(%s, %s, 1, 'again', '0 s')",
+        "UPDATE outbox SET state = 'ready' WHERE worker_id = %s AND id = %s",
+    ],
+)
+async def test_row_that_goes_back_frees_the_late_one_that_it_blocked(
+    rule: Rule, back: str, connect: Connect
+) -> None:
+    """1. Row 2 runs; row 1, committed late, was found blocked by it. 2. Row 2 is ready again. 3. Row 1 runs
+    first. Taken out: row 1 waits for row 2 and row 2 for row 1, for ever.
+    """
+    late, psql = await connect(), await connect()
+    worker = await new_worker(psql)
+    if rule == "taken out":
+        definition: str = await one(
+            psql, "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'outbox_free_key'"
+        )
+        clause = " OR ((old.state = 'running'::text) AND (new.state = 'ready'::text))"
+        assert clause in definition
+        await psql.execute("DROP TRIGGER outbox_free_key ON outbox")
+        await psql.execute(definition.replace(clause, "").encode())
+    await late.execute("BEGIN")
+    first = await add(late, ordering_key="k")
+    second = await add(psql, ordering_key="k")
+    assert await claim_ids(psql, worker, 5) == [second]
+    await late.execute("COMMIT")
+    assert await claim_ids(psql, worker, 5) == []
+    await psql.execute(back.encode(), (worker, second))
+    taken = await claim_ids(psql, worker, 5) + await claim_ids(psql, worker, 5)
+    assert taken == ([first] if rule == "kept" else [])
+
+
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_end_of_a_keyed_row_needs_read_committed(level: str, connect: Connect) -> None:
     """An older snapshot may not show the row that waits: refused, with nothing changed."""

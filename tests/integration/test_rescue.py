@@ -104,7 +104,7 @@ async def test_ended_worker_may_do_nothing_more(connect: Connect) -> None:
     lost = await new_worker(conn)
     await conn.execute("SELECT outbox_end_worker(%s, 'died')", (lost,))
     for query in (
-        "SELECT outbox_renew(%s, '1 h')",
+        "SELECT outbox_renew(%s, '1 h', '{}', '{}')",
         "SELECT outbox_park(%s)",
         "SELECT outbox_claim(%s, '{t}', 1, '1 h')",
         "SELECT outbox_complete_and_claim(%s, '{}', '{}', '{t}', 1, '1 h', false)",
@@ -128,9 +128,11 @@ async def test_worker_row_that_is_locked_is_skipped(rule: Rule, connect: Connect
     await claim(a, lost)
     await run_out(psql, lost)
     if rule == "taken out":
-        await take_out(psql, "outbox_rescue", "FOR NO KEY UPDATE SKIP LOCKED", "FOR NO KEY UPDATE")
+        loop = "\n    LOOP\n        IF EXISTS"
+        skip, wait = f"FOR NO KEY UPDATE SKIP LOCKED{loop}", f"FOR NO KEY UPDATE{loop}"
+        await take_out(psql, "outbox_rescue", skip, wait)
     await a.execute("BEGIN")
-    await a.execute("SELECT outbox_renew(%s, '1 h')", (lost,))
+    await a.execute("SELECT outbox_renew(%s, '1 h', '{}', '{}')", (lost,))
     if rule == "kept":
         assert await one(r, RESCUE, rescuer) == 0
         await a.execute("COMMIT")

@@ -19,6 +19,11 @@ from tests.support.worker import command, install, watched
 
 IDLE = float(os.environ.get("SENDOFF_TEST_IDLE", "3"))
 
+IDLE_SESSIONS = """
+SELECT count(*) = 2 FROM pg_stat_activity
+WHERE datname = %s AND state = 'idle' AND application_name LIKE 'sendoff%%'
+"""
+
 SESSIONS = """
 SELECT pid, application_name, query_start, state_change, state
 FROM pg_stat_activity
@@ -41,12 +46,11 @@ async def test_idle_worker_sends_nothing(
 
     async with command(database, install(tmp_path / "handlers"), lease=1.0) as worker:
         await worker.event("parked")
-        await until(observer, "SELECT count(*) = 2 FROM pg_stat_activity WHERE datname = %s AND state = 'idle'"
-                              " AND application_name LIKE 'sendoff%%'", name)  # fmt: skip
+        await until(observer, IDLE_SESSIONS, name)
         before = await sessions()
         await asyncio.sleep(IDLE)
         assert await sessions() == before
-        assert [row[1] for row in before] == ["sendoff worker", "sendoff worker listen"] or len(before) == 2
+        assert sorted(row[1] for row in before) == ["sendoff worker", "sendoff worker listen"]
         row = await psql_insert(database, connect)
         await worker.event("completed", rows=[row])
 
@@ -97,7 +101,8 @@ async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == []
     await conn.execute(
-        "INSERT INTO worker (host, pid, version, topics, concurrency, parked) VALUES ('h', 1, '0', '{t}', 1, true)"
+        "INSERT INTO worker (host, pid, version, topics, concurrency, parked)"
+        " VALUES ('h', 1, '0', '{t}', 1, true)"
     )
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == (["t@0"] if rows else [])

@@ -4,18 +4,37 @@ Its row was written in the transaction that ended the session's work, so it is o
 the worker. It never gives up: it backs off, and its age is what monitoring alerts on.
 """
 
-from pathlib import Path
+from psycopg.types.json import Jsonb
 
+from outbox.errors import Retry
 from outbox.handler import Handler, Job
+from outbox.log import get_logger
 from outbox.settings import load
-from worker.local import LocalAllocator
+from worker.allocator import allocator
+from worker.errors import SessionError
 
 TOPIC = "sandbox.return"
 
+log = get_logger(__name__)
+
 
 async def give_back(job: Job) -> None:
-    """Return the sandbox named in the payload. Giving it back twice does no harm, so nothing is fenced."""
-    await LocalAllocator(Path(load().workspace_root)).give_back(job.payload["sandbox"])
+    """Return the sandbox named in the payload, unless its session has taken it up again meanwhile.
+
+    Giving it back twice does no harm.
+    """
+    session_id, sandbox = job.payload.get("session_id"), job.payload["sandbox"]
+    async with job.transaction() as conn:
+        cursor = await conn.execute("SELECT sandbox_let_go(%s, %s::jsonb)", (session_id, Jsonb(sandbox)))
+        row = await cursor.fetchone()
+    if row is not None and not row[0]:
+        log.info("sandbox_kept")
+        return
+    try:
+        await allocator(load()).give_back(sandbox)
+    except SessionError as error:
+        raise Retry(str(error)) from error
+    log.info("sandbox_returned")
 
 
 handler = Handler(TOPIC, give_back)

@@ -1,13 +1,13 @@
 """Topic `session.run`: one turn of a session.
 
-1. Borrow a sandbox and record it in the session, fenced by the attempt: from here on the end of the row,
-   whoever brings it about, owes its return (trigger session_follow). One that an earlier attempt held is
-   owed its return in the same transaction.
-2. Clone the repository, check out the target branch, create the work branch.
+1. Borrow a sandbox (worker/borrow.py): with IP_ALLOCATOR_URL a real one, else a directory on this host.
+   From here on the end of the row, whoever brings it about, owes its return.
+2. Clone the repository there, check out the target branch, create the work branch.
 3. Run the agent; store each event it prints while it comes, fenced. The agent dies with this worker, and
    at the latest when the lease it was last told of runs out.
 4. Save the commits for the session's next turn.
-5. In one fenced transaction: the prompt's verdict and the end of the row, with all that follows from it.
+5. In one fenced transaction: the prompt's verdict, what the next turn goes on from, and the end of the row,
+   with all that follows from it.
 
 An agent that fails is a turn that was carried out: its prompt ends as failed, and nothing is retried. What
 hinders the work itself (no such repository, no network) fails the row, for good or until it is retried.
@@ -16,9 +16,9 @@ hinders the work itself (no such repository, no network) fails the row, for good
 import asyncio
 import shlex
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -31,14 +31,28 @@ from outbox.log import get_logger
 from outbox.names import InvalidNameError, check_branch, clone_url
 from outbox.settings import Settings, load
 from worker.agent import Agent
+from worker.allocator import allocator
+from worker.borrow import borrow
+from worker.claude import Command, Transcript, prepare, pull_request, take_transcript
+from worker.credentials import load_credentials, secrets_in
 from worker.errors import PermanentError, TransientError
+from worker.events import Event
 from worker.git import Git
 from worker.guarded import Exit
-from worker.local import Allocator, LocalAllocator
+from worker.local import Sandbox
 from worker.messages import Messages, outlast
-from worker.workspace import Workspace, open_workspace
+from worker.metrics import agent_used
+from worker.remote import Remote, RemoteWorkspace, open_remote
+from worker.sandbox import Sandbox as Client
+from worker.secrets import Secrets
+from worker.workspace import Workspace, open_workspace, own_directory
 
 TOPIC = "session.run"
+
+_SYSTEM = """\
+You work in a remote sandbox. Its files and its shell are reached only through the MCP tools you are given. \
+The repository's work tree is at {path} there, with the branch {branch} checked out. \
+Commit your work on that branch; do not switch to another and do not push."""
 
 _GRACE = 5.0
 """Seconds an agent has between SIGTERM and SIGKILL."""
@@ -52,15 +66,31 @@ class Turn:
 
     session_id: UUID
     prompt_id: UUID | None
+    user_id: str
     repo: str
     target_branch: str
     branch: str
-    prompt: str | None
+    prompt: str | None = field(repr=False)
+    agent_session: str | None
+    transcript: bytes | None = field(repr=False)
+    bundle: bytes | None = field(repr=False)
 
     @property
     def run(self) -> UUID:
         """What names the turn's directories."""
         return self.prompt_id or self.session_id
+
+
+@dataclass
+class Stage:
+    """Where a turn's work is done, and the agent that does it.
+
+    command: starts the agent; made when there is a prompt. transcript: what to resume it from next time.
+    """
+
+    workspace: Workspace | RemoteWorkspace
+    command: Callable[[str], Command]
+    transcript: Callable[[str], Transcript | None] = lambda _: None
 
 
 async def run_turn(job: Job) -> None:
@@ -69,32 +99,54 @@ async def run_turn(job: Job) -> None:
     turn = await _load(job)
     if turn is None:
         return  # archived, or deleted from psql: there is nothing left to work for
-    root = Path(settings.workspace_root).absolute()
-    await _borrow(job, turn, LocalAllocator(root))
+    secrets = Secrets.of_environment()
     try:
-        async with _workspace(job, turn, settings, root) as workspace:
-            log.info("workspace_ready", branch=turn.branch, base=workspace.base)
-            result: dict[str, Any] = {"branch": turn.branch, "agent": None}
-            verdict: tuple[str, str | None] = ("succeeded", None)
-            if turn.prompt is not None:
-                verdict, result["agent"] = await _run_agent(job, turn, settings, workspace)
-            result["head"] = await workspace.keep()
-            result["commits"] = [asdict(commit) for commit in await workspace.commits()]
-            await outlast(lambda: _conclude(job, turn, verdict, result))
-            log.info("turn_ended", status=verdict[0], reason=verdict[1], head=result["head"])
+        credentials = load_credentials(settings.git_credentials, turn.user_id)
+        secrets |= secrets_in(credentials)
+        sandbox, used = await borrow(job, turn.session_id, turn.run, allocator(settings))
+        if settings.ip_allocator_url is None:
+            staged = _on_this_host(job, turn, settings)
+        else:
+            staged = _in_sandbox(job, turn, settings, sandbox, used, credentials)
+        async with staged as stage:
+            await _work(job, turn, settings, stage, secrets)
     except PermanentError as error:
-        raise Permanent(str(error)) from error
+        raise Permanent(secrets.text(str(error))) from None
     except TransientError as error:
-        raise Retry(str(error)) from error
+        raise Retry(secrets.text(str(error))) from None
+
+
+async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets: Secrets) -> None:
+    workspace = stage.workspace
+    log.info("workspace_ready", branch=turn.branch, base=workspace.base)
+    said = Said()
+    verdict: tuple[str, str | None] = ("succeeded", None)
+    if turn.prompt is not None:
+        command = await asyncio.to_thread(stage.command, turn.prompt)
+        ended = await _run_agent(job, turn, settings, command, secrets, said)
+        verdict = _judge(ended, said.result, settings, secrets)
+    result: dict[str, Any] = {"branch": turn.branch, "agent": said.result, "pull_request": said.pull_request}
+    result["head"] = await workspace.keep()
+    result["commits"] = [asdict(commit) for commit in await workspace.commits()]
+    bundle = None
+    if isinstance(workspace, RemoteWorkspace):
+        bundle = workspace.bundle
+        if workspace.problem and verdict[0] == "succeeded":
+            verdict = ("failed", secrets.text(workspace.problem))
+    transcript = await asyncio.to_thread(stage.transcript, said.session) if said.session else None
+    await outlast(lambda: _conclude(job, turn, verdict, result, transcript, bundle))
+    log.info("turn_ended", status=verdict[0], reason=verdict[1], head=result["head"])
 
 
 async def _load(job: Job) -> Turn | None:
     async with job.connection() as conn:
         cursor = await conn.execute(
             """
-            SELECT s.id, p.id, s.repo, s.target_branch, s.branch, p.text
+            SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
+                m.agent_session, m.transcript, m.bundle
             FROM session AS s
             LEFT JOIN prompt AS p ON p.session_id = s.id AND p.id = %s
+            LEFT JOIN session_memory AS m ON m.session_id = s.id
             WHERE s.id = %s AND s.session_status = 'active'
             """,
             (job.payload.get("prompt_id"), job.payload["session_id"]),
@@ -103,35 +155,21 @@ async def _load(job: Job) -> Turn | None:
     return None if row is None else Turn(*row)
 
 
-async def _borrow(job: Job, turn: Turn, allocator: Allocator) -> None:
-    sandbox = await allocator.borrow(turn.session_id, turn.run, job.row.attempt)
-    async with job.transaction() as conn:
-        await conn.execute(
-            """
-            WITH held AS (
-                SELECT id, sandbox FROM session WHERE id = %(session)s FOR NO KEY UPDATE
-            ),
-            owed AS (
-                INSERT INTO outbox (topic, payload, max_attempts)
-                SELECT 'sandbox.return', jsonb_build_object('session_id', id, 'sandbox', sandbox), 32767
-                FROM held WHERE sandbox IS NOT NULL
-            )
-            UPDATE session SET sandbox = %(sandbox)s FROM held WHERE session.id = held.id
-            """,
-            {"session": turn.session_id, "sandbox": Jsonb(sandbox)},
-        )
+def _names(turn: Turn, settings: Settings) -> tuple[str, str, str]:
+    """URL, target branch and work branch. The API has checked them; a row from psql nobody has."""
+    try:
+        url = clone_url(turn.repo, allow_file=settings.allow_file_repos)
+        return url, check_branch(turn.target_branch), check_branch(turn.branch)
+    except InvalidNameError as error:
+        raise PermanentError(str(error)) from error
 
 
 @asynccontextmanager
-async def _workspace(job: Job, turn: Turn, settings: Settings, root: Path) -> AsyncIterator[Workspace]:
-    # The API has checked these; a row from psql has not been checked by anybody.
-    try:
-        url = clone_url(turn.repo, allow_file=settings.allow_file_repos)
-        target, branch = check_branch(turn.target_branch), check_branch(turn.branch)
-    except InvalidNameError as error:
-        raise PermanentError(str(error)) from error
+async def _on_this_host(job: Job, turn: Turn, settings: Settings) -> AsyncIterator[Stage]:
+    """The embedded form: the sandbox is a workspace directory, in which the agent runs."""
+    url, target, branch = _names(turn, settings)
     async with open_workspace(
-        root,
+        Path(settings.workspace_root).absolute(),
         session=turn.session_id,
         run=turn.run,
         attempt=job.row.attempt,
@@ -141,23 +179,67 @@ async def _workspace(job: Job, turn: Turn, settings: Settings, root: Path) -> As
         git=Git(env={}),
         allow_file=settings.allow_file_repos,
     ) as workspace:
-        yield workspace
+
+        def command(prompt: str) -> Command:
+            return Command([*shlex.split(settings.agent_command), prompt], workspace.path, {})
+
+        yield Stage(workspace, command)
+
+
+@asynccontextmanager
+async def _in_sandbox(
+    job: Job, turn: Turn, settings: Settings, sandbox: Sandbox, used: bool, credentials: bytes | None
+) -> AsyncIterator[Stage]:
+    """The production form: the work tree is in the sandbox, the agent here, and MCP between them."""
+    url, target, branch = _names(turn, settings)
+    remote = Remote(url, settings.git_push, settings.allow_file_repos, credentials)
+    item = sandbox["item"]
+    root = Path(settings.workspace_root).absolute()
+    async with (
+        Client.connect(item) as client,
+        own_directory(root, turn.session_id, turn.run, job.row.attempt) as place,
+    ):
+        workspace = await open_remote(
+            client, remote, target_branch=target, branch=branch, bundle=turn.bundle, used=used
+        )
+        resumed = None
+        if turn.agent_session is not None and turn.transcript is not None:
+            resumed = Transcript(turn.agent_session, turn.transcript)
+
+        def command(prompt: str) -> Command:
+            system = _SYSTEM.format(path=workspace.path, branch=branch)
+            return prepare(settings, place, item, prompt, system, resumed)
+
+        yield Stage(workspace, command, lambda session: take_transcript(place, session))
+
+
+@dataclass
+class Said:
+    """What is to be remembered of what an agent printed."""
+
+    session: str | None = None
+    result: Event | None = None
+    pull_request: str | None = None
+
+    def hear(self, event: Event) -> None:
+        if isinstance(session := event.get("session_id"), str):
+            self.session = session
+        if event.get("type") == "result":
+            self.result = event
+        self.pull_request = pull_request(event) or self.pull_request
 
 
 async def _run_agent(
-    job: Job, turn: Turn, settings: Settings, workspace: Workspace
-) -> tuple[tuple[str, str | None], dict[str, Any] | None]:
-    """Run the agent to its end. Returns the verdict and its `result` event, if it printed one."""
-    assert turn.prompt is not None
+    job: Job, turn: Turn, settings: Settings, command: Command, secrets: Secrets, said: Said
+) -> Exit:
+    """Run the agent to its end."""
     assert turn.prompt_id is not None
-    argv = [*shlex.split(settings.agent_command), turn.prompt]
-    result: dict[str, Any] | None = None
     async with (
         Messages(job, turn.session_id, turn.prompt_id) as messages,
         Agent.start(
-            argv,
-            cwd=workspace.path,
-            env={},
+            command.argv,
+            cwd=command.cwd,
+            env=command.env,
             deadline=_until(job.lease),
             grace=_GRACE,
             timeout=settings.agent_timeout,
@@ -167,13 +249,15 @@ async def _run_agent(
         keeping = asyncio.create_task(_keep_alive(agent, job.lease))
         try:
             async for batch in agent.lines():
-                for event in batch:
-                    result = event if event.get("type") == "result" else result
-                await messages.put(batch)
-            ended = await agent.wait()
+                hidden = [secrets.event(event) for event in batch]
+                for event in hidden:
+                    said.hear(event)
+                await messages.put(hidden)
+            return await agent.wait()
         finally:
             keeping.cancel()
-    return _judge(ended, result, settings), result
+            if said.result is not None:
+                agent_used(said.result)
 
 
 async def _keep_alive(agent: Agent, lease: Lease) -> None:
@@ -187,7 +271,7 @@ def _until(lease: Lease) -> float:
     return time.monotonic() + lease.remaining()
 
 
-def _judge(ended: Exit, result: dict[str, Any] | None, settings: Settings) -> tuple[str, str | None]:
+def _judge(ended: Exit, result: Event | None, settings: Settings, secrets: Secrets) -> tuple[str, str | None]:
     """succeeded or failed, with the reason. Raises TransientError if the agent was not to blame."""
     log.info("agent_ended", code=ended.code, cause=ended.cause, left=ended.left)
     match ended.cause:
@@ -197,16 +281,24 @@ def _judge(ended: Exit, result: dict[str, Any] | None, settings: Settings) -> tu
             pass
         case _:
             raise TransientError(f"the agent was ended from outside ({ended.cause})")
-    stderr = ended.stderr.strip()[-2000:]
+    if result is not None and result.get("is_error"):
+        words = result.get("result") or result.get("subtype") or "an error"
+        return "failed", f"the agent reported {words}"[:2000]
+    stderr = secrets.text(ended.stderr.strip())[-2000:]
     if ended.code != 0:
         how = f"exit status {ended.code}" if ended.code > 0 else f"signal {-ended.code}"
         return "failed", f"the agent ended with {how}" + (f": {stderr}" if stderr else "")
-    if result is not None and result.get("is_error"):
-        return "failed", f"the agent reported {result.get('subtype', 'an error')}"
     return "succeeded", None
 
 
-async def _conclude(job: Job, turn: Turn, verdict: tuple[str, str | None], result: dict[str, Any]) -> None:
+async def _conclude(
+    job: Job,
+    turn: Turn,
+    verdict: tuple[str, str | None],
+    result: dict[str, Any],
+    transcript: Transcript | None,
+    bundle: bytes | None,
+) -> None:
     async with job.transaction() as conn:
         await conn.execute(
             """
@@ -216,6 +308,23 @@ async def _conclude(job: Job, turn: Turn, verdict: tuple[str, str | None], resul
             """,
             (*verdict, Jsonb(result), turn.prompt_id),
         )
+        if transcript or bundle or turn.agent_session or turn.bundle:
+            await conn.execute(
+                """
+                INSERT INTO session_memory (session_id, agent_session, transcript, bundle)
+                VALUES (%s, %s, %s, %s)
+                ON CONFLICT (session_id) DO UPDATE
+                SET agent_session = coalesce(excluded.agent_session, session_memory.agent_session),
+                    transcript = coalesce(excluded.transcript, session_memory.transcript),
+                    bundle = excluded.bundle, updated_at = clock_timestamp()
+                """,
+                (
+                    turn.session_id,
+                    transcript and transcript.session,
+                    transcript and transcript.archive,
+                    bundle,
+                ),
+            )
         await job.complete(conn)
 
 

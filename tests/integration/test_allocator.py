@@ -1,0 +1,214 @@
+"""The allocator's and the sandbox's adapters against stand-ins that fail, hang, lie or answer late."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from outbox.errors import HandBack
+from outbox.settings import Settings
+from tests.support.allocator import allocator
+from tests.support.faults import Fault, Steps
+from tests.support.loopback import loopback
+from tests.support.production import Production, production
+from worker.allocator import HttpAllocator
+from worker.errors import PermanentError, TransientError, Unclear
+from worker.sandbox import Sandbox, StepError
+
+
+@pytest.fixture
+async def parts(tmp_path: Path) -> AsyncIterator[Production]:
+    async with production(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def client(parts: Production) -> AsyncIterator[Sandbox]:
+    async with Sandbox.connect(parts.sandboxes[0].item) as made:
+        yield made
+
+
+def adapter(url: str, **settings: Any) -> HttpAllocator:
+    return HttpAllocator(Settings(DATABASE_URL="unused", IP_ALLOCATOR_URL=url, **settings))  # type: ignore[call-arg]
+
+
+async def borrow(adapter: HttpAllocator) -> dict[str, Any]:
+    return await adapter.borrow(uuid4(), uuid4(), uuid4(), 1)
+
+
+async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
+    steps = Steps()
+    async with loopback() as server:
+        lender = allocator(server, steps)
+        borrowing = asyncio.create_task(borrow(adapter(lender.url, SENDOFF_BORROW_WAIT=60)))
+        await steps.until(lambda: "borrow" in steps.met)
+        await lender.submit({"api_url": "http://sandbox.test"})
+        sandbox = await borrowing
+        assert sandbox["item"] == {"api_url": "http://sandbox.test"}
+        assert set(lender.borrowed) == {sandbox["borrow_token"]}
+        assert lender.asked[0].keys() == {"borrow_id", "session_id", "run", "attempt"}
+
+
+async def test_a_sandbox_is_returned_once_and_a_second_time_does_no_harm(parts: Production) -> None:
+    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    first = await borrow(made)
+    await made.give_back(first)
+    second = await borrow(made)
+    await made.give_back(first)  # refused: the token is of an earlier borrowing
+    assert set(parts.allocator.borrowed) == {second["borrow_token"]}
+
+
+async def test_a_sandbox_that_does_not_answer_is_returned_all_the_same(parts: Production) -> None:
+    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    sandbox = await borrow(made)
+    parts.steps.arm("exec", Fault((500, {})))
+    await made.give_back(sandbox)
+    assert not parts.allocator.borrowed
+
+
+async def test_a_return_that_fails_in_the_background_is_an_error(parts: Production) -> None:
+    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    sandbox = await borrow(made)
+    parts.allocator.return_status = "failed"
+    with pytest.raises(TransientError, match="return failed"):
+        await made.give_back(sandbox)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((503, {"err": "busy", "msg": "nothing is free"}), HandBack),
+        ((404, {"err": "none", "msg": "nothing is free"}), HandBack),
+        ((400, {"err": "params", "msg": "bad"}), PermanentError),
+        ((422, {"err": "params", "msg": "bad"}), PermanentError),
+        ((403, {"err": "forbidden", "msg": "no"}), TransientError),
+        ((500, {"err": "broken", "msg": "no"}), TransientError),
+        ((502, {"err": "subscriber", "msg": "refused"}), TransientError),
+        # Not the allocator's words: whoever said this may have cut off its answer.
+        ((404, {"detail": "Not Found"}), Unclear),
+        ((504, "gateway timeout"), Unclear),
+        ((200, {"item": {}}), Unclear),
+        ((200, ["item"]), Unclear),
+    ],
+)
+async def test_answers_to_a_borrow(
+    parts: Production, answer: tuple[int, Any], expected: type[Exception]
+) -> None:
+    parts.steps.arm("borrow", Fault(answer))
+    with pytest.raises(expected) as caught:
+        await borrow(adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0))
+    assert type(caught.value) is expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, {"err": "broken", "msg": "no"}),
+        (403, {"err": "forbidden", "msg": "no"}),
+        (404, {"detail": "Not Found"}),
+        (200, "nonsense"),
+    ],
+)
+async def test_a_return_that_was_not_taken_is_an_error(parts: Production, answer: tuple[int, Any]) -> None:
+    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    sandbox = await borrow(made)
+    parts.steps.arm("return", Fault(answer))
+    with pytest.raises(TransientError):
+        await made.give_back(sandbox)
+    assert parts.allocator.borrowed
+
+
+async def test_an_allocator_that_is_not_there_was_not_asked() -> None:
+    with pytest.raises(TransientError) as caught:
+        await borrow(adapter("http://127.0.0.1:1"))
+    assert not isinstance(caught.value, Unclear)
+
+
+async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unclear, match="did not answer"):
+            await borrow(adapter(f"http://127.0.0.1:{port}"))
+
+
+async def test_arguments_reach_the_shell_as_they_are(client: Sandbox) -> None:
+    odd = "a b;\"$(touch x)`id`'\n*\\"
+    assert await client.run("say", 'printf "%s|" "$@"', odd, "", "-n") == f"{odd}||-n|"
+
+
+async def test_a_file_arrives_as_it_is(client: Sandbox, parts: Production) -> None:
+    content = bytes(range(256))
+    path = parts.sandboxes[0].home / "file"
+    await client.write(str(path), content)
+    assert path.read_bytes() == content
+    with pytest.raises(TransientError, match="outside"):
+        await client.write("/elsewhere", content)
+
+
+async def test_an_exit_code_is_an_error_that_shows_what_was_said(client: Sandbox) -> None:
+    with pytest.raises(StepError, match="try it: exit code 3: no luck") as caught:
+        await client.run("try it", "echo no luck; exit 3")
+    assert caught.value.code == 3
+
+
+async def test_a_failing_command_ends_its_script(client: Sandbox) -> None:
+    with pytest.raises(StepError):
+        await client.run("try it", "false; echo went on")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((200, {"success": False, "message": "no shell", "data": None}), TransientError),
+        ((200, {"success": True, "data": {"status": "hard_timeout", "exit_code": 0}}), TransientError),
+        ((200, {"success": True, "data": {"status": "terminated", "exit_code": 0}}), TransientError),
+        ((200, {"success": True, "data": {"status": "completed", "exit_code": None}}), TransientError),
+        ((200, {"success": True, "data": {"status": "completed", "exit_code": 1}}), StepError),
+        ((200, {"success": True}), TransientError),
+        ((200, "done"), TransientError),
+        ((500, {"success": True}), TransientError),
+        ((404, {"success": True}), PermanentError),
+        ((422, {"success": True}), PermanentError),
+    ],
+)
+async def test_200_alone_proves_nothing(
+    client: Sandbox, parts: Production, answer: tuple[int, Any], expected: type[Exception]
+) -> None:
+    parts.steps.arm("exec", Fault(answer))
+    with pytest.raises(expected):
+        await client.run("try it", "true")
+
+
+async def test_a_quiet_step_is_waited_for(client: Sandbox, parts: Production, tmp_path: Path) -> None:
+    parts.sandboxes[0].patience = 0.01
+    gate = tmp_path / "gate"
+    await client.run("make", 'mkfifo "$1"', str(gate))
+    running = asyncio.create_task(client.run("wait", 'read line < "$1"; echo "$line"', str(gate)))
+    await parts.steps.until(lambda: "view done" in parts.steps.met or "wait" in parts.steps.met)
+    await asyncio.to_thread(gate.write_text, "at last\n")
+    assert await running == "at last"
+
+
+async def test_a_step_that_does_not_end_is_killed(client: Sandbox, parts: Production) -> None:
+    parts.sandboxes[0].patience = 0.01
+    with pytest.raises(TransientError, match="sleep: not done within 1 seconds"):
+        await client.run("sleep", "sleep 1000", timeout=1)
+    assert "kill done" in parts.steps.met
+    assert all(shell.terminated for shell in parts.sandboxes[0].shells.values())
+
+
+async def test_a_step_is_killed_when_its_caller_is_cancelled(client: Sandbox, parts: Production) -> None:
+    running = asyncio.create_task(client.run("sleep", "sleep 1000"))
+    await parts.steps.until(lambda: bool(parts.sandboxes[0].commands))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert "kill done" in parts.steps.met
