@@ -1,7 +1,7 @@
 """What a worker counts, and how Prometheus sees it.
 
-A worker takes 50,000 rows a second: what happens for each row is a few additions on plain lists, about a
-third of a microsecond, and Prometheus' own objects are made at a scrape only.
+A worker takes 50,000 rows a second: what happens for each row is a few additions on plain lists, half a
+microsecond, and Prometheus' own objects are made at a scrape only.
 
 With `--processes N` the parent asks its children for their snapshots and shows the sum. The last one of a
 child that died stays in the sum, as a counter that falls would be taken for a restart.

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Connect
 from tests.support.process import Process
 from tests.support.scraped import Samples, samples
-from tests.support.steps import TIMEOUT, Connection, add, one, until
+from tests.support.steps import TIMEOUT, Connection, add, claim, new_worker, one, run_out, until
 from tests.support.worker import command, install
 
 HANDLERS = """
@@ -35,10 +35,15 @@ async def settles(job):
     async with job.transaction() as conn:
         await job.complete(conn)
 
-noop, bad, again, hang, settles = [
-    Handler(run.__name__, run) for run in (noop, bad, again, hang, settles)]
+async def slow(job):
+    async with job.connection() as conn:
+        await conn.execute("SELECT pg_advisory_lock_shared(3, 3)")
+        await conn.execute("SELECT pg_advisory_unlock_shared(3, 3)")
+
+noop, bad, again, hang, settles, slow = [
+    Handler(run.__name__, run) for run in (noop, bad, again, hang, settles, slow)]
 """
-TOPICS = "noop,bad,again,hang,settles"
+TOPICS = "noop,bad,again,hang,settles,slow"
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ async def test_what_runs_what_waits_and_a_connection_lost(
         await worker.event("parked")
         first = await add(conn, "hang")
         await worker.event("claimed", rows=[first])
-        await add(conn, "hang")
+        second = await add(conn, "hang")
         await add(conn, "nobody")
         found = await scrape(worker)
         assert found[("sendoff_worker_running",)] == 1
@@ -118,10 +123,38 @@ async def test_what_runs_what_waits_and_a_connection_lost(
         await worker.event("ended", outbox_id=first, state="cancelled")
         found = await scrape(worker)
         assert found[("sendoff_worker_attempts_total", "hang", "cancelled")] == 1
+        await worker.event("claimed", rows=[second])
         worker.send(signal.SIGTERM)
         await worker.event("draining")
         worker.send(signal.SIGTERM)
         assert await worker.ended() == 0
+
+
+async def test_a_rescue_and_a_fenced_completion(database: str, handlers: Path, connect: Connect) -> None:
+    conn = await connect()
+    lost = await new_worker(conn, "noop")
+    [row_id] = [await add(conn, "noop")]
+    await claim(conn, lost, topics=("noop",))
+    await run_out(conn, lost)
+    async with command(database, handlers, "--topics", TOPICS, lease=0.5, SENDOFF_HEALTH_PORT="0") as worker:
+        await worker.event("rescued")
+        await worker.event("completed", rows=[row_id])
+        found = await scrape(worker)
+        assert found[("sendoff_worker_rescued_total",)] == 1
+        waiting = await connect()
+        await waiting.execute("SELECT pg_advisory_lock(3, 3)")
+        slow = await add(conn, "slow")
+        await worker.event("claimed", rows=[slow])
+        # As if it had been rescued, and claimed again, between two renewals.
+        await conn.execute("BEGIN")
+        await conn.execute("UPDATE outbox SET attempt = attempt + 1 WHERE id = %s", (slow,))
+        await waiting.execute("SELECT pg_advisory_unlock(3, 3)")
+        await until(conn, "SELECT true FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        await conn.execute("COMMIT")
+        await worker.event("fenced", outbox_id=slow)
+        found = await scrape(worker)
+        assert found[("sendoff_worker_attempts_total", "slow", "fenced")] == 1
+        assert found[("sendoff_worker_attempts_total", "slow", "done")] == 0
 
 
 async def test_processes_behind_one_port(database: str, handlers: Path, connect: Connect) -> None:
