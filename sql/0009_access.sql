@@ -25,6 +25,56 @@ COMMENT ON COLUMN api_token.revoked_at IS 'Refused since then.';
 COMMENT ON COLUMN api_token.last_used_at IS 'When it was last used, to a minute; null: never.';
 
 
+-- Two roles for people who work by SQL: sendoff_reader reads what is one user's (below), sendoff_operator
+-- everything, and may also retry, discard and cancel. What a person may do runs with the owner's rights, so
+-- that the operator needs no right to write, and only those who were granted it may call it.
+ALTER FUNCTION outbox_cancel(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+ALTER FUNCTION outbox_retry(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+ALTER FUNCTION outbox_discard(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+REVOKE EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint) FROM PUBLIC;
+
+CREATE FUNCTION sendoff_grant() RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    wanted text;
+BEGIN
+    FOREACH wanted IN ARRAY ARRAY['sendoff_reader', 'sendoff_operator'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
+            BEGIN
+                EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
+            EXCEPTION
+                -- Roles belong to the cluster: another database's migration may have been first.
+                WHEN duplicate_object OR unique_violation THEN NULL;
+                WHEN insufficient_privilege THEN
+                    RAISE NOTICE 'role % is not there and may not be created: create it, then SELECT sendoff_grant()',
+                        wanted;
+            END;
+        END IF;
+    END LOOP;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_reader') THEN
+        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
+            outbox_alert, schema_migration, sandbox_borrow, sandbox_suspect, worker_present, outbox_front,
+            outbox_depth, outbox_waiting, outbox_writer, outbox_hourly, worker_status, worker_running
+            TO sendoff_reader;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_operator') THEN
+        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
+            outbox_alert, schema_migration, sandbox_borrow, sandbox_suspect, worker_present, outbox_front,
+            outbox_depth, outbox_waiting, outbox_writer, outbox_hourly, worker_status, worker_running
+            TO sendoff_operator;
+        GRANT EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint)
+            TO sendoff_operator;
+        GRANT INSERT, UPDATE, DELETE ON topic TO sendoff_operator;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION sendoff_grant() IS
+    'Creates the roles sendoff_reader and sendoff_operator if the caller may, and grants them what they may do. May be repeated.';
+
+SELECT sendoff_grant();
+
+
 -- Row-level security. It holds members of sendoff_reader who are not members of sendoff_operator; whoever
 -- else was granted a table sees all of it, and the tables' owner, as API and workers are, is not asked.
 --
@@ -80,6 +130,14 @@ CREATE POLICY idempotency_of_user ON idempotency
 
 ALTER TABLE watcher ENABLE ROW LEVEL SECURITY;
 CREATE POLICY watcher_of_user ON watcher
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
+ALTER TABLE session_memory ENABLE ROW LEVEL SECURITY;
+CREATE POLICY session_memory_of_user ON session_memory
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
+ALTER TABLE sandbox_borrow ENABLE ROW LEVEL SECURITY;
+CREATE POLICY sandbox_borrow_of_user ON sandbox_borrow
     USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
 
 -- Rows of other topics belong to nobody. As text: a payload may hold anything. Anybody who was granted an
