@@ -576,3 +576,53 @@ AS $$
 $$;
 COMMENT ON FUNCTION outbox_stuck_deadline(interval) IS
     'When outbox_stuck_report has something to say at the earliest, as an interval from now; null: nothing is under way.';
+
+
+-- Two roles: sendoff_reader sees everything, payloads and messages too; sendoff_operator may also retry,
+-- discard and cancel. What a person may do runs with the owner's rights, so that the operator needs no
+-- right to write, and only those who were granted it may call it.
+ALTER FUNCTION outbox_cancel(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+ALTER FUNCTION outbox_retry(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+ALTER FUNCTION outbox_discard(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
+REVOKE EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint) FROM PUBLIC;
+
+CREATE FUNCTION sendoff_grant() RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    wanted text;
+BEGIN
+    FOREACH wanted IN ARRAY ARRAY['sendoff_reader', 'sendoff_operator'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
+            BEGIN
+                EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
+            EXCEPTION
+                -- Roles belong to the cluster: another database's migration may have been first.
+                WHEN duplicate_object OR unique_violation THEN NULL;
+                WHEN insufficient_privilege THEN
+                    RAISE NOTICE 'role % is not there and may not be created: create it, then SELECT sendoff_grant()',
+                        wanted;
+            END;
+        END IF;
+    END LOOP;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_reader') THEN
+        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
+            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
+            outbox_writer, outbox_hourly, worker_status, worker_running
+            TO sendoff_reader;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_operator') THEN
+        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
+            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
+            outbox_writer, outbox_hourly, worker_status, worker_running
+            TO sendoff_operator;
+        GRANT EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint)
+            TO sendoff_operator;
+        GRANT INSERT, UPDATE, DELETE ON topic TO sendoff_operator;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION sendoff_grant() IS
+    'Creates the roles sendoff_reader and sendoff_operator if the caller may, and grants them what they may do. May be repeated.';
+
+SELECT sendoff_grant();
