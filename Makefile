@@ -1,4 +1,5 @@
-# `make` shows the targets. Everything is installed below .venv; nothing else of the system is changed.
+# `make` shows the targets. Everything is installed below .venv; nothing else of the system is changed,
+# but for Chromium, which root gets by apt for the tests of the dashboard if it is missing.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -8,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The first Python that is new enough and can make virtual environments; asked only when one is made.
 .venv/pyvenv.cfg:
@@ -78,8 +79,29 @@ node-tools:
 	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
 
 .PHONY: test
-test: lint types node-tools ## Check style and types, run all tests
+test: lint types node-tools chromium ## Check style and types, run all tests
 	@$(BIN)/pytest
+
+.PHONY: test-browser
+test-browser: .venv/.complete chromium ## Run the tests of the dashboard in a headless Chromium
+	@$(BIN)/pytest tests/browser
+
+# Without one the tests of the dashboard are skipped, but not in CI: there they fail.
+.PHONY: chromium
+chromium:
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  echo 'Installing Chromium (once) ...' && \
+	  { apt-get -qq update; DEBIAN_FRONTEND=noninteractive \
+	    apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; }; } || true
+
+.PHONY: screenshots
+screenshots: .venv/.complete chromium ## Take the screenshots of docs/dashboard.md
+	@$(BIN)/python -m tests.browser.screenshots
+
+.PHONY: dashboard-figures
+dashboard-figures: .venv/.complete chromium ## Measure page weight and time to the first live event
+	@$(BIN)/python -m tests.browser.figures
 
 .PHONY: fuzz-api
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation

@@ -28,7 +28,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
             headers={"Accept-Patch" if request.method == "PATCH" else "Accept": ", ".join(media_types)},
         )
     settings = context(request).settings
-    text = await _read(request, settings.max_body)
+    text = await read_bytes(request, settings.max_body)
     try:
         # json, not pydantic's parser: it passes lone surrogates on, so that they are located.
         content = json.loads(text.decode("utf-8"))
@@ -41,7 +41,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
         raise invalid(error, "pointer") from None
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def read_bytes(request: Request, limit: int) -> bytes:
     """The body, refused as soon as it is known to be too large; the rest is not read."""
     too_large = Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")

@@ -54,10 +54,10 @@ async def follow_session(request: Request, identity: Identity) -> Response:
     if seen is not None and stream.nothing_left:
         leave()
         return Response(status_code=204)  # tells an EventSource to stay away
-    return _Following(_events(stream, identity.until), leave)
+    return Following(_events(stream, identity.until), leave)
 
 
-class _Following(StreamingResponse):
+class Following(StreamingResponse):
     """Leaves the stream in any case: a generator that was never begun has no `finally`."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 Where tokens are required (SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN is set) a request must bring one in
 its Authorization header: an API token, or a token of the issuer, whose `sub` is the user. Nothing else
 counts: no cookie, so that no page of another origin can use a user's browser, and no header that names a
-user.
+user. (The dashboard's pages have a cookie and forms that cannot be forged: app/dashboard/page.py.)
 
 Elsewhere is the development mode: everybody is the operator `local`, so it must not be reachable from
 outside:
@@ -67,13 +67,18 @@ class Authenticator:
     async def identify(self, request: Request) -> Identity:
         """The request's identity. Raises Problem (unauthorized, forbidden, unavailable)."""
         if "authorization" in request.headers:
-            return await self._by_token(_bearer(request))
+            return await self.by_token(_bearer(request))
         if self._settings.token_required:
             raise unauthorized("Send an Authorization header with a bearer token.", None)
         _check_developer(request, self._settings)
         return Identity("local", operator=True)
 
-    async def _by_token(self, token: str) -> Identity:
+    @property
+    def issuer(self) -> Issuer | None:
+        return self._issuer
+
+    async def by_token(self, token: str) -> Identity:
+        """Whom the token stands for. Raises Problem (unauthorized, unavailable)."""
         if is_token(token):
             owner = await self._tokens.owner(token)
             if owner is None:

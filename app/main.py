@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from app import problems, reference
+from app import dashboard, problems, reference
 from app.access import AccessLog
 from app.context import Context
 from app.database import Database
@@ -69,7 +69,7 @@ def create_app(settings: Settings) -> Starlette:
             await database.close()
 
     app = Starlette(
-        routes=[*routes(), *reference.routes()],
+        routes=[*routes(), *reference.routes(), *dashboard.routes()],
         middleware=[Middleware(Tracing), Middleware(CountRequests), Middleware(AccessLog)],
         exception_handlers=problems.HANDLERS,
         lifespan=lifespan,

@@ -177,14 +177,28 @@ class Issuer:
         self._keys, self._fetched_at = keys, begun
         log.info("issuer_keys", issuer=self._issuer, keys=[key.kid for key in keys])
 
-    async def _discover(self) -> list[Any]:
+    async def endpoint(self, name: str) -> str:
+        """A URL from the discovery document, read anew. Raises Problem (unavailable)."""
+        try:
+            return self._url(await self._document(), name)
+        except (httpx.HTTPError, httpx.InvalidURL, _Unusable) as error:
+            log.warning("issuer_not_discovered", issuer=self._issuer, error=str(error) or repr(error))
+            raise unavailable("The identity provider does not answer; try again.") from None
+
+    async def _document(self) -> dict[str, Any]:
         found = await self._get(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
         if found.get("issuer") != self._issuer:
             raise _Unusable("the discovery document is of another issuer")
-        url = found.get("jwks_uri")
+        return found
+
+    def _url(self, document: Mapping[str, Any], name: str) -> str:
+        url = document.get(name)
         if not isinstance(url, str) or (self._secure and not url.startswith("https://")):
-            raise _Unusable("the discovery document has no jwks_uri that is as safe as the issuer's URL")
-        keys = (await self._get(url)).get("keys")
+            raise _Unusable(f"the discovery document has no {name} that is as safe as the issuer's URL")
+        return url
+
+    async def _discover(self) -> list[Any]:
+        keys = (await self._get(self._url(await self._document(), "jwks_uri"))).get("keys")
         if not isinstance(keys, list):
             raise _Unusable("the issuer's key set is none")
         return keys

@@ -69,6 +69,15 @@ class Settings(BaseSettings):
     oidc_operator_role: Annotated[str, Field(min_length=1)] = "sendoff-operator"
     """The role that makes a user an operator."""
 
+    oidc_client_id: Annotated[str, Field(min_length=1)] = "sendoff-dashboard"
+    """The client that the dashboard is at the issuer, for people who sign in with a browser."""
+
+    oidc_client_secret: SecretStr | None = None
+    """Its secret; unset: a public client, which PKCE alone protects."""
+
+    public_url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
+    """Where browsers reach the dashboard, such as `https://sendoff.example`. Default: as they say."""
+
     max_sessions: Annotated[int, Field(ge=1)] = 100
     """Unfinished sessions a user may have at once. Operators are not limited."""
 

@@ -47,7 +47,9 @@ LANGUAGE sql STABLE
 AS $$
     SELECT jsonb_build_object(
         'id', o.id, 'topic', o.topic, 'ordering_key', o.ordering_key,
-        'payload', o.payload #- '{sandbox,borrow_token}', -- a secret
+        'payload', CASE jsonb_typeof(o.payload -> 'sandbox')
+            WHEN 'object' THEN o.payload #- '{sandbox,borrow_token}' -- a secret
+            ELSE o.payload END,
         'state', o.state, 'priority', o.priority, 'attempt', o.attempt, 'failures', o.failures,
         'max_attempts', o.max_attempts, 'worker_id', o.worker_id, 'unique_key', o.unique_key,
         'errors', o.errors, 'available_at', o.available_at,
