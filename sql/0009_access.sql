@@ -196,3 +196,7 @@ CREATE TRIGGER session_webhook_archived
           AND OLD.session_status = 'active' AND NEW.session_status = 'archived')
     EXECUTE FUNCTION session_webhook_archived();
 ALTER TABLE session ENABLE ALWAYS TRIGGER session_webhook_archived;
+
+
+-- Of what has been made since then.
+SELECT sendoff_grant();
