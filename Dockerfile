@@ -9,7 +9,7 @@ COPY outbox outbox
 COPY sql sql
 COPY embedded embedded
 RUN python -m venv /opt/sendoff \
- && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check .
+ && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel]'
 
 FROM python:3.13-slim
 # git and ssh clone and push the sessions' repositories.

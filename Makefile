@@ -1,4 +1,5 @@
-# `make` shows the targets. Everything is installed below .venv; nothing else of the system is changed.
+# `make` shows the targets. Everything is installed below .venv; nothing else of the system is changed,
+# but for Chromium, which root gets by apt for the tests of the dashboard if it is missing.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -8,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The first Python that is new enough and can make virtual environments; asked only when one is made.
 .venv/pyvenv.cfg:
@@ -62,7 +63,46 @@ claude: .state/claude/.installed ## Install the Claude Code CLI below .state, fo
 schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
 	@$(BIN)/python -m tests.support.schema
 
+# A certified OpenID Connect provider, for tests of authentication.
+.state/oidc/.installed: tests/support/oidc/package-lock.json
+	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
+	@npm ci --prefix .state/oidc --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: oidc
+oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
+
+# What the tests of the Claude Code CLI and of OpenID Connect need; without npm they skip and say so.
+.PHONY: node-tools
+node-tools:
+	@{ command -v npm >/dev/null && $(MAKE) claude oidc; } || \
+	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
+
 .PHONY: test
-test: lint types ## Check style and types, run all tests
-	@if command -v npm >/dev/null; then $(MAKE) claude; fi || echo 'make: tests of the Claude Code CLI are skipped' >&2
+test: lint types node-tools chromium ## Check style and types, run all tests
 	@$(BIN)/pytest
+
+.PHONY: test-browser
+test-browser: .venv/.complete chromium ## Run the tests of the dashboard in a headless Chromium
+	@$(BIN)/pytest tests/browser
+
+# Without one the tests of the dashboard are skipped, but not in CI: there they fail.
+.PHONY: chromium
+chromium:
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  echo 'Installing Chromium (once) ...' && \
+	  { apt-get -qq update; DEBIAN_FRONTEND=noninteractive \
+	    apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; }; } || true
+
+.PHONY: screenshots
+screenshots: .venv/.complete chromium ## Take the screenshots of docs/dashboard.md
+	@$(BIN)/python -m tests.browser.screenshots
+
+.PHONY: dashboard-figures
+dashboard-figures: .venv/.complete chromium ## Measure page weight and time to the first live event
+	@$(BIN)/python -m tests.browser.figures
+
+.PHONY: fuzz-api
+fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
+	@$(BIN)/python -m tests.fuzz_api $(CASES)

@@ -9,11 +9,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.context import context
 from app.problems import Problem, invalid
+from outbox import trace
 
 Model = TypeVar("Model", bound=BaseModel)
 
 _KEY = re.compile(r'"[\x20\x21\x23-\x7e]{1,255}"|[\x21\x23-\x7e]{1,255}')
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 async def read_body(request: Request, model: type[Model], media_types: tuple[str, ...]) -> Model:
@@ -28,7 +28,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
             headers={"Accept-Patch" if request.method == "PATCH" else "Accept": ", ".join(media_types)},
         )
     settings = context(request).settings
-    text = await _read(request, settings.max_body)
+    text = await read_bytes(request, settings.max_body)
     try:
         # json, not pydantic's parser: it passes lone surrogates on, so that they are located.
         content = json.loads(text.decode("utf-8"))
@@ -36,12 +36,12 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem("malformed", f"The body is not JSON in UTF-8{where}.") from None
     try:
-        return model.model_validate(content, context={"allow_file_repos": settings.allow_file_repos})
+        return model.model_validate(content, context={"settings": settings})
     except ValidationError as error:
         raise invalid(error, "pointer") from None
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def read_bytes(request: Request, limit: int) -> bytes:
     """The body, refused as soon as it is known to be too large; the rest is not read."""
     too_large = Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
@@ -97,8 +97,7 @@ def last_event_id(request: Request) -> int | None:
 
 def traceparent(request: Request) -> str | None:
     """The W3C trace context; by its rules one that is malformed is as good as none."""
-    given = request.headers.get("traceparent", "")
-    return given if _TRACEPARENT.fullmatch(given) else None
+    return trace.current() or trace.valid(request.headers.get("traceparent"))
 
 
 def check_accept(request: Request, media_type: str) -> None:

@@ -6,8 +6,11 @@ from starlette.requests import Request
 
 from app.database import Database
 from app.hub import Hub
+from app.identity import Authenticator
+from app.limits import Limits
 from app.presence import WorkerPresence
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,9 @@ class Context:
     database: Database
     presence: WorkerPresence
     hub: Hub
+    stuck: StuckWatch
+    authenticator: Authenticator
+    limits: Limits
 
 
 def context(request: Request) -> Context:

@@ -4,17 +4,21 @@
     event: message                      data: {"inbox_status": "pending", …}
     data: {"seq": 17, "body": {…}, …}
 
+A stream ends when the token that opened it expires; the client comes back with a new one.
+
 `status` has no id: it is sent first on every (re)connect, and when it changed. A client that comes back
 with the Last-Event-ID of the last message it has gets each later message once.
 """
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.body import last_event_id, read_query
-from app.context import Context, context
+from app.context import context
 from app.hub import Stream
 from app.identity import Identity
 from app.models import EventQuery
@@ -29,31 +33,48 @@ async def follow_session(request: Request, identity: Identity) -> Response:
     asked = read_query(request, EventQuery)
     seen = last_event_id(request)
     here = context(request)
+    close = here.limits.open_stream(identity)
     stream = here.hub.follow(
         request.path_params["id"],
         asked.after if seen is None else seen,
         until_completed=asked.until == "completed",
     )
+
+    def leave() -> None:
+        here.hub.leave(stream)
+        close()
+
     try:
         await stream.begin()
         if identity.scope not in (None, stream.user_id):
             raise no_session()
     except BaseException:
-        here.hub.leave(stream)
+        leave()
         raise
     if seen is not None and stream.nothing_left:
-        here.hub.leave(stream)
+        leave()
         return Response(status_code=204)  # tells an EventSource to stay away
-    return StreamingResponse(_events(here, stream), headers=HEADERS, media_type="text/event-stream")
+    return Following(_events(stream, identity.until), leave)
 
 
-async def _events(here: Context, stream: Stream) -> AsyncIterator[bytes]:
-    try:
-        yield f"retry: {RETRY}\n".encode()  # a line of the first event, which has been read
-        while not stream.ended:
-            if batch := await stream.take(HEARTBEAT):
-                yield batch
-            elif not stream.ended:
-                yield b": heartbeat\n\n"
-    finally:
-        here.hub.leave(stream)
+class Following(StreamingResponse):
+    """Leaves the stream in any case: a generator that was never begun has no `finally`."""
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+        super().__init__(events, headers=HEADERS, media_type="text/event-stream")
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _events(stream: Stream, until: float) -> AsyncIterator[bytes]:
+    yield f"retry: {RETRY}\n".encode()  # a line of the first event, which has been read
+    while not stream.ended and (left := until - time.monotonic()) > 0:
+        if batch := await stream.take(min(HEARTBEAT, left)):
+            yield batch
+        elif not stream.ended:
+            yield b": heartbeat\n\n"

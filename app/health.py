@@ -1,5 +1,8 @@
 """Liveness and readiness."""
 
+from datetime import timedelta
+from typing import Any
+
 import psycopg
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +15,10 @@ from app.models import Health, Ready, ReadyQuery
 from app.problems import Problem
 from outbox.errors import SchemaError
 from outbox.migrate import check_schema
+from outbox.ready import outbox_ready
+
+_OURS = ("database", "schema_current", "listener")
+_WORKERS = ("worker_present", "nothing_stuck")
 
 
 async def alive(request: Request, identity: Identity) -> Response:
@@ -24,23 +31,38 @@ async def ready(request: Request, identity: Identity) -> Response:
     asked = read_query(request, ReadyQuery)
     found = await _look(context(request))
     answer = found.model_dump()
-    missing = [name for name, holds in answer.items() if not holds]
-    if asked.workers == "0" and "worker_present" in missing:
-        missing.remove("worker_present")
+    needed = _OURS if asked.workers == "0" else _OURS + _WORKERS
+    missing = [name for name in needed if not answer[name]]
     if missing:
-        raise Problem("not-ready", f"Not so: {', '.join(missing)}.", checks=answer)
+        detail = f"Not so: {', '.join(missing)}."
+        if asked.workers == "1" and found.stuck:
+            detail += f" Stuck: {found.stuck}."
+        raise Problem("not-ready", detail, checks=answer)
     return json_response(found.model_dump_json())
 
 
 async def _look(here: Context) -> Ready:
     listener = here.hub.listening
-    nothing = {"schema_current": False, "listener": listener, "worker_present": False}
+    nothing: dict[str, Any] = {
+        "schema_current": False,
+        "listener": listener,
+        "worker_present": False,
+        "nothing_stuck": False,
+    }
     try:
         async with here.database.connection() as conn:
             await check_schema(conn)
+            outbox = await outbox_ready(conn, timedelta(seconds=here.settings.stuck_after))
         worker_present = await here.presence.present()
     except (psycopg.Error, Problem):
         return Ready(database=False, **nothing)
     except SchemaError:
         return Ready(database=True, **nothing)
-    return Ready(database=True, schema_current=True, listener=listener, worker_present=worker_present)
+    return Ready(
+        database=True,
+        schema_current=True,
+        listener=listener,
+        worker_present=worker_present,
+        nothing_stuck=not outbox.stuck,
+        stuck=outbox.reason if outbox.stuck else None,
+    )

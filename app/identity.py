@@ -1,24 +1,40 @@
-"""Who asks. The one seam for authentication; today there is only the development mode.
+"""Who asks: the one seam for authentication.
 
-In development mode everybody is the operator `local`, so it must not be reachable from outside:
+Where tokens are required (SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN is set) a request must bring one in
+its Authorization header: an API token, or a token of the issuer, whose `sub` is the user. Nothing else
+counts: no cookie, so that no page of another origin can use a user's browser, and no header that names a
+user. (The dashboard's pages have a cookie and forms that cannot be forged: app/dashboard/page.py.)
+
+Elsewhere is the development mode: everybody is the operator `local`, so it must not be reachable from
+outside:
 1. The process refuses to listen on anything but loopback, unless SENDOFF_DEV_IDENTITY=1 says that
    somebody else keeps strangers out (a compose network, a proxy that authenticates).
 2. Loopback alone does not keep out a web page in the user's own browser. Such a page has another
    Origin, and one that got our address under its own name (DNS rebinding) another Host: both are refused.
+A request that brings a token is judged by it, here too.
 """
 
 import ipaddress
+import re
+import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from app.context import context
+from app.database import Database
+from app.oidc import LEEWAY, Issuer, Rejected, has_role
 from app.problems import Problem
+from app.tokens import Tokens
 from outbox.errors import ConfigurationError
 from outbox.settings import Settings
+from outbox.token import check_user, is_token
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+TOKEN_LENGTH = 16_384
+API_TOKEN_STREAM = 3600.0  # seconds until a stream must show again that its API token is not revoked
+
+_BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class Identity:
 
     user_id: str
     operator: bool
+    until: float = float("inf")
+    """When it has to be shown again, by the monotonic clock: a stream ends then."""
 
     @property
     def scope(self) -> str | None:
@@ -34,23 +52,85 @@ class Identity:
         return None if self.operator else self.user_id
 
 
-def identify(request: Request) -> Identity:
-    """The request's identity. Raises Problem (forbidden)."""
-    settings = context(request).settings
+class Authenticator:
+    """Knows users by their tokens. Raises ConfigurationError for settings that cannot be."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._tokens = Tokens(database)
+        self._issuer = Issuer(settings) if settings.oidc_issuer else None
+
+    async def close(self) -> None:
+        if self._issuer:
+            await self._issuer.close()
+
+    async def identify(self, request: Request) -> Identity:
+        """The request's identity. Raises Problem (unauthorized, forbidden, unavailable)."""
+        if "authorization" in request.headers:
+            return await self.by_token(_bearer(request))
+        if self._settings.token_required:
+            raise unauthorized("Send an Authorization header with a bearer token.", None)
+        _check_developer(request, self._settings)
+        return Identity("local", operator=True)
+
+    @property
+    def issuer(self) -> Issuer | None:
+        return self._issuer
+
+    async def by_token(self, token: str) -> Identity:
+        """Whom the token stands for. Raises Problem (unauthorized, unavailable)."""
+        if is_token(token):
+            owner = await self._tokens.owner(token)
+            if owner is None:
+                raise unauthorized("The API token is unknown, expired or revoked.")
+            return Identity(*owner, time.monotonic() + API_TOKEN_STREAM)
+        if self._issuer is None:
+            raise unauthorized("The token is no API token, and no issuer is configured.")
+        try:
+            claims = await self._issuer.verify(token)
+            user_id = check_user(claims["sub"])
+        except Rejected as error:
+            raise unauthorized(str(error)) from None
+        except ValueError:
+            raise unauthorized("The token's sub cannot be a user's name.") from None
+        settings = self._settings
+        operator = has_role(claims, settings.oidc_role_claim, settings.oidc_operator_role)
+        return Identity(user_id, operator, time.monotonic() + claims["exp"] + LEEWAY - time.time())
+
+
+def unauthorized(detail: str, error: str | None = "invalid_token") -> Problem:
+    """401 with the challenge of RFC 6750."""
+    challenge = 'Bearer realm="sendoff"'
+    if error:
+        challenge += f', error="{error}", error_description="{detail}"'
+    return Problem("unauthorized", detail, headers={"WWW-Authenticate": challenge})
+
+
+def _bearer(request: Request) -> str:
+    given = request.headers.getlist("authorization")
+    if len(given) > 1:
+        raise unauthorized("Send one Authorization header.", "invalid_request")
+    found = _BEARER.fullmatch(given[0])
+    if found is None or len(given[0]) > TOKEN_LENGTH:
+        raise unauthorized("The Authorization header holds no bearer token.", "invalid_request")
+    return found[1]
+
+
+def _check_developer(request: Request, settings: Settings) -> None:
     host = request.headers.get("host", "")
     if not settings.dev_identity and not is_loopback(_name(host)):
         raise Problem("forbidden", "The Host header names another machine than this one.")
     origin = request.headers.get("origin")
-    if origin is not None and request.method not in SAFE_METHODS and urlsplit(origin).netloc != host:
+    if origin is not None and request.method not in SAFE_METHODS and origin.partition("://")[2] != host:
         raise Problem("forbidden", "Pages of another origin may not do this.")
-    return Identity("local", operator=True)
 
 
 def check_host(settings: Settings) -> None:
     """Raise ConfigurationError where the development mode would be open to strangers."""
-    if not settings.dev_identity and not is_loopback(settings.host):
+    if not settings.token_required and not settings.dev_identity and not is_loopback(settings.host):
         raise ConfigurationError(
-            f"SENDOFF_HOST: {settings.host} is not loopback, and there is no authentication yet; "
+            f"SENDOFF_HOST: {settings.host} is not loopback, and there is no authentication: set "
+            "SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN=1; "
             "SENDOFF_DEV_IDENTITY=1 says that strangers are kept out by other means"
         )
 

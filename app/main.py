@@ -11,17 +11,22 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from app import problems, reference
+from app import dashboard, problems, reference
 from app.access import AccessLog
 from app.context import Context
 from app.database import Database
 from app.hub import Hub
-from app.identity import check_host
+from app.identity import Authenticator, check_host
+from app.limits import Limits
+from app.metrics import CountRequests
 from app.presence import WorkerPresence
 from app.routes import routes
+from app.tracing import Tracing
+from outbox import trace
 from outbox.errors import ConfigurationError
 from outbox.log import configure, get_logger
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
@@ -43,22 +48,29 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         database = Database(settings)
         hub = Hub(database, settings.listen_url)
-        app.state.context = Context(settings, database, WorkerPresence(database), hub)
+        stuck = StuckWatch(settings, database.connection)
+        authenticator = Authenticator(settings, database)
+        app.state.context = Context(
+            settings, database, WorkerPresence(database), hub, stuck, authenticator, Limits(settings)
+        )
         await database.open()
+        stuck.work_came()  # before we started
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
             yield
         finally:
             hub.close()
+            await stuck.close()
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            await authenticator.close()
             await database.close()
 
     app = Starlette(
-        routes=[*routes(), *reference.routes()],
-        middleware=[Middleware(AccessLog)],
+        routes=[*routes(), *reference.routes(), *dashboard.routes()],
+        middleware=[Middleware(Tracing), Middleware(CountRequests), Middleware(AccessLog)],
         exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
     )
@@ -110,19 +122,23 @@ def run(settings: Settings) -> None:
     Raises ConfigurationError if the host is not allowed or the address cannot be had.
     """
     configure(level=settings.log_level)
+    trace.configure("sendoff-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:
         server = Server(app)
         # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
         # once it has shut down, it does nothing: for us that is a normal end.
         previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
-        everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
-        log.warning("dev_identity", host=settings.host, warning=f"no authentication: {everybody} is operator")
+        if not settings.token_required:
+            everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
+            warning = f"no authentication: {everybody} is operator"
+            log.warning("dev_identity", host=settings.host, warning=warning)
         try:
             server.run([listening])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            trace.shutdown()
     log.info("api_stopped")
 
 

@@ -10,7 +10,9 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from outbox.callback import URL_LENGTH, check_callback, parse_networks
 from outbox.names import BRANCH_LENGTH, REPO_LENGTH, TITLE_LENGTH, check_branch, check_repo, check_title
+from outbox.settings import Settings
 
 PROMPT_LENGTH = 200_000  # CHECK prompt_text_length
 MAX_SEQ = 2**63 - 1
@@ -26,13 +28,60 @@ def _storable(text: str) -> str:
 
 
 def _repo(repo: str, info: ValidationInfo) -> str:
-    return check_repo(repo, allow_file=bool(info.context and info.context["allow_file_repos"]))
+    return check_repo(repo, allow_file=_settings(info).allow_file_repos)
+
+
+def _settings(info: ValidationInfo) -> Settings:
+    assert info.context is not None
+    found = info.context["settings"]
+    assert isinstance(found, Settings)
+    return found
+
+
+def _callback(url: str, info: ValidationInfo) -> str:
+    settings = _settings(info)
+    if settings.webhook_secret is None:
+        raise ValueError("webhooks are not set up here: SENDOFF_WEBHOOK_SECRET is not set")
+    return check_callback(url, parse_networks(settings.webhook_allow))
 
 
 Storable = AfterValidator(_storable)
-Repo = Annotated[str, Field(max_length=REPO_LENGTH), AfterValidator(_repo)]
-Branch = Annotated[str, Field(max_length=BRANCH_LENGTH), AfterValidator(check_branch)]
-Title = Annotated[str, Field(max_length=TITLE_LENGTH), AfterValidator(check_title)]
+# The patterns are for the document: they let pass all that the checks do, and the checks explain better.
+Repo = Annotated[
+    str,
+    Field(
+        max_length=REPO_LENGTH,
+        examples=["octo/tools"],
+        json_schema_extra={
+            "pattern": r"^([A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9._-]+|(https|ssh|file)://[!-~]+"
+            r"|[A-Za-z0-9_][A-Za-z0-9._-]*@[!-~]+)$"
+        },
+    ),
+    AfterValidator(_repo),
+]
+Branch = Annotated[
+    str,
+    Field(
+        max_length=BRANCH_LENGTH,
+        examples=["main"],
+        json_schema_extra={"pattern": r"^[A-Za-z0-9._/+@#=,()-]+$"},
+    ),
+    AfterValidator(check_branch),
+]
+Callback = Annotated[
+    str,
+    Field(
+        max_length=URL_LENGTH,
+        examples=["https://hooks.example/sendoff"],
+        json_schema_extra={"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[!-~]+$"},
+    ),
+    AfterValidator(_callback),
+]
+Title = Annotated[
+    str,
+    Field(max_length=TITLE_LENGTH, examples=["Fix it"], json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(check_title),
+]
 PromptText = Annotated[str, Field(min_length=1, max_length=PROMPT_LENGTH), Storable]
 
 InboxStatus = Literal["active", "pending", "completed", "archived"]
@@ -63,6 +112,8 @@ class SessionCreate(Request):
     """The branch the work goes to. Default: `sendoff/`, words of the title, and a part of the id."""
     parent: UUID | None = None
     """The session this one continues."""
+    callback_url: Callback | None = None
+    """Where its webhooks go."""
 
     @model_validator(mode="after")
     def _two_branches(self) -> Self:
@@ -113,7 +164,7 @@ class RowQuery(Request):
 
 class ReadyQuery(Request):
     workers: Literal["0", "1"] = "0"
-    """`1`: not ready without a worker present."""
+    """`1`: not ready either without a worker present, or when a row is stuck."""
 
 
 class NoQuery(Request):
@@ -128,6 +179,7 @@ class Session(Answer):
     branch: str
     title: str
     parent: UUID | None
+    callback_url: str | None
     inbox_status: InboxStatus
     """`active`: work waits. `pending`: a worker has it. `completed`: nothing is left to do. `archived`."""
     session_status: SessionStatus
@@ -249,6 +301,11 @@ class Ready(Answer):
     listener: bool
     """Whether the connection that feeds the event streams is up."""
     worker_present: bool
+    """Whether a worker is there that runs sessions."""
+    nothing_stuck: bool
+    """Whether no row has been due for longer than SENDOFF_STUCK_AFTER."""
+    stuck: str | None = None
+    """What is stuck, and why."""
 
 
 class FieldError(Answer):

@@ -18,7 +18,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
     "Idempotency-Key": {
         "description": "Repeat a request under its key and get the first answer, not a second session. "
         "A string in double quotes; without them it is the same key.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 257},
+        "schema": {"type": "string", "pattern": '^("[ !#-~]{1,255}"|[!#-~]{1,255})$'},
     },
     "traceparent": {
         "description": "W3C trace context; kept with the outbox row.",
@@ -33,8 +33,30 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "`true`: this is the first answer under this key, given again.",
         "schema": {"type": "string", "const": "true"},
     },
+    "WWW-Authenticate": {
+        "description": "The challenge of RFC 6750; `error` says what is wrong with the token.",
+        "schema": {"type": "string"},
+    },
     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
     "Allow": {"description": "The methods of this path.", "schema": {"type": "string"}},
+}
+
+# Of each event of the stream; `data` is JSON.
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["message", "superseded", "status"]},
+        "id": {"type": "string"},
+        "data": {"type": "string"},
+    },
+}
+
+_BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A token of the configured OpenID Connect issuer, or an API token (`sendoff token "
+    "create`). In development mode, on loopback only, none is needed.",
 }
 
 
@@ -54,7 +76,7 @@ def document() -> dict[str, Any]:
             "description": _problems_text(),
         },
         "paths": paths,
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": _schemas(), "securitySchemes": {"bearer": _BEARER}},
     }
 
 
@@ -75,6 +97,8 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         "parameters": _parameters(endpoint),
         "responses": responses,
     }
+    if endpoint.access != "anybody":
+        operation["security"] = [{"bearer": []}]
     if endpoint.body:
         schema = {"$ref": _REF.format(model=endpoint.body.__name__)}
         content = {media_type: {"schema": schema} for media_type in endpoint.body_types}
@@ -118,7 +142,7 @@ def _answer(
         schema: dict[str, Any] = {"$ref": _REF.format(model=model.__name__)}
         answer["content"] = {endpoint.gives: {"schema": schema}}
     elif endpoint.gives == EVENTS and status == 200:
-        answer["content"] = {EVENTS: {"schema": {"type": "string"}}}
+        answer["content"] = {EVENTS: {"schema": _EVENT}}
     if headers := endpoint.answer_headers.get(status):
         answer["headers"] = {name: _HEADERS[name] for name in headers}
     return answer
@@ -136,8 +160,8 @@ def _problem(status: int, kinds: list[str]) -> dict[str, Any]:
         "description": " ".join(f"{KINDS[kind][1]}." for kind in kinds),
         "content": {MEDIA_TYPE: {"schema": schema}},
     }
-    if status == 503:
-        answer["headers"] = {"Retry-After": _HEADERS["Retry-After"]}
+    if name := {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}.get(status):
+        answer["headers"] = {name: _HEADERS[name]}
     return answer
 
 

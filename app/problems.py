@@ -25,6 +25,7 @@ RETRY_AFTER = 2  # seconds: an outage is probed about once a second
 
 KINDS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The request cannot be read"),
+    "unauthorized": (401, "Who asks is not known"),
     "forbidden": (403, "This is not allowed"),
     "not-found": (404, "There is no such thing"),
     "method-not-allowed": (405, "This path does not take this method"),
@@ -36,6 +37,9 @@ KINDS: dict[str, tuple[int, str]] = {
     "unsupported-media-type": (415, "The body's media type is not understood"),
     "invalid": (422, "The request is not valid"),
     "key-reused": (422, "The Idempotency-Key was used for another request"),
+    "too-many-requests": (429, "Too many requests"),
+    "too-many-sessions": (429, "Too many unfinished sessions"),
+    "too-many-streams": (429, "Too many event streams"),
     "internal": (500, "Something went wrong here"),
     "unavailable": (503, "The database is not available"),
     "not-ready": (503, "This process is not ready"),

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import events, health, messages, models, rows, sessions
+from app import events, health, messages, metrics, models, rows, sessions
 from app.body import check_accept
-from app.identity import Identity, identify
+from app.context import context
+from app.identity import Identity
 from app.problems import KINDS
 
 Handler = Callable[[Request, Identity], Awaitable[Response]]
@@ -44,7 +45,7 @@ class Endpoint:
         """The kinds of problem this endpoint can answer with."""
         always = ["not-acceptable", "internal"]
         if self.access != "anybody":
-            always += ["forbidden", "unavailable"]
+            always += ["unauthorized", "forbidden", "too-many-requests", "unavailable"]
         if self.query or self.request_headers or self.body:
             always.append("invalid")
         if self.body:
@@ -64,7 +65,7 @@ ENDPOINTS = [
         sessions.create_session,
         "Create a session and the work it causes, in one transaction",
         {201: ("Created, or created before under this key.", models.SessionDetail)},
-        ("branch-taken", "key-reused"),
+        ("branch-taken", "key-reused", "too-many-sessions"),
         body=models.SessionCreate,
         body_types=sessions.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
@@ -108,7 +109,7 @@ ENDPOINTS = [
         sessions.create_prompt,
         "Add a turn to a session",
         {201: ("Created, or created before under this key.", models.PromptCreated)},
-        ("archived", "key-reused"),
+        ("archived", "key-reused", "too-many-sessions"),
         body=models.PromptCreate,
         body_types=sessions.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
@@ -144,6 +145,7 @@ ENDPOINTS = [
             ),
             204: ("Nothing will come any more; told to clients that come back.", None),
         },
+        ("too-many-streams",),
         query=models.EventQuery,
         gives=EVENTS,
         request_headers=("Last-Event-ID",),
@@ -214,6 +216,15 @@ ENDPOINTS = [
         query=models.ReadyQuery,
         access="anybody",
     ),
+    Endpoint(
+        "GET",
+        "/metrics",
+        metrics.metrics,
+        "Metrics for Prometheus",
+        {200: ("In its text format.", None)},
+        gives="text/plain",
+        access="anybody",
+    ),
 ]
 
 
@@ -230,7 +241,11 @@ def _route(path: str, methods: Mapping[str, Endpoint]) -> Route:
         request.state.route = path
         endpoint = methods["GET" if request.method == "HEAD" else request.method]
         check_accept(request, endpoint.gives)
-        identity = NOBODY if endpoint.access == "anybody" else identify(request)
+        identity = NOBODY
+        if endpoint.access != "anybody":
+            here = context(request)
+            identity = await here.authenticator.identify(request)
+            here.limits.admit(identity)
         return await endpoint.handler(request, identity)
 
     return Route(path, handle, methods=list(methods))

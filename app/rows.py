@@ -74,6 +74,7 @@ async def _change(request: Request, identity: Identity, change: str) -> Response
     if row[0] is None:
         state = json.loads(shown)["state"]
         raise Problem("wrong-state", f"A row that is {state} cannot take this: {change}.", state=state)
+    context(request).stuck.work_came()
     return json_response(shown, 202 if row[0] == "running" else 200)
 
 

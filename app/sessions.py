@@ -21,6 +21,7 @@ from app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
 from app.problems import Problem
 
 JSON = ("application/json",)
+SESSION_RETRY = 30  # seconds: a turn takes minutes
 PATCH = ("application/merge-patch+json", "application/json")
 
 # One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
@@ -39,9 +40,11 @@ CROSS JOIN LATERAL session_create(
     ROW(
         new.id, %(user_id)s::text, %(repo)s::text, %(target_branch)s::text,
         coalesce(%(branch)s::text, %(branch_stem)s::text || right(new.id::text, 8)),
-        %(title)s::text, %(parent)s::uuid, 'active', 'active', NULL, 0, new.at, new.at, NULL
+        %(title)s::text, %(parent)s::uuid, 'active', 'active', NULL, 0, new.at, new.at, NULL,
+        %(callback_url)s::text
     )::session,
-    %(prompt)s::text, %(worker_present)s::boolean, %(key)s::text, %(request_hash)s::bytea, %(trace)s::text
+    %(prompt)s::text, %(worker_present)s::boolean, %(key)s::text, %(request_hash)s::bytea, %(trace)s::text,
+    %(most_sessions)s::integer
 ) AS c
 """
 
@@ -49,7 +52,7 @@ _CREATE_PROMPT = """
 SELECT outcome, answer::text
 FROM prompt_create(
     %(id)s::uuid, %(scope)s::text, %(prompt)s::text, %(worker_present)s::boolean,
-    %(key)s::text, %(request_hash)s::bytea, %(trace)s::text)
+    %(key)s::text, %(request_hash)s::bytea, %(trace)s::text, %(user_id)s::text, %(most_sessions)s::integer)
 """
 
 _SHOW = """
@@ -123,6 +126,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
         "key": key,
         "request_hash": _hash("POST /sessions", asked),
         "trace": traceparent(request),
+        "most_sessions": None if identity.operator else here.settings.max_sessions,
     }
     for attempt in range(3):
         try:
@@ -145,6 +149,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
     outcome, session_id, answer = row
     _check_outcome(outcome)
     request.state.session = session_id
+    here.stuck.work_came()
     return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
 
 
@@ -160,6 +165,8 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
         "key": idempotency_key(request),
         "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked),
         "trace": traceparent(request),
+        "user_id": identity.user_id,
+        "most_sessions": None if identity.operator else here.settings.max_sessions,
     }
     try:
         row = await here.database.row(_CREATE_PROMPT, values)
@@ -173,6 +180,7 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
     if outcome == "archived":
         raise archived()
     _check_outcome(outcome)
+    here.stuck.work_came()
     return json_response(answer, 201, _replay_mark(outcome))
 
 
@@ -253,6 +261,12 @@ def archived() -> Problem:
 def _check_outcome(outcome: str) -> None:
     if outcome == "mismatch":
         raise Problem("key-reused", "Use a new key for a new request.")
+    if outcome == "limited":
+        raise Problem(
+            "too-many-sessions",
+            "You have as many unfinished sessions as you may; wait for one, or cancel it.",
+            headers={"Retry-After": str(SESSION_RETRY)},
+        )
 
 
 def _replay_mark(outcome: str) -> dict[str, str]:

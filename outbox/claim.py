@@ -37,6 +37,8 @@ class Claimed:
     max_attempts: int
     traceparent: str | None
     timeout: timedelta | None
+    waited: timedelta
+    """How long it had been due."""
 
 
 async def register(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import psycopg
 from psycopg.types.json import Jsonb
 
+from outbox import trace
 from outbox.errors import Duplicate
 
 OnDuplicate = Literal["reject", "keep", "replace"]
@@ -70,6 +71,8 @@ async def enqueue(
     `unique_key`: no two unfinished rows share it; a duplicate is refused (`reject`), answered with the
     id of the row that is there (`keep`), or updates that row if it has not started (`replace`).
 
+    `traceparent`: the W3C trace context the row belongs to; by default that of the span we are in.
+
     Raises Duplicate (also for `replace`, when the row runs already), psycopg.errors.CheckViolation
     when a value is out of bounds.
     """
@@ -81,7 +84,7 @@ async def enqueue(
         "available_at": available_at,
         "max_attempts": max_attempts,
         "unique_key": unique_key,
-        "traceparent": traceparent,
+        "traceparent": traceparent or trace.current(),
     }
     while True:
         cursor = await conn.execute(_ENQUEUE[on_duplicate], values)

@@ -52,6 +52,8 @@ class Job:
     connection: Callable[[], AbstractAsyncContextManager[Connection]] = field(repr=False)
     settled: bool = False
     """Whether the handler has ended the row itself, by `complete`, and that has been committed."""
+    traceparent: str | None = None
+    """This attempt's place in the trace of the row, for what the handler calls and enqueues."""
     _completing: bool = field(default=False, repr=False)
 
     @property

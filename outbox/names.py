@@ -47,6 +47,8 @@ def check_repo(repo: str, *, allow_file: bool = False) -> str:
         raise InvalidNameError("the repository URL must not contain a user name or password")
     if repo.startswith("file:") and not allow_file:
         raise InvalidNameError("file:// repositories are not allowed here")
+    if re.search(r"(^|[/:])\.\.?(/|$)", repo):
+        raise InvalidNameError("no part of the repository's path may be . or ..")
     if short := _GITHUB.fullmatch(repo):
         if short["name"].removesuffix(".git").strip(".") == "":
             raise InvalidNameError("the repository's name is only dots")

@@ -4,14 +4,27 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from outbox.callback import parse_networks, parse_secrets
 from outbox.errors import ConfigurationError
 
 
 def _variable(name: str) -> str:
     return f"SENDOFF_{name.upper()}"
+
+
+def _checked_networks(text: str) -> str:
+    parse_networks(text)
+    return text
+
+
+def _checked_secrets(text: SecretStr | None) -> SecretStr | None:
+    if text is None or not text.get_secret_value():
+        return None
+    parse_secrets(text.get_secret_value())
+    return text
 
 
 class Settings(BaseSettings):
@@ -38,7 +51,45 @@ class Settings(BaseSettings):
     """Port the API listens on; 0 picks a free one."""
 
     dev_identity: bool = False
-    """Serve everybody as operator even where strangers could connect: there is no authentication yet."""
+    """Serve everybody as operator even where strangers could connect. Without effect where tokens are
+    required, that is with SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN."""
+
+    require_token: bool = False
+    """Refuse requests without a token even without an issuer: then only API tokens are accepted."""
+
+    oidc_issuer: Annotated[str | None, Field(max_length=1000)] = None
+    """URL of the OpenID Connect issuer whose tokens are accepted; empty or unset: none."""
+
+    oidc_audience: Annotated[str, Field(min_length=1)] = "sendoff"
+    """What the `aud` of a token must contain."""
+
+    oidc_role_claim: str = "realm_access.roles"
+    """The claim that lists a user's roles, with dots between the names of nested ones."""
+
+    oidc_operator_role: Annotated[str, Field(min_length=1)] = "sendoff-operator"
+    """The role that makes a user an operator."""
+
+    oidc_client_id: Annotated[str, Field(min_length=1)] = "sendoff-dashboard"
+    """The client that the dashboard is at the issuer, for people who sign in with a browser."""
+
+    oidc_client_secret: SecretStr | None = None
+    """Its secret; unset: a public client, which PKCE alone protects."""
+
+    public_url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
+    """Where browsers reach the dashboard, such as `https://sendoff.example`. Default: as they say."""
+
+    max_sessions: Annotated[int, Field(ge=1)] = 100
+    """Unfinished sessions a user may have at once. Operators are not limited."""
+
+    request_rate: Annotated[float, Field(gt=0)] = 20.0
+    """Requests a second a user may send to one API process, ten times as many in a burst. Operators are
+    not limited."""
+
+    max_streams: Annotated[int, Field(ge=1)] = 50
+    """Event streams a user may have open at one API process. Operators are not limited."""
+
+    max_process_streams: Annotated[int, Field(ge=1)] = 5000
+    """Event streams that one API process keeps open, whoever opens them."""
 
     pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
     """Connections an API process opens at most."""
@@ -90,7 +141,24 @@ class Settings(BaseSettings):
     """Seconds between self-notifications that prove the LISTEN connection works; 0: none, for silence."""
 
     health_port: Annotated[int | None, Field(ge=0, le=65535)] = None
-    """Port of a worker's health checks on loopback; unset: none. 0 picks a free one."""
+    """Port of a worker's health checks and metrics; unset: none. 0 picks a free one."""
+
+    health_host: str = "127.0.0.1"
+    """Address of that port. Metrics name topics, no payloads; open it to the network that scrapes only."""
+
+    stuck_after: Annotated[float, Field(gt=0, le=30 * 86400)] = 60.0
+    """How long a row may be due until readiness fails and an alert is raised."""
+
+    stuck_webhook: Annotated[str | None, Field(pattern=r"^https?://")] = None
+    """URL that an alert is posted to, as JSON; unset: alerts are log lines only."""
+
+    webhook_secret: Annotated[SecretStr | None, AfterValidator(_checked_secrets)] = None
+    """What webhooks are signed with: `whsec_` and base64 of 24 to 64 bytes. Several, separated by spaces,
+    all sign, so that a secret can be replaced. Unset: sessions cannot name a callback_url."""
+
+    webhook_allow: Annotated[str, AfterValidator(_checked_networks)] = ""
+    """Networks, separated by commas, that webhooks may reach although they are not public, also by plain
+    http: `10.1.0.0/16,127.0.0.1`."""
 
     log_level: str = "info"
     """debug, info, warning or error. debug tells of every row."""
@@ -105,6 +173,11 @@ class Settings(BaseSettings):
     def listen_url(self) -> str:
         """The URL of the LISTEN connection."""
         return self.listen_database_url or self.database_url
+
+    @property
+    def token_required(self) -> bool:
+        """Whether the API authenticates: else it is in development mode."""
+        return self.require_token or bool(self.oidc_issuer)
 
     @property
     def pooled(self) -> bool:
@@ -123,6 +196,6 @@ def load() -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         problem = "is not set" if first["type"] == "missing" else first["msg"]
-        if name in os.environ and not name.endswith("URL"):
+        if name in os.environ and not name.endswith(("URL", "SECRET")):
             problem += f", not {os.environ[name]!r}"
         raise ConfigurationError(f"{name}: {problem}") from None

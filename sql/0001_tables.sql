@@ -22,6 +22,25 @@ $$;
 COMMENT ON FUNCTION uuid_v7() IS 'A UUID version 7; PostgreSQL has one of its own only since 18.';
 
 
+CREATE FUNCTION repo_key(repo text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT
+AS $$
+    -- host/path, without user, scheme and .git. Hosts, and GitHub's paths, are the same in any case.
+    SELECT CASE WHEN r.host_path ~* '^github\.com/' THEN lower(r.host_path)
+                ELSE lower(substring(r.host_path FROM '^[^/]*')) || substring(r.host_path FROM '/.*$') END
+    FROM (
+        SELECT regexp_replace(
+            CASE
+                WHEN repo ~ '^[A-Za-z]+://' THEN regexp_replace(repo, '^[A-Za-z]+://([^/@]*@)?', '')
+                WHEN repo ~ '^[^/@]+@' THEN regexp_replace(repo, '^[^@]*@(\[[^]]*\]|[^:]*):/?', '\1/')
+                ELSE 'github.com/' || repo
+            END, '(\.git)?/*$', '') AS host_path
+    ) AS r
+$$;
+COMMENT ON FUNCTION repo_key(text) IS
+    'The repository that a name means: octo/tools, git@github.com:octo/tools.git and https://github.com/octo/tools are one.';
+
+
 CREATE TABLE session (
     id             uuid PRIMARY KEY DEFAULT uuid_v7(),
     user_id        text NOT NULL DEFAULT 'local',
@@ -37,6 +56,7 @@ CREATE TABLE session (
     created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     deleted_at     timestamptz,
+    callback_url   text,
     CONSTRAINT session_inbox_status_known
         CHECK (inbox_status IN ('active', 'pending', 'completed', 'archived')),
     CONSTRAINT session_status_known
@@ -47,11 +67,14 @@ CREATE TABLE session (
     CONSTRAINT session_branch_length
         CHECK (length(branch) BETWEEN 1 AND 250 AND length(target_branch) BETWEEN 1 AND 250),
     CONSTRAINT session_title_length CHECK (length(title) BETWEEN 1 AND 200),
-    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255)
+    CONSTRAINT session_user_length CHECK (length(user_id) BETWEEN 1 AND 255),
+    CONSTRAINT session_callback_length CHECK (length(callback_url) BETWEEN 1 AND 1000)
 );
 CREATE INDEX session_newest ON session (created_at DESC, id DESC);
 CREATE INDEX session_newest_of_user ON session (user_id, created_at DESC, id DESC);
-CREATE UNIQUE INDEX session_branch_of_repo ON session (repo, branch) WHERE session_status = 'active';
+CREATE INDEX session_unfinished_of_user ON session (user_id) WHERE inbox_status IN ('active', 'pending');
+CREATE UNIQUE INDEX session_branch_of_repo ON session (repo_key(repo), branch)
+    WHERE session_status = 'active';
 CREATE INDEX session_parent ON session (parent) WHERE parent IS NOT NULL;
 
 COMMENT ON TABLE session IS 'A coding agent''s session on one branch of one repository.';
@@ -66,6 +89,7 @@ COMMENT ON COLUMN session.inbox_status IS
 COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
 COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}, and while it is kept for the next turn "keep_until"; null when none is.';
+COMMENT ON COLUMN session.callback_url IS 'Where its webhooks go; each time something of it ends (sql/0009_access.sql).';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 
 

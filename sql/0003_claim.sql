@@ -18,7 +18,8 @@ CREATE TYPE outbox_claimed AS (
     failures     integer,
     max_attempts integer,
     traceparent  text,
-    timeout      interval
+    timeout      interval,
+    waited       interval
 );
 
 
@@ -185,7 +186,7 @@ BEGIN
     FROM allowed AS a
     WHERE o.id = a.id
     RETURNING o.id, o.topic, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
-        o.traceparent, a.timeout;
+        o.traceparent, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
     IF claimed = 0 THEN
@@ -252,7 +253,8 @@ BEGIN
     ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
     IF cardinality(ended) < cardinality(ids) THEN
         RETURN QUERY
-        SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval
+        SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
+            NULL::interval
         FROM unnest(ids, attempts) AS f (id, attempt)
         WHERE f.id <> ALL (ended);
     END IF;

@@ -14,7 +14,7 @@ LANGUAGE sql STABLE
 AS $$
     SELECT jsonb_build_object(
         'id', s.id, 'user_id', s.user_id, 'repo', s.repo, 'target_branch', s.target_branch,
-        'branch', s.branch, 'title', s.title, 'parent', s.parent,
+        'branch', s.branch, 'title', s.title, 'parent', s.parent, 'callback_url', s.callback_url,
         'inbox_status', s.inbox_status, 'session_status', s.session_status,
         'created_at', s.created_at, 'updated_at', s.updated_at)
 $$;
@@ -47,7 +47,9 @@ LANGUAGE sql STABLE
 AS $$
     SELECT jsonb_build_object(
         'id', o.id, 'topic', o.topic, 'ordering_key', o.ordering_key,
-        'payload', o.payload #- '{sandbox,borrow_token}', -- a secret
+        'payload', CASE jsonb_typeof(o.payload -> 'sandbox')
+            WHEN 'object' THEN o.payload #- '{sandbox,borrow_token}' -- a secret
+            ELSE o.payload END,
         'state', o.state, 'priority', o.priority, 'attempt', o.attempt, 'failures', o.failures,
         'max_attempts', o.max_attempts, 'worker_id', o.worker_id, 'unique_key', o.unique_key,
         'errors', o.errors, 'available_at', o.available_at,
@@ -57,9 +59,28 @@ $$;
 COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API shows it to operators.';
 
 
+-- Counts under a lock of the user's, in a statement of its own: of two that are admitted at once the second
+-- sees the first. No limit, no lock.
+CREATE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF most_sessions IS NULL THEN
+        RETURN true;
+    END IF;
+    PERFORM pg_advisory_xact_lock(1397048892, hashtext(of_user));
+    RETURN (
+        SELECT count(*) < most_sessions FROM session AS s
+        WHERE s.user_id = of_user AND s.inbox_status IN ('active', 'pending'));
+END
+$$;
+COMMENT ON FUNCTION session_admit(text, integer) IS 'Whether the user may have another unfinished session.';
+
+
 -- Session, prompt and outbox row in one statement of the client's, so one round trip and one commit.
 -- With an Idempotency-Key its row comes first: a second request under the same key waits for the first
--- to commit, then gets the first answer. outcome: created, replayed, mismatch (another body).
+-- to commit, then gets the first answer. outcome: created, replayed, mismatch (another body), limited
+-- (the user has most_sessions unfinished ones).
 CREATE FUNCTION session_create(
     new_session      session,
     prompt_text      text,
@@ -67,6 +88,7 @@ CREATE FUNCTION session_create(
     idempotency_key  text DEFAULT NULL,
     request_hash     bytea DEFAULT NULL,
     trace            text DEFAULT NULL,
+    most_sessions    integer DEFAULT NULL,
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
@@ -87,6 +109,13 @@ BEGIN
         'prompts', CASE WHEN prompt_text IS NULL THEN '[]' ELSE jsonb_build_array(prompt_json(new_prompt)) END,
         'worker_present', worker_present);
 
+    IF NOT session_admit(new_session.user_id, most_sessions)
+        AND NOT EXISTS (
+            SELECT FROM idempotency AS i WHERE i.user_id = new_session.user_id AND i.key = idempotency_key)
+    THEN
+        outcome := 'limited';
+        RETURN;
+    END IF;
     IF idempotency_key IS NOT NULL THEN
         INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
         VALUES (new_session.user_id, idempotency_key, request_hash, new_session.id, answer)
@@ -112,12 +141,13 @@ BEGIN
     outcome := 'created';
 END
 $$;
-COMMENT ON FUNCTION session_create(session, text, boolean, text, bytea, text) IS
+COMMENT ON FUNCTION session_create(session, text, boolean, text, bytea, text, integer) IS
     'Writes a session, its prompt and its outbox row; answers as POST /sessions does.';
 
 
 -- A follow-up turn. Locks the session, so that it cannot be archived, nor its status set, meanwhile.
--- outcome: created, replayed, mismatch, missing, archived.
+-- The answer is kept under the key of by_user, who asks and need not be the owner. outcome: created,
+-- replayed, mismatch, missing, archived, limited.
 CREATE FUNCTION prompt_create(
     of_session      uuid,
     of_user         text,
@@ -126,6 +156,8 @@ CREATE FUNCTION prompt_create(
     idempotency_key text DEFAULT NULL,
     request_hash    bytea DEFAULT NULL,
     trace           text DEFAULT NULL,
+    by_user         text DEFAULT NULL,
+    most_sessions   integer DEFAULT NULL,
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
@@ -145,7 +177,7 @@ BEGIN
     END IF;
     IF idempotency_key IS NOT NULL THEN
         SELECT i.* INTO earlier FROM idempotency AS i
-        WHERE i.user_id = target.user_id AND i.key = idempotency_key;
+        WHERE i.user_id = coalesce(by_user, target.user_id) AND i.key = idempotency_key;
         IF FOUND THEN
             outcome := CASE WHEN earlier.request_hash = request_hash THEN 'replayed' ELSE 'mismatch' END;
             answer := earlier.answer;
@@ -154,6 +186,10 @@ BEGIN
     END IF;
     IF target.session_status = 'archived' THEN
         outcome := 'archived';
+        RETURN;
+    END IF;
+    IF target.inbox_status = 'completed' AND NOT session_admit(target.user_id, most_sessions) THEN
+        outcome := 'limited';
         RETURN;
     END IF;
 
@@ -172,12 +208,12 @@ BEGIN
     answer := prompt_json(new_prompt) || jsonb_build_object('worker_present', worker_present);
     IF idempotency_key IS NOT NULL THEN
         INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
-        VALUES (target.user_id, idempotency_key, request_hash, of_session, answer);
+        VALUES (coalesce(by_user, target.user_id), idempotency_key, request_hash, of_session, answer);
     END IF;
     outcome := 'created';
 END
 $$;
-COMMENT ON FUNCTION prompt_create(uuid, text, text, boolean, text, bytea, text) IS
+COMMENT ON FUNCTION prompt_create(uuid, text, text, boolean, text, bytea, text, text, integer) IS
     'Adds a user turn to a session, with its outbox row; answers as POST /sessions/{id}/prompts does.';
 
 
@@ -293,11 +329,12 @@ BEGIN
     WHERE id = of_session;
 
     IF next_status = 'completed' AND held IS NOT NULL THEN
-        INSERT INTO outbox (topic, ordering_key, payload, available_at, max_attempts)
+        INSERT INTO outbox (topic, ordering_key, payload, available_at, traceparent, max_attempts)
         VALUES (
             'sandbox.return', NULL,
             jsonb_build_object('session_id', of_session, 'sandbox', held),
             coalesce(keep_until, clock_timestamp()),
+            OLD.traceparent,
             32767); -- never gives up
     END IF;
     RETURN NULL;

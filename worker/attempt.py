@@ -12,6 +12,7 @@ from enum import Enum
 
 import structlog
 
+from outbox import trace
 from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
 from outbox.handler import Handler, Job, Run
 from outbox.log import get_logger
@@ -65,10 +66,13 @@ _BY_STOP = {
 class Attempt:
     """A handler at work on a row, in a task of its own."""
 
-    __slots__ = ("_handler", "_stop", "_task", "job")
+    __slots__ = ("_handler", "_stop", "_task", "job", "started_at")
 
-    def __init__(self, job: Job, handler: Handler, ended: Callable[["Attempt", Outcome], None]) -> None:
+    def __init__(
+        self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
+    ) -> None:
         self.job = job
+        self.started_at = started_at
         self._handler = handler
         self._stop: Stop | None = None
         self._task = asyncio.create_task(self._run())
@@ -88,14 +92,35 @@ class Attempt:
         structlog.contextvars.bind_contextvars(outbox_id=row.id, attempt=row.attempt, topic=row.topic)
         if isinstance(session := row.payload.get("session_id"), str):
             structlog.contextvars.bind_contextvars(session_id=session)
+        limit = asyncio.timeout(timeout.total_seconds() if timeout else None)
+        if row.traceparent is None and not trace.exporting():
+            async with limit:
+                await self._call()
+            return
+        with trace.span(
+            f"{row.topic} attempt",
+            row.traceparent,
+            "consumer",
+            {
+                "sendoff.topic": row.topic,
+                "sendoff.outbox_id": row.id,
+                "sendoff.attempt": row.attempt,
+                "sendoff.waited_seconds": row.waited.total_seconds(),
+            },
+            not_errors=(HandBack, Cancelled, Fenced),
+        ) as span:
+            self.job.traceparent = span.traceparent
+            async with limit:
+                await self._call()
+
+    async def _call(self) -> None:
         log.debug("started")
-        async with asyncio.timeout(timeout.total_seconds() if timeout else None):
-            if self._handler.blocking:
-                await _in_thread(self._handler.run, self.job)
-            else:
-                running = self._handler.run(self.job)
-                assert running is not None
-                await running
+        if self._handler.blocking:
+            await _in_thread(self._handler.run, self.job)
+        else:
+            running = self._handler.run(self.job)
+            assert running is not None
+            await running
 
     def _outcome(self) -> Outcome:
         job = self.job

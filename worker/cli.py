@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import uvloop
 
-from outbox import log
+from outbox import log, trace
 from outbox.errors import ConfigurationError, SchemaError
 from outbox.handler import Handler, installed_handlers
 from outbox.settings import Settings, load
@@ -55,6 +55,14 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
         log.configure(level=settings.log_level)
     except ValueError as error:
         raise ConfigurationError(f"SENDOFF_LOG_LEVEL: {error}") from None
+    trace.configure("sendoff-worker")
+    try:
+        return _start(arguments, argv, settings)
+    finally:
+        trace.shutdown()
+
+
+def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -> int:
     handlers = _choose(installed_handlers(), arguments.topics)
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))
@@ -99,12 +107,12 @@ async def _work(
 ) -> None:
     worker = Worker(settings, handlers, concurrency)
     _on_signals(worker.drain)
-    link = None if parent is None else await Link.open(parent, worker.drain)
+    link = None if parent is None else await Link.open(parent, worker.drain, worker.snapshot)
     if link is not None:
         worker.tell = link.tell
     server = None
     if settings.health_port is not None and parent is None:
-        server = await health.serve(settings.health_port, worker.readiness)
+        server = await health.serve(settings, health.Source(worker.readiness, worker.snapshot))
         log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     try:
         await worker.run()
@@ -119,7 +127,8 @@ async def _supervise(settings: Settings, parent: Parent) -> int:
     _on_signals(parent.drain)
     server = None
     if settings.health_port is not None:
-        server = await health.serve(settings.health_port, parent.readiness)
+        server = await health.serve(settings, health.Source(parent.readiness, parent.snapshot))
+        log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     await parent.run()
     if server is not None:
         server.close()

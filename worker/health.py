@@ -1,23 +1,49 @@
-"""A worker's health, over HTTP on loopback. It answers from what the worker knows and asks nobody.
+"""A worker's health and metrics, over HTTP.
 
 `/healthz`: the process and its loop are alive. `/readyz`: it is connected, so that it hears of new rows.
+Both are answered from what the worker knows; they ask nobody. `/readyz?workers=1` also asks the database
+whether somebody is present and nothing waits too long, and `/metrics` how much waits: one connection and
+one query each, at a scrape and never in between.
 """
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
-Readiness = Callable[[], dict[str, Any]]
-"""What /readyz shows; `ready` decides the status."""
+import psycopg
+
+from outbox.connect import bounded, connect
+from outbox.metrics import CONTENT_TYPE, database_metrics, render, unreachable
+from outbox.ready import outbox_ready
+from outbox.settings import Settings
+from worker.metrics import Snapshot, families
 
 _TIMEOUT = 5.0
+_DATABASE_TIMEOUT = 3.0
+_JSON = "application/json"
 
 
-async def serve(port: int, readiness: Readiness) -> asyncio.Server:
-    """Answer health checks on 127.0.0.1 until the server returned is closed. Raises OSError."""
+@dataclass(frozen=True)
+class Source:
+    """What this process knows of itself."""
+
+    readiness: Callable[[], dict[str, Any]]
+    """What /readyz shows; `ready` decides the status."""
+    snapshot: Callable[[], Awaitable[Snapshot]]
+
+
+async def serve(settings: Settings, source: Source) -> asyncio.Server:
+    """Answer on SENDOFF_HEALTH_HOST and SENDOFF_HEALTH_PORT until the server returned is closed.
+
+    Raises OSError.
+    """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, ValueError, TimeoutError):
@@ -25,27 +51,69 @@ async def serve(port: int, readiness: Readiness) -> asyncio.Server:
                 request = await reader.readline()
                 while (await reader.readline()).strip():  # headers, of no interest
                     pass
-                writer.write(_response(request, readiness))
+                method, _, rest = request.decode("latin-1").partition(" ")
+                status, kind, body = await _answer(method, rest.partition(" ")[0], settings, source)
+                writer.write(_response(status, kind, b"" if method == "HEAD" else body, len(body)))
                 await writer.drain()
         writer.close()
 
-    return await asyncio.start_server(answer, "127.0.0.1", port, limit=8192)
+    return await asyncio.start_server(answer, settings.health_host, settings.health_port, limit=8192)
 
 
-def _response(request: bytes, readiness: Readiness) -> bytes:
-    method, _, rest = request.decode("latin-1").partition(" ")
-    path = rest.partition(" ")[0].partition("?")[0]
-    status, body = "404 Not Found", {"title": "Not Found", "status": 404}
+async def _answer(
+    method: str, target: str, settings: Settings, source: Source
+) -> tuple[HTTPStatus, str, bytes]:
+    url = urlsplit(target)
     if method not in ("GET", "HEAD"):
-        status, body = "405 Method Not Allowed", {"title": "Method Not Allowed", "status": 405}
-    elif path == "/healthz":
-        status, body = "200 OK", {"alive": True}
-    elif path == "/readyz":
-        body = readiness()
-        status = "200 OK" if body["ready"] else "503 Service Unavailable"
-    text = json.dumps(body).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
-    return f"{head}Connection: close\r\n\r\n".encode() + (b"" if method == "HEAD" else text)
+        return _problem(HTTPStatus.METHOD_NOT_ALLOWED)
+    match url.path:
+        case "/healthz":
+            return HTTPStatus.OK, _JSON, json.dumps({"alive": True}).encode()
+        case "/readyz":
+            body = source.readiness()
+            if parse_qs(url.query).get("workers") == ["1"]:
+                body |= await _others(settings)
+            ready = body["ready"] and body.get("outbox_ready", True)
+            status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+            return status, _JSON, json.dumps(body).encode()
+        case "/metrics":
+            database = await _database_metrics(settings)
+            return HTTPStatus.OK, CONTENT_TYPE, render(families(await source.snapshot()), database)
+    return _problem(HTTPStatus.NOT_FOUND)
+
+
+def _problem(status: HTTPStatus) -> tuple[HTTPStatus, str, bytes]:
+    return status, "application/problem+json", json.dumps({"title": status.phrase, "status": status}).encode()
+
+
+def _response(status: HTTPStatus, kind: str, body: bytes, length: int) -> bytes:
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body
+
+
+async def _others(settings: Settings) -> dict[str, Any]:
+    """What the database says: the same as the API's /readyz?workers=1."""
+    try:
+        async with asyncio.timeout(_DATABASE_TIMEOUT), await _connect(settings) as conn:
+            with bounded(conn, _DATABASE_TIMEOUT):
+                found = await outbox_ready(conn, timedelta(seconds=settings.stuck_after))
+    except (psycopg.Error, OSError, TimeoutError) as error:
+        return {"outbox_ready": False, "reason": f"the database does not answer: {str(error).strip()}"}
+    return {"outbox_ready": found.ready, "workers": found.workers, "reason": found.reason}
+
+
+async def _database_metrics(settings: Settings) -> list[Any]:
+    try:
+        async with asyncio.timeout(_DATABASE_TIMEOUT), await _connect(settings) as conn:
+            with bounded(conn, _DATABASE_TIMEOUT):
+                return await database_metrics(conn)
+    except (psycopg.Error, OSError, TimeoutError):
+        return unreachable()
+
+
+async def _connect(settings: Settings) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+    lease = timedelta(seconds=settings.lease)
+    return await connect(settings.database_url, "sendoff worker health", lease, pooled=settings.pooled)
 
 
 def check(port: int) -> str | None:

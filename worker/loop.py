@@ -13,7 +13,7 @@ connection. Then it takes a turn:
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -25,6 +25,7 @@ from uuid import UUID
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
+from outbox import trace
 from outbox.claim import (
     Claimed,
     claim,
@@ -42,9 +43,11 @@ from outbox.handler import Connection, Handler, Job
 from outbox.log import get_logger
 from outbox.migrate import check_schema
 from outbox.settings import Settings
+from outbox.stuck import StuckWatch
 from worker.attempt import Attempt, End, Outcome, Stop
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
+from worker.metrics import STATS, Snapshot
 from worker.park import Parking, Stage
 
 log = get_logger(__name__)
@@ -54,6 +57,17 @@ _BUSY = 0.02
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
+
+
+_OUTCOMES = {
+    "settled by its handler": "done",
+    "ready": "retry",
+    "dead": "dead",
+    "cancelled": "cancelled",
+    "handed back": "handed_back",
+    "fenced": "fenced",
+}
+"""What the metrics call the state that an attempt left."""
 
 
 class Worker:
@@ -77,6 +91,8 @@ class Worker:
         self._event = asyncio.Event()
         self._look = True
         self._told_draining = False
+        self._stats = STATS
+        self._stats.topics = sorted(handlers)
         self._full_stop = False
         self._control: Connection
         self._listener: Listener
@@ -96,6 +112,7 @@ class Worker:
             max_size=min(concurrency, 20) + 1,
             open=False,
         )
+        self._stuck = StuckWatch(settings, self._pool.connection)
 
     # The life of the worker.
 
@@ -126,6 +143,7 @@ class Worker:
                             return
             finally:
                 self._lease.close()
+                await self._stuck.close()
 
     async def _while_connected(self) -> None:
         settings = self._settings
@@ -140,6 +158,9 @@ class Worker:
                 await self._introduce()
             self._listener.start(self._event.set)
             self._set_connected(True)
+            self._stats.count("sendoff_worker_connects")
+            self._stats.woken("reconnect")
+            self._stuck.work_came()
             await self._turns()
 
     async def _introduce(self) -> None:
@@ -198,6 +219,18 @@ class Worker:
             "draining": self.draining,
         }
 
+    async def snapshot(self) -> Snapshot:
+        """What has been counted and holds now, for metrics. From memory, as `readiness`."""
+        return self._stats.snapshot(
+            {
+                "sendoff_worker_listen_connected": self.connected,
+                "sendoff_worker_processes": 1,
+                "sendoff_worker_parked": self._parking.stage is Stage.PARKED,
+                "sendoff_worker_running": len(self._running),
+                "sendoff_worker_slots": self._concurrency,
+            }
+        )
+
     def drain(self) -> None:
         """Claim nothing more; what runs may finish. The second call hands it back at once."""
         if self.draining:
@@ -216,6 +249,7 @@ class Worker:
 
     def _lease_lost(self) -> None:
         if self._running:
+            self._stats.count("sendoff_worker_leases_lost")
             log.error("lease_lost", worker_id=str(self.id), running=len(self._running))
             self._stop_all(Stop.LOST)
 
@@ -227,6 +261,7 @@ class Worker:
             if topic != "*" and topic not in self._handlers:
                 return
             if due == "0":
+                self._woken("notify")
                 self._look = True
                 self._event.set()
             else:  # not yet: bring the timer forward, without a query
@@ -245,9 +280,14 @@ class Worker:
             self._look_at = self._rescue_at = at
             self._event.set()
 
+    def _woken(self, cause: str) -> None:
+        if self._parking.stage is not Stage.AWAKE:
+            self._stats.woken(cause)
+
     def _attempt_ended(self, attempt: Attempt, outcome: Outcome) -> None:
         if self._running.get(attempt.job.row.id) is attempt:
             del self._running[attempt.job.row.id]
+        self._stats.ran(attempt.job.row.topic, time.monotonic() - attempt.started_at)
         if outcome.job.worker_id == self.id:
             self._ended.append(outcome)
         self._event.set()
@@ -278,6 +318,7 @@ class Worker:
         if now >= self._probe_at:
             await self._probe()
         if now >= self._look_at:
+            self._woken("deadline")
             self._look = True
         if self.draining and not self._told_draining:
             await self._tell_draining()
@@ -368,13 +409,16 @@ class Worker:
                 stay_parked=stay_parked,
                 connection=self._listener.presence,
             )
+        self._stats.looked(len(rows))
         if rows:
+            self._stuck.work_came()
+            self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
             self._look_again = _LOOK_FIRST
             self._lease.claimed(asked_at)
             log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
-            self._running[row.id] = Attempt(job, self._handlers[row.topic], self._attempt_ended)
+            self._running[row.id] = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
         return rows
 
     async def _complete(self, completed: list[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -383,6 +427,14 @@ class Worker:
         return {token for token in completed if token[0] in ended}
 
     def _completed(self, tokens: list[tuple[int, int]], refused: set[tuple[int, int]]) -> None:
+        ended = Counter(o.job.row.topic for o in self._ended if o.end is End.COMPLETE)
+        lost = (
+            Counter(o.job.row.topic for o in self._ended if o.job.token in refused) if refused else Counter()
+        )
+        for topic, count in (ended - lost).items():
+            self._stats.count("sendoff_worker_attempts", topic, "done", by=count)
+        for topic, count in lost.items():
+            self._stats.count("sendoff_worker_attempts", topic, "fenced", by=count)
         self._ended = [o for o in self._ended if o.end is not End.COMPLETE]
         for row_id, attempt in refused:
             log.warning("fenced", outbox_id=row_id, attempt=attempt)
@@ -418,6 +470,7 @@ class Worker:
         self._rescue_at = min(self._rescue_at, self._announced)
 
     def _repeat_look(self) -> None:
+        self._stats.count("sendoff_worker_repeated_looks")
         now = time.monotonic()
         again = now + self._look_again
         self._look_at = again if self._look_at <= now else min(self._look_at, again)
@@ -453,6 +506,7 @@ class Worker:
         )
         row = await cursor.fetchone()
         if row is not None and row[0]:
+            self._stats.count("sendoff_worker_rescued", by=row[0])
             log.warning("rescued", workers=row[0], worker_id=str(self.id))
         self._look = True
 
@@ -460,7 +514,8 @@ class Worker:
         """Step 2: end what was not simply completed. An outcome is dropped only once it is committed."""
         assert self.id is not None
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
-            job, state = outcome.job, "settled by its handler"
+            job = outcome.job
+            state = "settled by its handler" if job.settled else "fenced"
             try:
                 match outcome.end:
                     case End.FAIL:
@@ -486,6 +541,7 @@ class Worker:
             except Fenced:
                 state = "fenced"
             self._ended.remove(outcome)
+            self._stats.count("sendoff_worker_attempts", job.row.topic, _OUTCOMES[state])
             log.info(
                 "ended",
                 outbox_id=job.row.id,
@@ -493,6 +549,7 @@ class Worker:
                 topic=job.row.topic,
                 state=state,
                 reason=outcome.reason or None,
+                **trace.log_fields(job.traceparent),
             )
 
     async def _tell_draining(self) -> None:

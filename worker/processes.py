@@ -1,7 +1,8 @@
 """`worker --processes N`: one parent that runs N worker processes and sees at once when one dies.
 
 1. Each child holds one end of a socket pair, on which it tells its worker id, each time it has a new one,
-   and whether it is connected. It drains when its parent's end closes: no orphan goes on alone.
+   whether it is connected, and, when it is asked, what it has counted. It drains when its parent's end
+   closes: no orphan goes on alone.
 2. A child that dies without a drain (out of memory, a crash, SIGKILL) is known to be dead, not only
    silent: the parent ends its life in the database at once (outbox_end_worker) instead of leaving its
    rows to the end of the lease. If the database cannot be reached, the lease does it.
@@ -10,11 +11,12 @@
 """
 
 import asyncio
+import json
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -25,10 +27,13 @@ import psycopg
 from outbox.connect import bounded, connect
 from outbox.log import get_logger
 from outbox.settings import Settings
+from worker.metrics import Snapshot, merge, without_gauges
 
 log = get_logger(__name__)
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 30.0
+_ANSWER = 1.0
+_LINE = 2**20
 _YOUNG = 60.0
 """A child that lived this many seconds is replaced at once."""
 
@@ -42,6 +47,7 @@ class Parent:
         self._count = count
         self._children: dict[int, Child] = {}
         self._ending = asyncio.Event()
+        self._dead: Snapshot = {}
 
     async def run(self) -> None:
         """Until every child has ended after `drain`."""
@@ -58,6 +64,11 @@ class Parent:
         ready = [child.connected for child in self._children.values()]
         return {"ready": len(ready) == self._count and all(ready), "processes": len(ready)}
 
+    async def snapshot(self) -> Snapshot:
+        """What all children, the dead included, have counted."""
+        alive = await asyncio.gather(*(child.snapshot() for child in self._children.values()))
+        return merge([self._dead, *alive])
+
     async def _keep(self, place: int) -> None:
         delay = _BACKOFF_FIRST
         while not self._ending.is_set():
@@ -68,6 +79,7 @@ class Parent:
                 child.terminate()
             status = await child.ended()
             del self._children[place]
+            self._dead = merge([self._dead, without_gauges(child.counted)])
             if status == 0 and self._ending.is_set():
                 return
             log.error("child_died", pid=child.pid, status=status, worker_id=str(child.worker_id))
@@ -103,6 +115,8 @@ class Child:
         self.pid = process.pid
         self.worker_id: UUID | None = None
         self.connected = False
+        self.counted: Snapshot = {}
+        self._told: asyncio.Future[None] | None = None
         self._process = process
         self._news = news
 
@@ -120,7 +134,7 @@ class Child:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
             )
-        news, writer = await asyncio.open_connection(sock=ours)
+        news, writer = await asyncio.open_connection(sock=ours, limit=_LINE)
         child = cls(process, news)
         child._writer = writer  # kept open: its closing tells the child that we are gone
         return child
@@ -132,6 +146,16 @@ class Child:
         with suppress(ProcessLookupError):
             self._process.terminate()
 
+    async def snapshot(self) -> Snapshot:
+        """What it has counted; the last known if it does not answer at once."""
+        if self._told is None or self._told.done():
+            self._told = asyncio.get_running_loop().create_future()
+            self._writer.write(b"count\n")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER):
+                await asyncio.shield(self._told)
+        return self.counted
+
     async def ended(self) -> int:
         """Read its news until it has ended; its exit status, or minus the signal that killed it."""
         with suppress(OSError):
@@ -141,6 +165,10 @@ class Child:
                     self.worker_id = UUID(value)
                 elif word == "connected":
                     self.connected = value == "yes"
+                elif word == "counted":
+                    self.counted = json.loads(value)
+                    if self._told is not None and not self._told.done():
+                        self._told.set_result(None)
         status = await self._process.wait()
         self._writer.close()
         return status
@@ -154,17 +182,21 @@ class Link:
         self._watch = watch
 
     @classmethod
-    async def open(cls, descriptor: int, parent_gone: Callable[[], None]) -> "Link":
+    async def open(
+        cls, descriptor: int, parent_gone: Callable[[], None], snapshot: Callable[[], Awaitable[Snapshot]]
+    ) -> "Link":
         """Take over the file descriptor; `parent_gone` is called once."""
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
 
         async def watch() -> None:
             with suppress(OSError):
-                await reader.read()
+                while await reader.readline():  # there is one question only
+                    link.tell("counted", json.dumps(await snapshot()))
             log.warning("parent_gone")
             parent_gone()
 
-        return cls(writer, asyncio.create_task(watch()))
+        link = cls(writer, asyncio.create_task(watch()))
+        return link
 
     def tell(self, word: str, value: str) -> None:
         """One line of news."""

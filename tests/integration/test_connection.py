@@ -27,7 +27,7 @@ from outbox import Job, migrate
 from outbox.connect import connect as connect_noticing
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
-from tests.integration.test_parking import end_listener
+from tests.integration.test_parking import end_listener, end_session
 from tests.support.process import ROOT, running
 from tests.support.steps import add, claim, column, get, new_worker, one, until
 from tests.support.worker import install, watched
@@ -216,7 +216,7 @@ async def test_worker_cut_off_while_its_sessions_are_ended_stops_in_time(
 ) -> None:
     """A session that was terminated is no proof of an outage, in which nobody could rescue.
 
-    1. W runs a row. 2. An operator ends its sessions, and the network is gone in the same moment. 3. W
+    1. W runs a row. 2. An operator ends its session, and the network is gone in the same moment. 3. W
     stops at the end of its lease, and not of its grace for outages.
     """
     psql = await connect()
@@ -235,7 +235,7 @@ async def test_worker_cut_off_while_its_sessions_are_ended_stops_in_time(
         row = await add(psql)
         await worker.has_run(row)
         held = worker.hold("connect")
-        await end_listener(psql)
+        await end_session(psql, "sendoff worker")  # it finds out when it renews
         await held.wait()
         proxy.swallow_new = True
         held.release()

@@ -386,11 +386,15 @@ async def test_listen_comes_before_the_claim(
 
 async def end_listener(conn: Connection) -> None:
     """Cut the worker's LISTEN connection as an operator would."""
-    assert await one(
-        conn,
+    await end_session(conn, "sendoff worker listen")
+
+
+async def end_session(conn: Connection, name: str) -> None:
+    query = (
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-        " WHERE application_name = 'sendoff worker listen' AND datname = current_database()",
+        " WHERE application_name = %s AND datname = current_database()"
     )
+    assert await one(conn, query, name)
 
 
 async def test_listener_is_in_no_transaction(connect: Connect, database: str) -> None:

@@ -1,5 +1,6 @@
 """docker-compose.yml and the Dockerfile against the code: names, commands and the old incident."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.identity import is_loopback
 from outbox.settings import Settings
 from tests.support.process import ROOT, SCRIPTS, command_line
 
@@ -16,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service["image"] == "sendoff"}
+NEEDED = {"postgres", "migrate", "api", "worker"}
 VARIABLES = {field.alias for field in Settings.model_fields.values()}
 
 
@@ -34,19 +37,19 @@ def condition(service: str, on: str) -> object:
 
 
 def test_the_services_are_those_a_session_needs() -> None:
-    assert set(SERVICES) == {"postgres", "migrate", "api", "worker"}
+    assert set(SERVICES) == NEEDED | {"prometheus", "grafana", "keycloak"}
     assert set(OURS) == {"migrate", "api", "worker"}
 
 
 def test_everything_starts_by_default() -> None:
     """In the system before, the poller was left out and sessions stayed active for ever."""
-    for service in SERVICES.values():
+    for service in (SERVICES[name] for name in NEEDED):
         assert "profiles" not in service
         assert service.get("scale", 1) >= 1
         assert service.get("deploy", {}).get("replicas", 1) >= 1
 
 
-@pytest.mark.parametrize("name", ["postgres", "api", "worker"])
+@pytest.mark.parametrize("name", ["postgres", "api", "worker", "prometheus", "grafana", "keycloak"])
 def test_what_keeps_running_has_a_health_check_and_comes_back(name: str) -> None:
     assert SERVICES[name]["healthcheck"]["test"][0] == "CMD"
     assert SERVICES[name]["restart"] == "unless-stopped"
@@ -117,3 +120,47 @@ def test_the_image_has_git_and_does_not_run_as_root() -> None:
     assert any("git" in words for words in instructions("RUN"))
     assert instructions("USER") == [["10001:10001"]]
     assert instructions("FROM")[-1] == ["python:3.13-slim"]
+
+
+# Keycloak, for trying out authentication
+
+REALM = json.loads((ROOT / "keycloak" / "sendoff-realm.json").read_text())
+
+
+def default(name: str) -> Any:
+    return Settings.model_fields[name].default
+
+
+def test_the_realm_is_the_issuer_that_the_pages_name() -> None:
+    issuer = f"{SERVICES['keycloak']['environment']['KC_HOSTNAME']}/realms/{REALM['realm']}"
+    for page in ("docker-compose.yml", "docs/authentication.md"):
+        assert f"SENDOFF_OIDC_ISSUER={issuer}" in (ROOT / page).read_text()
+    host = issuer.removeprefix("http://").partition(":")[0]
+    assert SERVICES["keycloak"]["networks"]["default"]["aliases"] == [host]
+    assert is_loopback(host)  # browsers and curl take any name below localhost for loopback
+
+
+def test_the_realms_tokens_are_for_us_and_name_operators() -> None:
+    assert {role["name"] for role in REALM["roles"]["realm"]} == {default("oidc_operator_role")}
+    client = next(client for client in REALM["clients"] if client["clientId"] == "sendoff-cli")
+    audiences = {
+        mapper["config"]["included.custom.audience"]
+        for mapper in client["protocolMappers"]
+        if mapper["protocolMapper"] == "oidc-audience-mapper"
+        and mapper["config"]["access.token.claim"] == "true"
+    }
+    assert audiences == {default("oidc_audience")}
+    operators = {
+        user["username"] for user in REALM["users"] if default("oidc_operator_role") in user["realmRoles"]
+    }
+    assert operators == {"olga"}
+
+
+def test_the_realm_is_mounted_where_it_is_imported_from() -> None:
+    assert "--import-realm" in SERVICES["keycloak"]["command"]
+    assert SERVICES["keycloak"]["volumes"] == ["./keycloak:/opt/keycloak/data/import:ro"]
+
+
+def test_keycloaks_health_check_is_bash() -> None:
+    *_, script = SERVICES["keycloak"]["healthcheck"]["test"]
+    subprocess.run(["bash", "-n", "-c", script.replace("$$", "$")], check=True)

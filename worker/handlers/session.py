@@ -41,6 +41,7 @@ from worker.git import Git
 from worker.guarded import Exit
 from worker.local import Sandbox
 from worker.messages import Messages, outlast
+from worker.metrics import agent_used
 from worker.remote import Remote, RemoteWorkspace, open_remote
 from worker.sandbox import Sandbox as Client
 from worker.secrets import Secrets
@@ -255,6 +256,8 @@ async def _run_agent(
             return await agent.wait()
         finally:
             keeping.cancel()
+            if said.result is not None:
+                agent_used(said.result)
 
 
 async def _keep_alive(agent: Agent, lease: Lease) -> None:

@@ -1,0 +1,238 @@
+"""What all pages share: templates, headers, who may ask, and errors a person can read.
+
+Forged requests: a form of another site must not act for its visitor. A browser says where a request
+comes from in Sec-Fetch-Site and Origin, which no page can set. A POST that has neither, or one that names
+another site, is refused: programs have the JSON API.
+"""
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
+from functools import cache
+from importlib import resources
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import psycopg
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import Message
+
+from app.body import read_bytes
+from app.context import context
+from app.dashboard import queries, words
+from app.dashboard.cookie import identify, signed_in
+from app.dashboard.queries import Overview
+from app.identity import Identity
+from app.problems import Problem, of_database
+from outbox.log import get_logger
+
+Handler = Callable[[Request, Identity], Awaitable[Response]]
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "private, no-cache",
+    "Vary": "Cookie",
+}
+PACKED = [Middleware(GZipMiddleware, minimum_size=1000)]  # never event streams
+THEMES = ("auto", "light", "dark")
+THEME_COOKIE = "sendoff_theme"
+NOBODY = Identity("", operator=False)
+YEAR = 365 * 86400
+FORM = "application/x-www-form-urlencoded"
+
+log = get_logger("app.dashboard")
+
+
+@cache
+def _static(name: str) -> str:
+    """The address of a static file, different once its content is."""
+    content = resources.files("app.dashboard").joinpath("static", name).read_bytes()
+    return f"/ui/static/{hashlib.sha256(content).hexdigest()[:12]}/{name}"
+
+
+def _time(at: Any, text: str | None = None) -> Markup:
+    moment = words.moment(at)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.isoformat(), f"{moment:%Y-%m-%d %H:%M:%S} UTC", text or words.ago(at)
+    )
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("app.dashboard"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.globals.update(static=_static, time=_time, themes=THEMES)
+_TEMPLATES.filters.update(
+    pretty=words.pretty,
+    duration=words.duration,
+    ago=words.ago,
+    money=words.money,
+    count=words.count,
+    moment=words.moment,
+)
+
+
+async def render(
+    request: Request, identity: Identity, template: str, status: int = 200, **values: Any
+) -> Response:
+    """A page, with what its head says of the outbox. NOBODY is not told anything of it."""
+    here = context(request)
+    overview, present = Overview(None, False, 1, 0), True
+    if identity is not NOBODY:
+        present = await here.presence.present()
+    if identity.operator:
+        overview = await queries.overview(here.database, timedelta(seconds=here.settings.stuck_after))
+    return _page(
+        request,
+        template,
+        status,
+        identity=identity if identity is not NOBODY else None,
+        overview=overview,
+        worker_present=present,
+        **values,
+    )
+
+
+def _page(request: Request, template: str, status: int, **values: Any) -> Response:
+    theme = request.cookies.get(THEME_COOKIE, "auto")
+    text = _TEMPLATES.get_template(template).render(
+        path=request.url.path,
+        here=_here(request),
+        signed_in=signed_in(request),
+        theme=theme if theme in THEMES else "auto",
+        **values,
+    )
+    return HTMLResponse(text, status)
+
+
+def page(path: str, handler: Handler, *methods: str, known: bool = True) -> Route:
+    """A route whose errors are pages too. Not `known`: also for those who have not signed in."""
+
+    async def handle(request: Request) -> Response:
+        request.state.route = path
+        identity = None
+        try:
+            if request.method == "POST":
+                _check_same_site(request)
+            identity = await identify(request) if known else None
+            response = await handler(request, identity or NOBODY)
+        except Problem as problem:
+            response = _error(request, identity, problem)
+            if problem.kind == "unauthorized" and _navigates(request):
+                response = go("/ui/sign-in?" + urlencode({"back": _here(request)}))
+        except psycopg.Error as error:
+            log.warning("page_failed", route=path, sqlstate=error.sqlstate, error=str(error))
+            response = _error(request, identity, of_database(error))
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    return Route(path, handle, methods=methods or ("GET",), middleware=PACKED)
+
+
+def _error(request: Request, identity: Identity | None, problem: Problem) -> Response:
+    """Says what is wrong without asking the database anything."""
+    again = request.method == "GET"
+    values = {
+        "again": again,
+        "overview": Overview(None, False, 1, 0),
+        "worker_present": True,
+        "identity": identity,
+    }
+    response = _page(request, "error.html", problem.status, problem=problem, **values)
+    response.headers.update(problem.headers)
+    return response
+
+
+def _navigates(request: Request) -> bool:
+    """Whether a person looks at the answer; a script would follow a redirect to the issuer in vain."""
+    return request.method == "GET" and request.headers.get("sec-fetch-mode", "navigate") == "navigate"
+
+
+def _here(request: Request) -> str:
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
+
+
+def _check_same_site(request: Request) -> None:
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    same = site in (None, "same-origin") and (site, origin) != (None, None)
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        same = same and origin == context(request).settings.public_url
+    if not same:
+        raise Problem("forbidden", "This form was not sent by a page of this server.")
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """The form's fields, their line ends as programs send them. Raises Problem (unsupported-media-type,
+    malformed, body-too-large).
+    """
+    if request.headers.get("content-type", "").partition(";")[0] != FORM:
+        raise Problem("unsupported-media-type", f"Send the form as {FORM}.")
+    content = await read_bytes(request, 3 * context(request).settings.max_body)  # %-escapes triple it
+    try:
+        pairs = parse_qsl(content.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=50)
+    except ValueError:
+        raise Problem("malformed", "The form cannot be read.") from None
+    return {name: value.replace("\r\n", "\n") for name, value in pairs}
+
+
+async def ask(
+    handler: Handler,
+    request: Request,
+    identity: Identity,
+    *,
+    query: Mapping[str, object] | None = None,
+    body: Mapping[str, object] | None = None,
+    key: str | None = None,
+    **path: object,
+) -> Any:
+    """What the API answers to this user: its handler is called with a request made from these parts.
+
+    Raises Problem as the handler does.
+    """
+    content = json.dumps(body).encode() if body is not None else b""
+    headers = [(b"content-type", b"application/json")]
+    if key:
+        headers.append((b"idempotency-key", f'"{key}"'.encode("ascii", "replace")))
+    headers += [pair for pair in request.scope["headers"] if pair[0] == b"traceparent"]
+    scope = {
+        **request.scope,
+        "headers": headers,
+        "path_params": path,
+        "query_string": urlencode(query or {}).encode(),
+    }
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    response = await handler(Request(scope, receive), identity)
+    return json.loads(bytes(response.body)) if response.body else None
+
+
+def go(path: str) -> Response:
+    """After a POST: the page that shows its effect."""
+    return RedirectResponse(path, 303)
+
+
+def back(form: Mapping[str, str], otherwise: str) -> str:
+    """The page a form was on; only of this server."""
+    path = form.get("back", "")
+    fine = path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable()
+    return path if fine else otherwise

@@ -1,0 +1,297 @@
+"""What the pages read from the database beyond what the API's handlers answer.
+
+The views of sql/0007_views.sql say what waits and why, who runs what and what happened, to everybody alike.
+"""
+
+from datetime import datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from app.database import Database
+
+NEWEST = 200_000  # rows by id that charts and lists of ended rows look at: no index is by time
+PAGE = 50
+
+# Counting stops where a badge says "99+" anyway.
+_OVERVIEW = """
+SELECT r.reason, r.stuck, r.workers,
+       (SELECT count(*) FROM (SELECT FROM outbox WHERE state = 'dead' LIMIT 100) AS d)
+FROM outbox_ready(%s) AS r
+"""
+
+_TURNS = """
+SELECT p.session_id, count(*), (array_agg(p.status ORDER BY p.created_at DESC, p.id DESC))[1],
+       sum((p.result #>> '{agent,total_cost_usd}')::numeric)
+           FILTER (WHERE jsonb_typeof(p.result #> '{agent,total_cost_usd}') = 'number')
+FROM prompt AS p
+WHERE p.session_id = ANY (%s)
+GROUP BY p.session_id
+"""
+
+_SESSION_ROWS = """
+SELECT o.id, o.payload ->> 'prompt_id', o.state, o.failures, o.cancel_requested_at IS NOT NULL,
+       q.reason, q.detail
+FROM outbox AS o
+LEFT JOIN outbox_waiting AS q ON q.id = o.id
+WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s
+"""
+
+_LAST_SEQ = "SELECT last_seq FROM session WHERE id = %s"
+
+_DEPTH = """
+SELECT topic,
+       coalesce(sum(rows) FILTER (WHERE wait = 'due'), 0)::bigint,
+       coalesce(sum(rows) FILTER (WHERE wait = 'delayed'), 0)::bigint,
+       coalesce(sum(rows) FILTER (WHERE wait = 'key'), 0)::bigint,
+       coalesce(sum(rows) FILTER (WHERE state = 'running'), 0)::bigint,
+       coalesce(sum(rows) FILTER (WHERE state = 'dead'), 0)::bigint,
+       max(oldest) FILTER (WHERE wait = 'due')
+FROM outbox_depth
+GROUP BY topic
+ORDER BY topic
+"""
+
+_ROW = "o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload ->> 'session_id', "
+_WAITING = f"""
+SELECT {_ROW} q.reason, q.detail, q.waited, o.created_at, NULL::timestamptz
+FROM (
+    SELECT w.* FROM outbox AS w
+    WHERE w.state = 'ready' AND (%(topic)s::text IS NULL OR w.topic = %(topic)s)
+    ORDER BY w.available_at, w.id
+    LIMIT {PAGE}
+) AS o
+LEFT JOIN outbox_waiting AS q ON q.id = o.id
+ORDER BY o.available_at, o.id
+"""  # noqa: S608 - constants of this module
+_RUNNING = f"""
+SELECT {_ROW} coalesce(q.reason, 'running'), coalesce(q.detail, 'on ' || w.host || ':' || w.pid),
+       statement_timestamp() - o.started_at, o.created_at, NULL::timestamptz
+FROM outbox AS o
+LEFT JOIN worker AS w ON w.id = o.worker_id
+LEFT JOIN outbox_waiting AS q ON q.id = o.id
+WHERE o.state = 'running' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
+ORDER BY o.started_at, o.id
+LIMIT {PAGE}
+"""  # noqa: S608
+_ENDED = f"""
+SELECT {_ROW} o.state, o.errors -> -1 ->> 'error', o.finished_at - o.started_at, o.created_at, o.finished_at
+FROM outbox AS o
+WHERE o.state = %(state)s AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
+  AND o.id > (SELECT max(id) FROM outbox) - {NEWEST}
+ORDER BY o.id DESC
+LIMIT {PAGE}
+"""  # noqa: S608
+
+# How deep the outbox was at the end of each bin: what is unfinished now, less what came later, plus what
+# ended later. Waits and run times as outbox_throughput has them, which knows hours only.
+_TIMELINE = f"""
+WITH recent AS MATERIALIZED (
+    SELECT o.state, o.created_at, o.available_at, o.started_at, o.finished_at
+    FROM outbox AS o
+    WHERE o.id > (SELECT max(id) FROM outbox) - {NEWEST}
+),
+bin AS (
+    SELECT b AS at, b + %(step)s AS until
+    FROM generate_series(
+        date_bin(%(step)s, statement_timestamp(), 'epoch') - (%(bins)s - 1) * %(step)s::interval,
+        date_bin(%(step)s, statement_timestamp(), 'epoch'), %(step)s) AS b
+),
+came AS (
+    SELECT date_bin(%(step)s, created_at, 'epoch') AS at, count(*) AS rows FROM recent GROUP BY 1
+),
+ended AS (
+    SELECT date_bin(%(step)s, finished_at, 'epoch') AS at, count(*) AS rows,
+           count(*) FILTER (WHERE state = 'done') AS done,
+           count(*) FILTER (WHERE state = 'dead') AS dead,
+           count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+           extract(epoch FROM percentile_disc(0.5) WITHIN GROUP (ORDER BY started_at - available_at)
+               FILTER (WHERE state = 'done'))::float AS wait_p50,
+           extract(epoch FROM percentile_disc(0.95) WITHIN GROUP (ORDER BY started_at - available_at)
+               FILTER (WHERE state = 'done'))::float AS wait_p95
+    FROM recent
+    WHERE finished_at IS NOT NULL
+    GROUP BY 1
+),
+now AS (
+    SELECT coalesce(sum(rows), 0)::bigint AS rows FROM outbox_depth WHERE state IN ('ready', 'running')
+)
+SELECT b.at,
+       greatest(0, n.rows - coalesce(sum(coalesce(c.rows, 0) - coalesce(e.rows, 0)) OVER later, 0))::bigint,
+       coalesce(e.done, 0), coalesce(e.dead, 0), coalesce(e.cancelled, 0),
+       greatest(e.wait_p50, 0), greatest(e.wait_p95, 0)
+FROM now AS n
+CROSS JOIN bin AS b
+LEFT JOIN came AS c ON c.at = b.at
+LEFT JOIN ended AS e ON e.at = b.at
+WINDOW later AS (ORDER BY b.at DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+ORDER BY b.at
+"""  # noqa: S608
+
+_HISTORY = "SELECT at, event, attempt, worker, detail FROM outbox_history(%s)"
+
+_WORKERS = """
+SELECT id, host, pid, version, state, running, concurrency, topics, started_at, up, lease_left, present,
+       ended_at, end_reason
+FROM worker_status
+ORDER BY ended_at IS NOT NULL, ended_at DESC, started_at, id
+"""
+_RUNNING_BY_WORKER = """
+SELECT r.id, r.topic, r.attempt, r.started_at, r.running_for, r.worker_id, r.cancelling, r.session_id, s.title
+FROM worker_running AS r
+LEFT JOIN session AS s ON s.id::text = r.session_id
+ORDER BY r.started_at, r.id
+LIMIT 500
+"""
+
+
+class Overview(NamedTuple):
+    """What each page's head says. `reason`: why work does not get done, if so."""
+
+    reason: str | None
+    stuck: bool
+    workers: int
+    dead: int
+
+
+class Turns(NamedTuple):
+    session_id: UUID
+    prompts: int
+    last: str
+    cost: float | None
+
+
+class TurnRow(NamedTuple):
+    """The outbox row of a turn, and why it waits if it does."""
+
+    id: int
+    prompt_id: str | None
+    state: str
+    failures: int
+    cancelling: bool
+    reason: str | None
+    detail: str | None
+
+
+class Depth(NamedTuple):
+    topic: str
+    due: int
+    delayed: int
+    key: int
+    running: int
+    dead: int
+    oldest: timedelta | None
+
+
+class Row(NamedTuple):
+    """`lasted`: how long it has waited, has run, or ran."""
+
+    id: int
+    topic: str
+    state: str
+    attempt: int
+    failures: int
+    max_attempts: int
+    session_id: str | None
+    reason: str | None
+    detail: str | None
+    lasted: timedelta | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class Bin(NamedTuple):
+    """One step of the charts. Waits in seconds, None without a done row."""
+
+    at: datetime
+    depth: int
+    done: int
+    dead: int
+    cancelled: int
+    wait_p50: float | None
+    wait_p95: float | None
+
+
+class Event(NamedTuple):
+    at: datetime
+    event: str
+    attempt: int | None
+    worker: str | None
+    detail: str | None
+
+
+class Running(NamedTuple):
+    id: int
+    topic: str
+    attempt: int
+    started_at: datetime
+    running_for: timedelta
+    worker_id: UUID
+    cancelling: bool
+    session_id: str | None
+    title: str | None
+
+
+class Worker(NamedTuple):
+    id: UUID
+    host: str
+    pid: int
+    version: str
+    state: str
+    running: int
+    concurrency: int
+    topics: list[str]
+    started_at: datetime
+    up: timedelta
+    lease_left: timedelta | None
+    present: bool
+    ended_at: datetime | None
+    end_reason: str | None
+
+
+async def overview(database: Database, stuck_after: timedelta) -> Overview:
+    row = await database.row(_OVERVIEW, (stuck_after,))
+    assert row is not None
+    return Overview(*row)
+
+
+async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
+    """By session id."""
+    rows = await database.rows(_TURNS, ([UUID(session) for session in sessions],))
+    return {str(row[0]): Turns(*row) for row in rows}
+
+
+async def turn_rows(database: Database, session: str) -> dict[str | None, TurnRow]:
+    """By prompt id; pruned rows are missing."""
+    found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (session,)))
+    return {row.prompt_id: row for row in found}
+
+
+async def last_seq(database: Database, session: str) -> int:
+    row = await database.row(_LAST_SEQ, (session,))
+    return row[0] if row else 0
+
+
+async def depth(database: Database) -> list[Depth]:
+    return [Depth(*row) for row in await database.rows(_DEPTH)]
+
+
+async def rows_of(database: Database, state: str, topic: str | None) -> list[Row]:
+    """The first PAGE: those that wait or run longest, those that ended last."""
+    query = {"ready": _WAITING, "running": _RUNNING}.get(state, _ENDED)
+    return [Row(*row) for row in await database.rows(query, {"state": state, "topic": topic})]
+
+
+async def timeline(database: Database, step: timedelta, bins: int) -> list[Bin]:
+    return [Bin(*row) for row in await database.rows(_TIMELINE, {"step": step, "bins": bins})]
+
+
+async def history(database: Database, row_id: int) -> list[Event]:
+    return [Event(*row) for row in await database.rows(_HISTORY, (row_id,))]
+
+
+async def workers(database: Database) -> list[Worker]:
+    return [Worker(*row) for row in await database.rows(_WORKERS)]
+
+
+async def running(database: Database) -> list[Running]:
+    return [Running(*row) for row in await database.rows(_RUNNING_BY_WORKER)]

@@ -1,0 +1,208 @@
+"""The pages of sessions: the list, the form for a new one, a conversation as it happens."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from urllib.parse import urlencode
+from uuid import UUID
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import messages, sessions
+from app.answer import json_response
+from app.context import context
+from app.dashboard import queries
+from app.dashboard.conversation import attempts_of, outcome_of
+from app.dashboard.page import ask, go, read_form, render
+from app.dashboard.words import pretty
+from app.events import HEARTBEAT, Following
+from app.hub import Stream
+from app.identity import Identity
+from app.models import MAX_SEQ
+from app.problems import Problem
+
+LIST = 30  # sessions on a page
+WINDOW = 300  # messages on a page
+BATCH = 500  # messages the script asks for at a time
+FOLLOWED = 100  # sessions one stream tells of
+FILTERS = ("inbox_status", "session_status", "repo")
+FIELDS = ("repo", "target_branch", "prompt", "title", "branch", "parent")
+
+
+async def list_sessions(request: Request, identity: Identity) -> Response:
+    chosen = {name: request.query_params[name] for name in FILTERS if request.query_params.get(name)}
+    cursor = request.query_params.get("cursor")
+    query: dict[str, object] = {**chosen, "limit": LIST} | ({"cursor": cursor} if cursor else {})
+    found = await ask(sessions.list_sessions, request, identity, query=query)
+    turns = await queries.turns(context(request).database, [s["id"] for s in found["sessions"]])
+    moving = [s["id"] for s in found["sessions"] if s["inbox_status"] in ("active", "pending")]
+    return await render(
+        request,
+        identity,
+        "sessions.html",
+        sessions=found["sessions"],
+        turns=turns,
+        chosen=chosen,
+        cursor=cursor,
+        older="/?" + urlencode({**chosen, "cursor": found["next"]}) if found["next"] else None,
+        events="/ui/sessions/events?" + urlencode({"id": moving}, doseq=True) if moving else None,
+    )
+
+
+async def follow_sessions(request: Request, identity: Identity) -> Response:
+    """Server-sent events `status` of several sessions, for the list: changes, not messages."""
+    here = context(request)
+    try:
+        ids = {UUID(text) for text in request.query_params.getlist("id")}
+    except ValueError:
+        raise Problem("not-found", "There is no such session.") from None
+    if not 0 < len(ids) <= FOLLOWED:
+        raise Problem("invalid", f"Name 1 to {FOLLOWED} sessions.")
+    close = here.limits.open_stream(identity)
+    # Behind the last seq there can be: such a stream never reads a message.
+    streams = {here.hub.follow(id_, MAX_SEQ, until_completed=True) for id_ in ids}
+
+    def leave() -> None:
+        for stream in streams:
+            here.hub.leave(stream)
+        close()
+
+    try:
+        for stream in streams:
+            await stream.begin()
+            if identity.scope not in (None, stream.user_id):
+                raise sessions.no_session()
+    except BaseException:
+        leave()
+        raise
+    return Following(_changes(streams, identity.until), leave)
+
+
+async def _changes(streams: set[Stream], until: float) -> AsyncIterator[bytes]:
+    waiting: dict[asyncio.Task[bytes], Stream] = {}
+    try:
+        while (following := {s for s in streams if not s.ended}) and time.monotonic() < until:
+            for stream in following - set(waiting.values()):
+                waiting[asyncio.create_task(stream.take(HEARTBEAT))] = stream
+            ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in ready:
+                del waiting[task]
+            yield b"".join(task.result() for task in ready) or b": heartbeat\n\n"
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def new_session(request: Request, identity: Identity) -> Response:
+    given = {name: request.query_params.get(name, "") for name in FIELDS}
+    given["target_branch"] = given["target_branch"] or "main"
+    return await _form(request, identity, given)
+
+
+async def create_session(request: Request, identity: Identity) -> Response:
+    form = await read_form(request)
+    given = {name: form.get(name, "") for name in FIELDS}
+    # What was left blank is not given. The key makes a form that is sent twice one session.
+    body = {name: value for name, value in given.items() if value.strip()}
+    try:
+        created = await ask(sessions.create_session, request, identity, body=body, key=form.get("key"))
+    except Problem as problem:
+        if problem.kind not in ("invalid", "branch-taken", "key-reused"):
+            raise
+        return await _form(request, identity, given, problem)
+    return go(f"/ui/sessions/{created['id']}")
+
+
+async def _form(
+    request: Request, identity: Identity, given: dict[str, str], problem: Problem | None = None
+) -> Response:
+    errors: dict[str, str] = {}
+    if problem:
+        for error in problem.document.get("errors", ()):
+            errors.setdefault(error.get("pointer", "").removeprefix("#/"), error["detail"])
+        if problem.kind == "branch-taken":
+            errors["branch"] = str(problem)
+        errors = errors or {"": str(problem)}
+    status = problem.status if problem else 200
+    key = secrets.token_urlsafe(16)
+    return await render(request, identity, "new.html", status, given=given, errors=errors, key=key)
+
+
+async def show_session(request: Request, identity: Identity) -> Response:
+    """The page; with `after` and `live=1` only what came after that seq, and what may have changed."""
+    session_id = str(request.path_params["id"])
+    database = context(request).database
+    session = await ask(sessions.show_session, request, identity, id=request.path_params["id"])
+    live = request.query_params.get("live") == "1"
+    last = await queries.last_seq(database, session_id)
+    after = _after(request, max(last - WINDOW, 0))
+    query = {"after": after, "limit": BATCH if live else WINDOW, "attempts": "all"}
+    found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
+    said = attempts_of(found["messages"])
+    turns = [
+        {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
+        for prompt in session["prompts"]
+    ]
+    costs = [turn["facts"]["cost"] for turn in turns if "cost" in turn["facts"]]
+    if live:  # the others have not changed
+        turns = [t for t in turns[:-2] if t["attempts"] or t["status"] in ("queued", "running")] + turns[-2:]
+    return await render(
+        request,
+        identity,
+        "session.html",
+        session=session,
+        turns=turns,
+        rows=await queries.turn_rows(database, session_id),
+        cost=sum(costs) if costs else None,
+        after=after,
+        earlier=max(after - WINDOW, 0) if after and not live else None,
+        seen=found["messages"][-1]["seq"] if found["messages"] else after,
+        more=found["next"],
+    )
+
+
+async def show_message(request: Request, identity: Identity) -> Response:
+    """One message as the JSON it is, for those too long to be shown."""
+    seq = request.path_params["seq"]
+    query = {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"}
+    found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
+    if not found["messages"] or found["messages"][0]["seq"] != seq:
+        raise Problem("not-found", "There is no such message.")
+    return json_response(pretty(found["messages"][0]))
+
+
+def _after(request: Request, otherwise: int) -> int:
+    text = request.query_params.get("after", "")
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 19 else otherwise
+
+
+async def prompt(request: Request, identity: Identity) -> Response:
+    form = await read_form(request)
+    body = {"prompt": form.get("prompt", "")}
+    if body["prompt"].strip():
+        id_ = request.path_params["id"]
+        await ask(sessions.create_prompt, request, identity, body=body, key=form.get("key"), id=id_)
+    return go(_path(request))
+
+
+async def cancel(request: Request, identity: Identity) -> Response:
+    await ask(sessions.cancel_session, request, identity, id=request.path_params["id"])
+    return go(_path(request))
+
+
+async def archive(request: Request, identity: Identity) -> Response:
+    await ask(sessions.archive_session, request, identity, id=request.path_params["id"])
+    return go(_path(request))
+
+
+async def rename(request: Request, identity: Identity) -> Response:
+    form = await read_form(request)
+    body = {"title": form.get("title", "")}
+    await ask(sessions.rename_session, request, identity, body=body, id=request.path_params["id"])
+    return go(_path(request))
+
+
+def _path(request: Request) -> str:
+    return f"/ui/sessions/{request.path_params['id']}"

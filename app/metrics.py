@@ -1,0 +1,93 @@
+"""Metrics of an API process: what came in, how it went and how long it took, and what the database knows.
+
+Durations are measured to the first byte of the answer: an event stream lasts as long as somebody looks.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import psycopg
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.context import Context, context
+from app.identity import Identity
+from app.problems import Problem
+from outbox.metrics import CONTENT_TYPE, database_metrics, render, unreachable
+
+REGISTRY = CollectorRegistry()
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+DATABASE_TIMEOUT = 3.0  # seconds
+
+_REQUESTS = Counter(
+    "sendoff_http_requests", "Requests answered.", ["method", "route", "status"], registry=REGISTRY
+)
+_SECONDS = Histogram(
+    "sendoff_http_request_seconds",
+    "To the first byte of the answer.",
+    ["method", "route"],
+    buckets=BOUNDS,
+    registry=REGISTRY,
+)
+_IN_PROGRESS = Gauge(
+    "sendoff_http_requests_in_progress", "Requests and event streams being answered.", registry=REGISTRY
+)
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+
+class CountRequests:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        status, seconds = 500, 0.0
+
+        async def note_start(message: Message) -> None:
+            nonlocal status, seconds
+            if message["type"] == "http.response.start":
+                status, seconds = message["status"], time.perf_counter() - begun
+            await send(message)
+
+        _IN_PROGRESS.inc()
+        try:
+            await self._app(scope, receive, note_start)
+        finally:
+            _IN_PROGRESS.dec()
+            # What matches no route, and a method nobody knows, is one label: a stranger must not make more.
+            route = scope.get("state", {}).get("route") or "none"
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            _REQUESTS.labels(method, route, str(status)).inc()
+            _SECONDS.labels(method, route).observe(seconds or time.perf_counter() - begun)
+
+
+async def metrics(request: Request, identity: Identity) -> Response:
+    """What this process has counted, and what the database knows at this moment."""
+    here = context(request)
+    text = render(REGISTRY.collect(), _listening(here), await _database(here))
+    return Response(text, media_type=CONTENT_TYPE)
+
+
+def _listening(here: Context) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "sendoff_api_listen_connected",
+        "Whether the connection that feeds the event streams is open.",
+        value=here.hub.listening,
+    )
+
+
+async def _database(here: Context) -> list[Metric]:
+    try:
+        async with asyncio.timeout(DATABASE_TIMEOUT), here.database.connection() as conn:
+            return await database_metrics(conn)
+    except (psycopg.Error, Problem, TimeoutError):
+        return unreachable()

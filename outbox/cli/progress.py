@@ -1,0 +1,23 @@
+"""Progress of long work, where somebody looks: a bar on a terminal's stderr, nothing elsewhere."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Tell = Callable[[str, float | None], None]
+"""What is being done, and which part of all is done, 0 to 1; None: that cannot be known."""
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """Yield a function that moves the bar."""
+    terminal = Console(stderr=True)
+    if not terminal.is_terminal:
+        yield lambda text, done: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda text, done: bar.update(task, description=text, completed=done or 0.0, total=done and 1.0)

@@ -1,0 +1,129 @@
+"""`sendoff status` and `sendoff top`: outbox and workers, once or live, for people or as JSON."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from outbox.cli.output import Record, as_json, clean, console, table
+from outbox.connect import connect
+from outbox.errors import SchemaError
+from outbox.migrate import check_schema
+from outbox.settings import Settings
+
+_SHOWN = 15
+
+_QUERIES = {
+    "outbox": "SELECT topic, state, wait, rows, oldest FROM outbox_depth ORDER BY topic, state, wait",
+    "workers": """
+        SELECT id, host, pid, state, running, concurrency, lease_left, up, topics FROM worker_status
+        WHERE ended_at IS NULL ORDER BY started_at
+    """,
+    "running": """
+        SELECT id, topic, attempt, running_for, host, pid, cancelling, session_id FROM worker_running
+        ORDER BY started_at LIMIT %(shown)s
+    """,
+    # What is scheduled for later, or about to be claimed, waits for nothing.
+    "waiting": """
+        SELECT id, topic, reason, waited, due_at, failures, detail, last_error, session_id FROM outbox_waiting
+        WHERE reason NOT IN ('due', 'scheduled') ORDER BY waited DESC, id LIMIT %(shown)s
+    """,
+    "writers": """
+        SELECT pid, role, application, state, open_for, query FROM outbox_writer
+        WHERE open_for > interval '1 second' ORDER BY open_for DESC LIMIT %(shown)s
+    """,
+}
+_READY = "SELECT * FROM outbox_ready(%(stuck_after)s)"
+
+
+async def status(settings: Settings, *, json: bool) -> int:
+    """Show everything once. Returns 0 if outbox_ready says so, else 1."""
+    async with _connection(settings) as conn:
+        found = await _look(conn, settings)
+    if json:
+        print(as_json(found))
+    else:
+        console().print(_page(found))
+    return 0 if found["ready"]["ready"] else 1
+
+
+async def top(settings: Settings, *, every: float, json: bool) -> int:
+    """Show it live until interrupted: on a terminal in place, as JSON one object a line."""
+    if not json and not sys.stdout.isatty():
+        return await status(settings, json=False)
+    async with _connection(settings) as conn:
+        if json:
+            while True:
+                print(as_json(await _look(conn, settings)), flush=True)
+                await asyncio.sleep(every)
+        with Live(console=console(), screen=True, auto_refresh=False) as live:
+            while True:
+                live.update(_page(await _look(conn, settings), hint="Ctrl-C ends"), refresh=True)
+                await asyncio.sleep(every)
+
+
+@asynccontextmanager
+async def _connection(settings: Settings) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    lease = timedelta(seconds=settings.lease)
+    conn = await connect(settings.database_url, "sendoff cli", lease, pooled=settings.pooled)
+    async with conn:
+        await check_schema(conn)
+        yield conn
+
+
+async def _look(conn: psycopg.AsyncConnection[Any], settings: Settings) -> Record:
+    values = {"shown": _SHOWN, "stuck_after": timedelta(seconds=settings.stuck_after)}
+    found: Record = {"at": datetime.now(UTC)}
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(_READY, values)
+        found["ready"] = await cursor.fetchone()
+        for name, query in _QUERIES.items():
+            await cursor.execute(query, values)
+            found[name] = await cursor.fetchall()
+    if found["ready"] is None:
+        raise SchemaError("outbox_ready has no answer")
+    return found
+
+
+def _page(found: Record, hint: str = "") -> RenderableType:
+    ready = found["ready"]
+    word, style = ("ready", "bold green") if ready["ready"] else ("NOT READY", "bold red")
+    head = Text.assemble((word, style), f"  {clean(ready['reason'] or '')}", (f"   {hint}", "dim"))
+    parts: list[RenderableType] = [
+        head,
+        table(
+            "Outbox", ["topic", "state", "wait", "rows", "oldest"], found["outbox"], right=["rows", "oldest"]
+        ),
+        table(
+            "Workers",
+            ["host", "pid", "state", "running", "concurrency", "up", "lease_left", "topics"],
+            found["workers"],
+            right=["pid", "running", "concurrency", "up", "lease_left"],
+        ),
+    ]
+    if found["running"]:
+        columns = ["id", "topic", "attempt", "running_for", "host", "pid", "session_id"]
+        parts.append(
+            table("Running", columns, found["running"], right=["id", "attempt", "running_for", "pid"])
+        )
+    if found["waiting"]:
+        columns = ["id", "topic", "reason", "waited", "detail", "last_error"]
+        parts.append(
+            table(f"Waiting or dead, the longest {_SHOWN}", columns, found["waiting"], right=["id", "waited"])
+        )
+    if found["writers"]:
+        columns = ["pid", "role", "application", "state", "open_for", "query"]
+        parts.append(
+            table(
+                "Open transactions that write to outbox", columns, found["writers"], right=["pid", "open_for"]
+            )
+        )
+    return Group(*parts)

@@ -1,0 +1,100 @@
+"""Metrics that come from the database, for whoever is scraped: every process shows the same numbers, so
+take their maximum, not their sum.
+
+One query at a scrape, none in between. It reads partial indexes only: its cost grows with the rows that
+wait, not with those that are done (a test compares the pages read).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import psycopg
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+DEPTH = """
+SELECT 'outbox', topic, state, wait, rows::float8, extract(epoch FROM oldest)::float8 FROM outbox_depth
+UNION ALL
+SELECT 'worker', '', state, '', count(*)::float8, 0 FROM worker_status WHERE ended_at IS NULL GROUP BY state
+UNION ALL
+SELECT 'writer', '', '', '', count(*)::float8, greatest(max(extract(epoch FROM open_for)), 0)::float8
+FROM outbox_writer
+UNION ALL
+SELECT 'sandbox', '', '', '', count(*)::float8, 0 FROM session WHERE sandbox IS NOT NULL
+UNION ALL
+SELECT 'queue', '', '', '', pg_notification_queue_usage(), 0
+"""
+
+WORKER_STATES = ("parked", "awake", "busy", "draining", "late", "absent", "lost")
+
+
+async def database_metrics(conn: psycopg.AsyncConnection[Any]) -> list[Metric]:
+    """Depth and oldest age by topic and state, workers, sandboxes held, notification queue."""
+    cursor = await conn.execute(DEPTH)
+    return _families(await cursor.fetchall())
+
+
+def unreachable() -> list[Metric]:
+    """What takes the place of `database_metrics` when the database does not answer."""
+    return [_up(0)]
+
+
+def _up(value: float) -> Metric:
+    return GaugeMetricFamily("sendoff_database_up", "Whether the database answered this scrape.", value=value)
+
+
+def _families(found: Iterable[tuple[Any, ...]]) -> list[Metric]:
+    labels = ["topic", "state", "wait"]
+    rows = GaugeMetricFamily(
+        "sendoff_outbox_rows", "Rows of outbox that are not finished, or dead.", labels=labels
+    )
+    oldest = GaugeMetricFamily(
+        "sendoff_outbox_oldest_seconds",
+        "For how long the oldest row has been due, has run, or has been dead.",
+        labels=labels,
+    )
+    workers = GaugeMetricFamily("sendoff_workers", "Workers by what they do.", labels=["state"])
+    writers = GaugeMetricFamily(
+        "sendoff_outbox_writers", "Open transactions that may have written to outbox."
+    )
+    writer_age = GaugeMetricFamily(
+        "sendoff_outbox_oldest_writer_seconds", "For how long the oldest of them has been open."
+    )
+    sandboxes = GaugeMetricFamily("sendoff_sandboxes_held", "Sessions that hold a sandbox.")
+    queue = GaugeMetricFamily(
+        "sendoff_notification_queue_ratio", "How full the server's notification queue is, 0 to 1."
+    )
+    states = dict.fromkeys(WORKER_STATES, 0.0)
+    for kind, topic, state, wait, value, seconds in found:
+        match kind:
+            case "outbox":
+                rows.add_metric([topic, state, wait], value)
+                oldest.add_metric([topic, state, wait], seconds)
+            case "worker":
+                states[state] = value
+            case "writer":
+                writers.add_metric([], value)
+                writer_age.add_metric([], seconds)
+            case "sandbox":
+                sandboxes.add_metric([], value)
+            case "queue":
+                queue.add_metric([], value)
+    for state, value in states.items():
+        workers.add_metric([state], value)
+    return [_up(1), rows, oldest, workers, writers, writer_age, sandboxes, queue]
+
+
+class _Once(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+def render(*sources: Iterable[Metric]) -> bytes:
+    """Families as Prometheus' text format; send them as CONTENT_TYPE."""
+    return generate_latest(_Once(family for source in sources for family in source))

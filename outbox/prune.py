@@ -1,0 +1,71 @@
+"""Deletes what is past its retention, page by page: each is a transaction of its own, so that no lock is
+held for long. For the built-in topic `outbox.prune` and for `sendoff prune`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+
+from outbox.settings import Settings
+
+_PAGE = 1000
+
+Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
+
+
+@dataclass
+class Pruned:
+    """How many rows of outbox were deleted, and how many of all other tables."""
+
+    rows: int = 0
+    others: int = 0
+
+
+async def prune(
+    connect: Connect,
+    settings: Settings,
+    tell: Callable[[Pruned, float | None], None] = lambda pruned, done: None,
+) -> Pruned:
+    """Delete until nothing is left to delete. `tell` is called after each page with what was deleted so
+    far, and which part of outbox has been looked at (0 to 1), then None.
+
+    Raises psycopg.Error; what was deleted until then stays so.
+    """
+    now = datetime.now(UTC)
+    finished_before = now - timedelta(seconds=settings.retention)
+    quiet_before = now - timedelta(seconds=settings.message_retention)
+    pruned = Pruned()
+    from_id: int | None = 0
+    async with connect() as conn:
+        last_id = (await _call(conn, "SELECT coalesce(max(id), 0) FROM outbox"))[0]
+    while from_id is not None:
+        async with connect() as conn:
+            deleted, from_id = await _call(
+                conn,
+                "SELECT deleted, next_id FROM outbox_prune(%s, %s, %s)",
+                (finished_before, from_id, _PAGE),
+            )
+        pruned.rows += deleted
+        tell(pruned, min(1.0, from_id / last_id) if from_id is not None and last_id else 1.0)
+    deleted = 1
+    while deleted:
+        async with connect() as conn:
+            (deleted,) = await _call(
+                conn, "SELECT session_prune(%s, %s, %s)", (finished_before, quiet_before, _PAGE)
+            )
+        pruned.others += deleted
+        tell(pruned, None)
+    return pruned
+
+
+async def _call(
+    conn: psycopg.AsyncConnection[Any], query: str, arguments: tuple[Any, ...] = ()
+) -> tuple[Any, ...]:
+    cursor = await conn.execute(query, arguments)
+    row: tuple[Any, ...] | None = await cursor.fetchone()
+    assert row is not None
+    return row

@@ -1,0 +1,30 @@
+"""Whether work gets done: a worker is present, and no row has been due for too long."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+from psycopg.rows import class_row
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """The answer of outbox_ready (sql/0007_views.sql). `reason` is None when `ready`. `stuck`: a row has
+    been due for too long."""
+
+    ready: bool
+    stuck: bool
+    workers: int
+    oldest_due: timedelta | None
+    topic: str | None
+    reason: str | None
+
+
+async def outbox_ready(conn: psycopg.AsyncConnection[Any], longest_wait: timedelta) -> Readiness:
+    """Ask the database. Raises psycopg.Error."""
+    async with conn.cursor(row_factory=class_row(Readiness)) as cursor:
+        await cursor.execute("SELECT * FROM outbox_ready(%s)", (longest_wait,))
+        found = await cursor.fetchone()
+    assert found is not None
+    return found

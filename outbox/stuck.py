@@ -1,0 +1,119 @@
+"""Tells somebody when a row has been due for too long, without a poller and without Prometheus.
+
+It runs in the API, which takes sessions whether or not a worker is there, and in each worker, which sees
+rows of topics that nobody serves:
+
+1. Whenever work may have come (a process starts, a session was created, rows were claimed), one timer is
+   set to the moment at which that work could be stuck, unless one is set for sooner. No query.
+2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
+   `stuck` for each topic, and a POST to SENDOFF_STUCK_WEBHOOK if that is set. A topic is reported by one
+   process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said.
+3. The same look tells the next moment at which something could be stuck. None: no timer, silence.
+
+A row that is typed into psql while no worker runs, and no API takes requests, sets no timer; the next
+look finds it, and SQL, metrics and readiness show it all the time.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import psycopg
+
+from outbox.log import get_logger
+from outbox.settings import Settings
+
+log = get_logger(__name__)
+
+REPEAT = timedelta(minutes=15)
+_WEBHOOK_TIMEOUT = 10.0
+
+Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
+
+
+class StuckWatch:
+    """One timer and what it does. `connect` gives a connection in autocommit for a moment."""
+
+    def __init__(self, settings: Settings, connect: Connect) -> None:
+        self._after = settings.stuck_after
+        self._webhook = settings.stuck_webhook
+        self._connect = connect
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    def work_came(self) -> None:
+        """Step 1."""
+        self._arm(self._after)
+
+    async def close(self) -> None:
+        """Forget the timer; end a look under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
+
+    def _arm(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="stuck")
+
+    async def _look(self) -> None:
+        after = timedelta(seconds=self._after)
+        try:
+            async with self._connect() as conn:
+                cursor = await conn.execute("SELECT * FROM outbox_stuck_report(%s, %s)", (after, REPEAT))
+                reports = await cursor.fetchall()
+                cursor = await conn.execute("SELECT outbox_stuck_deadline(%s)", (after,))
+                row = await cursor.fetchone()
+        except Exception as error:  # the database is away: whoever needs it says so louder
+            log.info("stuck_look_failed", error=str(error).strip())
+            self._arm(self._after)
+            return
+        for report in reports:
+            await self._tell(*report)
+        deadline: timedelta | None = row[0] if row else None
+        if deadline is not None:
+            # What is stuck already stays a deadline that has passed: look again, but not at once.
+            seconds = deadline.total_seconds()
+            self._arm(seconds if seconds > 0 else self._after)
+
+    async def _tell(
+        self, stuck: bool, topic: str, row_id: int | None, waited: timedelta, reason: str | None,
+        detail: str | None,
+    ) -> None:  # fmt: skip
+        seconds = round(waited.total_seconds(), 1)
+        if stuck:
+            text = f"row {row_id} of topic {topic} has been due for {seconds:.0f} s: {reason}, {detail}"
+            log.error("stuck", topic=topic, outbox_id=row_id, waited=seconds, reason=reason, detail=detail)
+        else:
+            text = f"topic {topic} is no longer stuck"
+            log.info("unstuck", topic=topic, waited=seconds)
+        if self._webhook is None:
+            return
+        body = {
+            "event": "stuck" if stuck else "unstuck",
+            "topic": topic,
+            "outbox_id": row_id,
+            "waited_seconds": seconds,
+            "reason": reason,
+            "detail": detail,
+            "text": text,  # what chat programs show
+        }
+        try:
+            async with httpx.AsyncClient(timeout=_WEBHOOK_TIMEOUT) as client:
+                answer = await client.post(self._webhook, json=body)
+                answer.raise_for_status()
+        except httpx.HTTPError as error:  # its URL may hold a token: name the kind of error only
+            log.error("stuck_webhook_failed", topic=topic, error=type(error).__name__)

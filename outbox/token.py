@@ -1,0 +1,70 @@
+"""API tokens, for machines: `sendoff_` and 256 random bits in base64url, shown once.
+
+What is stored is their SHA-256. A slow, salted hash protects what people can remember, by making each guess
+dear; 256 random bits cannot be guessed, so it would only make each request slow. And by a plain hash a
+token is found through an index, whose timing tells a guesser about the hash, not about the token.
+"""
+
+import hashlib
+import re
+import secrets
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+PREFIX = "sendoff_"
+_FORM = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
+
+
+def is_token(text: str) -> bool:
+    """Whether the text has a token's form."""
+    return bool(_FORM.fullmatch(text))
+
+
+def hash_of(token: str) -> bytes:
+    """What is stored of a token."""
+    return hashlib.sha256(token.encode("ascii")).digest()
+
+
+def check_user(user_id: str) -> str:
+    """Return `user_id` if a session may be owned under it: 1 to 255 printable characters.
+
+    Raises ValueError.
+    """
+    if not 0 < len(user_id) <= 255 or not user_id.isprintable():
+        raise ValueError("a user's name must be 1 to 255 printable characters")
+    return user_id
+
+
+async def create(
+    conn: psycopg.AsyncConnection[Any],
+    user_id: str,
+    name: str,
+    *,
+    operator: bool = False,
+    valid_for: timedelta | None = None,
+) -> tuple[UUID, str]:
+    """Store a new token; return its id and the token itself, which nobody can get again."""
+    token = PREFIX + secrets.token_urlsafe(32)
+    cursor = await conn.execute(
+        """
+        INSERT INTO api_token (user_id, name, operator, hash, expires_at)
+        VALUES (%s, %s, %s, %s, clock_timestamp() + %s::interval)
+        RETURNING id
+        """,
+        (check_user(user_id), name, operator, hash_of(token), valid_for),
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return row[0], token
+
+
+async def revoke(conn: psycopg.AsyncConnection[Any], token_id: UUID) -> bool:
+    """Revoke a token; False if there is none of this id that is still in use."""
+    cursor = await conn.execute(
+        "UPDATE api_token SET revoked_at = clock_timestamp() WHERE id = %s AND revoked_at IS NULL",
+        (token_id,),
+    )
+    return cursor.rowcount == 1

@@ -1,0 +1,138 @@
+"""API tokens: made, used, listed and revoked, by the command and over HTTP."""
+
+import shlex
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from app import tokens
+from outbox import token
+from tests.conftest import Connect
+from tests.support.api import serving
+from tests.support.issuer import bearer
+from tests.support.process import ROOT, running
+
+TOKENS_ONLY = {"SENDOFF_REQUIRE_TOKEN": True}
+
+
+async def sendoff(database: str, *arguments: str, status: int = 0) -> tuple[list[str], list[str]]:
+    """Run `sendoff token …`; its output and its errors."""
+    async with running("sendoff", "token", *arguments, env={"DATABASE_URL": database}) as process:
+        assert await process.ended() == status, process.stderr
+    return process.stdout, process.stderr
+
+
+async def test_a_token_from_its_making_to_its_end(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_AGE", 0.0)
+    [text], told = await sendoff(database, "create", "--user", "robot", "--name", "nightly build")
+    assert token.is_token(text)
+    token_id = told[0].split()[1]
+    async with serving(database, **TOKENS_ONLY) as api:
+        assert (await api.client.get("/sessions")).status_code == 401
+        asked = {"repo": "octo/tools", "target_branch": "main"}
+        created = await api.client.post("/sessions", json=asked, headers=bearer(text))
+        assert (created.status_code, created.json()["user_id"]) == (201, "robot")
+        assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 403
+
+        listed, _ = await sendoff(database, "list")
+        assert len(listed) == 2
+        assert listed[1].split()[:2] == [token_id, "valid"]
+        assert "nightly build" in listed[1]
+        assert text[8:] not in "".join(listed)
+
+        assert (await sendoff(database, "revoke", token_id))[0] == [f"{token_id} revoked"]
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 401
+        await sendoff(database, "revoke", token_id, status=1)
+        assert "revoked" in (await sendoff(database, "list"))[0][1]
+
+
+async def test_the_pages_commands(database: str) -> None:
+    page = (ROOT / "docs" / "authentication.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("sendoff token ")]
+    assert [command[2] for command in commands] == ["create", "list", "revoke"]
+    _, told = await sendoff(database, *commands[0][2:])
+    await sendoff(database, *commands[1][2:])
+    await sendoff(database, "revoke", told[0].split()[1])
+
+
+async def test_an_operators_token_sees_all(database: str) -> None:
+    [text], _ = await sendoff(
+        database, "create", "--user", "ops", "--name", "ops", "--operator", "--days", "30"
+    )
+    async with serving(database, **TOKENS_ONLY) as api:
+        assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["create", "--user", "", "--name", "x"],
+        ["create", "--user", "a\nb", "--name", "x"],
+        ["create", "--user", "a", "--name", ""],
+        ["create", "--user", "a", "--name", "x", "--days", "0"],
+        ["create", "--user", "a", "--name", "x", "--days", "1e3"],
+        ["create", "--name", "x"],
+        ["revoke", "1"],
+        [],
+    ],
+)
+async def test_wrong_arguments_are_status_2(database: str, arguments: list[str]) -> None:
+    _, told = await sendoff(database, *arguments, status=2)
+    assert "usage" in told[0]
+
+
+async def test_use_is_noted_once_a_minute_and_asked_once_each_max_age(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conn = await connect()
+    token_id, text = await token.create(conn, "robot", "x")
+    changes = "SELECT last_used_at, xmin::text FROM api_token WHERE id = %s"
+
+    async def noted() -> tuple[datetime | None, str]:
+        row = await (await conn.execute(changes, (token_id,))).fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+    async with serving(database, **TOKENS_ONLY) as api:
+        assert (await noted())[0] is None
+        for _ in range(3):
+            assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
+        first = await noted()
+        assert first[0] is not None
+        asked: list[Any] = []
+        monkeypatch.setattr(api.context.authenticator._tokens, "_database", Counting(asked))
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
+        assert asked == []  # remembered
+    monkeypatch.undo()
+    monkeypatch.setattr(tokens, "MAX_AGE", 0.0)
+    async with serving(database, **TOKENS_ONLY) as api:
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
+        assert await noted() == first  # asked, not written
+        await conn.execute("UPDATE api_token SET last_used_at = last_used_at - interval '2 minutes'")
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
+        later = (await noted())[0]
+        assert later is not None
+        assert later > first[0]
+
+
+class Counting:
+    """In the database's place: notes that it was asked."""
+
+    def __init__(self, asked: list[Any]) -> None:
+        self._asked = asked
+
+    async def row(self, query: Any, params: Any) -> None:
+        self._asked.append(params)
+
+
+async def test_in_development_mode_a_token_is_still_judged(database: str, connect: Connect) -> None:
+    token_id, text = await token.create(await connect(), "robot", "x")
+    assert isinstance(token_id, UUID)
+    async with serving(database) as api:
+        assert (await api.client.get("/outbox")).status_code == 200
+        assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 403
+        assert (await api.client.get("/outbox", headers=bearer("nonsense"))).status_code == 401

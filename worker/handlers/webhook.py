@@ -1,0 +1,119 @@
+"""Topic `webhook.deliver`: posts an event to a session's callback_url, signed as Standard Webhooks has it.
+
+Any 2xx is success. Whatever else comes is tried again by backoff, or when a Retry-After says, until the row
+is dead; an operator may retry it then. 410 Gone means that nobody wants them any more: the session's
+callback_url is taken away. A URL that must not be called is dead at once.
+
+An error text tells the status, never what the answer said: a user must not read by it what lies behind a URL.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import random
+import re
+import time
+from datetime import timedelta
+
+import httpx
+
+from outbox.callback import CallbackError, parse_networks, parse_secrets
+from outbox.errors import Permanent, Retry
+from outbox.handler import Handler, Job
+from outbox.log import get_logger
+from outbox.settings import Settings, load
+from worker.callback import CallbackTransport, Resolve
+
+TOPIC = "webhook.deliver"
+
+TIMEOUT = 15.0  # seconds, from the name's look-up to the answer's head
+FIRST_PAUSE, LAST_PAUSE = 5.0, 3600.0  # seconds; 20 tries take 7 to 12 hours
+MAX_RETRY_AFTER = 3600  # seconds
+
+log = get_logger(__name__)
+
+
+async def deliver(job: Job) -> None:
+    """One try. Raises Permanent or Retry."""
+    settings = load()
+    payload = job.payload
+    body = json.dumps(payload["event"], separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        status, retry_after = await post(payload["url"], payload["id"], body, job.row.traceparent, settings)
+    except CallbackError as error:
+        raise Permanent(str(error)) from error
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        raise Retry(f"not delivered: {type(error).__name__}", _pause(job)) from error
+    log.info("webhook_answered", status=status)
+    if status == 410:
+        await _forget(job)
+        raise Permanent("answered 410: its owner wants no more")
+    if not 200 <= status < 300:
+        raise Retry(f"answered {status}", max(_pause(job), retry_after))
+
+
+async def post(
+    url: str,
+    message_id: str,
+    body: bytes,
+    traceparent: str | None,
+    settings: Settings,
+    resolve: Resolve | None = None,
+) -> tuple[int, timedelta]:
+    """Send it once; return the status and what Retry-After says.
+
+    Raises CallbackError, httpx.HTTPError, TimeoutError, Retry if no secret is set.
+    """
+    if settings.webhook_secret is None:
+        raise Retry("this worker has no SENDOFF_WEBHOOK_SECRET")
+    keys = parse_secrets(settings.webhook_secret.get_secret_value())
+    now = int(time.time())
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "sendoff",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(now),
+        "webhook-signature": sign(keys, message_id, now, body),
+        **({"traceparent": traceparent} if traceparent else {}),
+    }
+    transport = CallbackTransport(parse_networks(settings.webhook_allow), resolve)
+    async with (
+        httpx.AsyncClient(transport=transport, timeout=TIMEOUT, trust_env=False) as client,
+        # The whole, too: one that sends a byte now and then would hold us for ever.
+        asyncio.timeout(TIMEOUT),
+        client.stream("POST", url, content=body, headers=headers) as response,
+    ):
+        return response.status_code, _retry_after(response)  # the answer's body is not read
+
+
+def sign(keys: list[bytes], message_id: str, at: int, body: bytes) -> str:
+    """The webhook-signature: one `v1,` and base64 for each key."""
+    text = f"{message_id}.{at}.".encode() + body
+    made = (hmac.digest(key, text, hashlib.sha256) for key in keys)
+    return " ".join(f"v1,{base64.b64encode(signature).decode()}" for signature in made)
+
+
+def _pause(job: Job) -> timedelta:
+    """Doubled each time, in half of it at random."""
+    pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(job.row.failures, 20))
+    return timedelta(seconds=pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
+
+
+def _retry_after(response: httpx.Response) -> timedelta:
+    """Its form in seconds; a date is rare enough to be ignored."""
+    given = response.headers.get("retry-after", "")
+    seconds = int(given) if re.fullmatch(r"[0-9]{1,9}", given) else 0
+    return timedelta(seconds=min(seconds, MAX_RETRY_AFTER))
+
+
+async def _forget(job: Job) -> None:
+    async with job.transaction() as conn:
+        await conn.execute(
+            "UPDATE session SET callback_url = NULL WHERE id = %s AND callback_url = %s",
+            (job.payload["session_id"], job.payload["url"]),
+        )
+
+
+handler = Handler(TOPIC, deliver, timeout=timedelta(seconds=60))
