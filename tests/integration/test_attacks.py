@@ -253,6 +253,8 @@ AUTHENTICATION = [
         "401 unauthorized: The token is malformed.",
         by_token(lambda i: i.token(exp="never")),
     ),
+    Attack("An end beyond all calendars", "200", by_token(lambda i: i.token(exp=10**400))),
+    Attack("An end in digits, but a string", "200", by_token(lambda i: i.token(exp=str(now(i) + 300)))),
     Attack("No `sub`", "401 unauthorized: The token has no sub.", by_token(lambda i: i.token(sub=None))),
     Attack(
         "A `sub` with a NUL in it",
