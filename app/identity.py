@@ -53,7 +53,7 @@ class Identity:
 
 
 class Authenticator:
-    """Knows users by their tokens. Raises ConfigurationError for settings that cannot be."""
+    """Knows users by their tokens."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings

@@ -82,6 +82,14 @@ ALTER TABLE watcher ENABLE ROW LEVEL SECURITY;
 CREATE POLICY watcher_of_user ON watcher
     USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
 
+ALTER TABLE session_memory ENABLE ROW LEVEL SECURITY;
+CREATE POLICY session_memory_of_user ON session_memory
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
+ALTER TABLE sandbox_borrow ENABLE ROW LEVEL SECURITY;
+CREATE POLICY sandbox_borrow_of_user ON sandbox_borrow
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
 -- Rows of other topics belong to nobody. As text: a payload may hold anything. Anybody who was granted an
 -- INSERT may enqueue.
 ALTER TABLE outbox ENABLE ROW LEVEL SECURITY;
