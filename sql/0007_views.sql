@@ -578,13 +578,27 @@ COMMENT ON FUNCTION outbox_stuck_deadline(interval) IS
     'When outbox_stuck_report has something to say at the earliest, as an interval from now; null: nothing is under way.';
 
 
--- Two roles: sendoff_reader sees everything, payloads and messages too; sendoff_operator may also retry,
--- discard and cancel. What a person may do runs with the owner's rights, so that the operator needs no
--- right to write, and only those who were granted it may call it.
+-- Two roles: sendoff_reader reads (what of it, row-level security says: 0009_access.sql); sendoff_operator
+-- sees all, and may retry, discard and cancel. What a person may do runs with the owner's rights, so that the
+-- operator needs no right to write, and only those who were granted it may call it.
 ALTER FUNCTION outbox_cancel(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 ALTER FUNCTION outbox_retry(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 ALTER FUNCTION outbox_discard(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 REVOKE EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint) FROM PUBLIC;
+
+-- Silent where the role, or what a later migration makes, is not there yet.
+CREATE FUNCTION sendoff_grant_to(grantee text, rights text, object text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = grantee)
+        AND (object LIKE 'FUNCTION %' OR to_regclass(object) IS NOT NULL)
+    THEN
+        EXECUTE format('GRANT %s ON %s TO %I', rights, object, grantee);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION sendoff_grant_to(text, text, text) IS 'One grant of sendoff_grant.';
 
 CREATE FUNCTION sendoff_grant() RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -605,21 +619,21 @@ BEGIN
             END;
         END IF;
     END LOOP;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_reader') THEN
-        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
-            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
-            outbox_writer, outbox_hourly, worker_status, worker_running
-            TO sendoff_reader;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_operator') THEN
-        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
-            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
-            outbox_writer, outbox_hourly, worker_status, worker_running
-            TO sendoff_operator;
-        GRANT EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint)
-            TO sendoff_operator;
-        GRANT INSERT, UPDATE, DELETE ON topic TO sendoff_operator;
-    END IF;
+    FOREACH wanted IN ARRAY ARRAY[
+        'session', 'prompt', 'message', 'outbox', 'worker', 'topic', 'watcher', 'idempotency',
+        'outbox_alert', 'schema_migration', 'worker_present', 'outbox_front', 'outbox_depth',
+        'outbox_waiting', 'outbox_writer', 'outbox_hourly', 'worker_status', 'worker_running'
+    ] LOOP
+        PERFORM sendoff_grant_to('sendoff_reader', 'SELECT', wanted);
+        PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', wanted);
+    END LOOP;
+    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', 'sandbox_suspect');
+    -- Who has looked whether it leaked deletes the row.
+    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT, DELETE', 'sandbox_borrow');
+    PERFORM sendoff_grant_to('sendoff_operator', 'INSERT, UPDATE, DELETE', 'topic');
+    FOREACH wanted IN ARRAY ARRAY['outbox_cancel', 'outbox_retry', 'outbox_discard'] LOOP
+        PERFORM sendoff_grant_to('sendoff_operator', 'EXECUTE', format('FUNCTION %s(bigint)', wanted));
+    END LOOP;
 END
 $$;
 COMMENT ON FUNCTION sendoff_grant() IS

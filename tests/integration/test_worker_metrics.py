@@ -125,8 +125,6 @@ async def test_what_runs_what_waits_and_a_connection_lost(
         assert found[("sendoff_worker_attempts_total", "hang", "cancelled")] == 1
         await worker.event("claimed", rows=[second])
         worker.send(signal.SIGTERM)
-        await worker.event("draining")
-        worker.send(signal.SIGTERM)
         assert await worker.ended() == 0
 
 
