@@ -85,6 +85,9 @@ COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
     'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
 
 
+-- The plan is made once a session, and must not depend on how large the table was then: each row is found
+-- through an index, in the order the index has. Planning anew each time took 1.2 ms a call, 7 us a row in
+-- batches of 250 (27 us, then 20).
 CREATE FUNCTION outbox_claim(
     claimer     uuid,
     topics      text[],
@@ -94,6 +97,8 @@ CREATE FUNCTION outbox_claim(
     connection  integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -185,7 +190,7 @@ BEGIN
         limited = a.limited
     FROM allowed AS a
     WHERE o.id = a.id
-    RETURNING o.id, o.topic, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
+    RETURNING o.id, a.name, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
         o.traceparent, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
@@ -245,18 +250,22 @@ CREATE FUNCTION outbox_complete_and_claim(
     topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 DECLARE
     ended bigint[];
 BEGIN
     PERFORM FROM worker WHERE id = turner FOR NO KEY UPDATE;
-    ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
-    IF cardinality(ended) < cardinality(ids) THEN
-        RETURN QUERY
-        SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
-            NULL::interval
-        FROM unnest(ids, attempts) AS f (id, attempt)
-        WHERE f.id <> ALL (ended);
+    IF cardinality(ids) > 0 THEN
+        ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
+        IF cardinality(ended) < cardinality(ids) THEN
+            RETURN QUERY
+            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
+                NULL::interval
+            FROM unnest(ids, attempts) AS f (id, attempt)
+            WHERE f.id <> ALL (ended);
+        END IF;
     END IF;
     RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, connection);
 END
