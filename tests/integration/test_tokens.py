@@ -1,6 +1,7 @@
 """API tokens: made, used, listed and revoked, by the command and over HTTP."""
 
 import shlex
+import time
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -8,7 +9,7 @@ from uuid import UUID
 import httpx
 import pytest
 
-from app import oidc, tokens
+from app import identity, oidc, tokens
 from outbox import token
 from tests.conftest import Connect
 from tests.support.api import serving, until
@@ -139,12 +140,20 @@ async def test_in_development_mode_a_token_is_still_judged(database: str, connec
         assert (await api.client.get("/outbox", headers=bearer("nonsense"))).status_code == 401
 
 
-async def test_a_stream_ends_with_its_token(database: str) -> None:
+async def test_a_stream_ends_with_its_token(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text = await token.create(await connect(), "alice", "x")
+    monkeypatch.setattr(identity, "API_TOKEN_STREAM", 0.2)
     async with issuing() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+        begun = time.monotonic()
+        lasts = (await api.context.authenticator.by_token(issuer.token())).until - begun
+        assert lasts - oidc.LEEWAY + 2 >= 300
+        assert lasts - oidc.LEEWAY <= 300 + time.monotonic() - begun
+
         asked = {"repo": "octo/tools", "target_branch": "main"}
-        created = await api.client.post("/sessions", json=asked, headers=bearer(issuer.token()))
-        soon = issuer.token(exp=issuer.claims()["iat"] - oidc.LEEWAY + 2)
-        async with api.follow(created.json()["id"], **bearer(soon)) as events:
+        created = await api.client.post("/sessions", json=asked, headers=bearer(text))
+        async with api.follow(created.json()["id"], **bearer(text)) as events:
             assert [event.event for event in await events.rest()] == ["status"]
         await until(lambda: not api.context.limits._streams)
 
