@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
@@ -101,7 +102,7 @@ class Handler:
     run: Run
     timeout: timedelta | None = None
 
-    @property
+    @cached_property
     def blocking(self) -> bool:
         """Whether `run` is a plain function."""
         return not inspect.iscoroutinefunction(self.run)

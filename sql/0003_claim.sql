@@ -85,6 +85,9 @@ COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
     'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
 
 
+-- The plan is made once a session, and must not depend on how large the table was then: each row is found
+-- through an index, in the order the index has. Planning anew each time took 1.2 ms a call, 7 us a row in
+-- batches of 250 (27 us, then 20).
 CREATE FUNCTION outbox_claim(
     claimer     uuid,
     topics      text[],
@@ -94,6 +97,8 @@ CREATE FUNCTION outbox_claim(
     connection  integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -185,7 +190,7 @@ BEGIN
         limited = a.limited
     FROM allowed AS a
     WHERE o.id = a.id
-    RETURNING o.id, o.topic, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
+    RETURNING o.id, a.name, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
         o.traceparent, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
@@ -245,18 +250,22 @@ CREATE FUNCTION outbox_complete_and_claim(
     topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 DECLARE
     ended bigint[];
 BEGIN
     PERFORM FROM worker WHERE id = turner FOR NO KEY UPDATE;
-    ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
-    IF cardinality(ended) < cardinality(ids) THEN
-        RETURN QUERY
-        SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
-            NULL::interval
-        FROM unnest(ids, attempts) AS f (id, attempt)
-        WHERE f.id <> ALL (ended);
+    IF cardinality(ids) > 0 THEN
+        ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
+        IF cardinality(ended) < cardinality(ids) THEN
+            RETURN QUERY
+            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
+                NULL::interval
+            FROM unnest(ids, attempts) AS f (id, attempt)
+            WHERE f.id <> ALL (ended);
+        END IF;
     END IF;
     RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, connection);
 END
@@ -425,6 +434,10 @@ BEGIN
         RAISE EXCEPTION 'ending a worker needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
+    IF TG_OP = 'DELETE' THEN
+        -- Nothing would be left of the worker to keep a lease for a row that is locked: wait for it.
+        PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id FOR UPDATE;
+    END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
     RETURN NULL;
@@ -444,12 +457,14 @@ ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 
 -- Does not wait for a row that is locked: the dead worker may have been cut off in the middle of a fenced
 -- transaction which the server keeps open, and whoever waited for that could not renew its own lease. The
--- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue).
+-- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue), and
+-- sleepers are told: it was not a rescuer that ended it, perhaps, and what they know of is its old lease.
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
-    freed integer;
+    freed     integer;
+    left_over boolean;
 BEGIN
     WITH lost AS MATERIALIZED (
         SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
@@ -471,10 +486,12 @@ BEGIN
     FROM lost
     WHERE o.id = lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
-    UPDATE worker SET lease_until = CASE WHEN l.left_over THEN clock_timestamp() END
-    FROM (SELECT EXISTS (
-        SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running') AS left_over) AS l
-    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR l.left_over);
+    left_over := EXISTS (SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running');
+    UPDATE worker SET lease_until = CASE WHEN left_over THEN clock_timestamp() END
+    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR left_over);
+    IF left_over THEN
+        PERFORM outbox_notify('*', clock_timestamp());
+    END IF;
     RETURN freed;
 END
 $$;

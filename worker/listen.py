@@ -4,8 +4,7 @@
 2. Take the presence lock, under a number new for this connection, without blocking: the lock of a
    connection that the server does not know to be dead yet must not stand in the way.
 3. LISTEN. Only then may anybody claim: a row committed before is found by the claim, one after notifies.
-4. Read notifications until the connection breaks, then start again at 1. psycopg holds the connection
-   while it reads, so no other statement can be sent on it.
+4. Read notifications until the connection breaks, then start again at 1. No other statement is sent on it.
 
 Some proxies keep a socket open whose server has gone; keepalive cannot see that. `SENDOFF_LISTEN_PROBE`
 makes the worker notify itself now and then, through the other connection, and reconnect if it hears nothing.
@@ -58,9 +57,22 @@ class Listener:
         self._reading.add_done_callback(lambda task: ended())
 
     async def _read(self) -> None:
-        async for notification in self._conn.notifies():
+        # psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten
+        # idle minutes. What came before this is in its backlog, what comes now is read here.
+        async for notification in self._conn.notifies(timeout=0):
             self._heard(notification.channel, notification.payload)
-        raise psycopg.OperationalError("the LISTEN connection was closed")
+        loop, server = asyncio.get_running_loop(), self._conn.pgconn
+        descriptor, readable = server.socket, asyncio.Event()
+        loop.add_reader(descriptor, readable.set)
+        try:
+            while True:
+                await readable.wait()
+                readable.clear()
+                server.consume_input()  # raises OperationalError when the connection is broken
+                while note := server.notifies():
+                    self._heard(note.relname.decode(), note.extra.decode())
+        finally:
+            loop.remove_reader(descriptor)
 
     def check(self) -> None:
         """Raise what broke the connection, if it is broken."""

@@ -128,7 +128,6 @@ class Stats:
             result[name] = [[[topic], [list(times.counts), times.total]] for topic, times in by_topic.items()]
         return result
 
-
     def _zeros(self) -> dict[tuple[str, ...], float]:
         attempts = ((_ATTEMPTS, topic, outcome) for topic in self.topics for outcome in OUTCOMES)
         wakeups = ((name, cause) for name in _WAKEUPS for cause in CAUSES)
