@@ -106,3 +106,7 @@ dashboard-figures: .venv/.complete chromium ## Measure page weight and time to t
 .PHONY: fuzz-api
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
+
+.PHONY: chaos
+chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md
+	@$(BIN)/python -m tests.chaos --seconds '$(or $(SECONDS),60)' $(if $(SEED),--seed '$(SEED)') $(if $(BREAK),--break '$(BREAK)')

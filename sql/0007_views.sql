@@ -220,11 +220,11 @@ SELECT
     r.id, r.topic, r.state, y.reason,
     greatest(statement_timestamp() - y.since, interval '0') AS waited,
     CASE y.reason
-        WHEN 'dead' THEN format('failed %s times; outbox_retry(%s) or outbox_discard(%s)', r.failures, r.id, r.id)
+        WHEN 'dead' THEN format('failures: %s; outbox_retry(%s) or outbox_discard(%s)', r.failures, r.id, r.id)
         WHEN 'cancelling' THEN format('worker %s has yet to stop it', r.worker_id)
         WHEN 'worker lost' THEN format('worker %s is gone and no other has rescued its rows', r.worker_id)
         WHEN 'key' THEN format('row %s of key %s comes first, it is %s', k.id, r.ordering_key, k.state)
-        WHEN 'retry' THEN format('failed %s of %s times, next try at %s', r.failures, r.max_attempts,
+        WHEN 'retry' THEN format('failures: %s of %s, next try at %s', r.failures, r.max_attempts,
                                  to_char(r.available_at, 'YYYY-MM-DD HH24:MI:SSOF'))
         WHEN 'scheduled' THEN format('available_at is %s', to_char(r.available_at, 'YYYY-MM-DD HH24:MI:SSOF'))
         WHEN 'topic paused' THEN 'max_running is 0 in table topic'
@@ -396,7 +396,7 @@ AS $$
         WHERE o.cancel_requested_at IS NOT NULL
         UNION ALL
         SELECT o.finished_at, 5, o.state, o.attempt, NULL,
-               format('after %s attempts, %s failures of %s', o.attempt, o.failures, o.max_attempts)
+               format('attempts: %s, failures: %s of %s', o.attempt, o.failures, o.max_attempts)
         WHERE o.finished_at IS NOT NULL
         UNION ALL
         SELECT statement_timestamp(), 6, 'now ' || q.state, NULL, NULL, q.reason || ': ' || q.detail
@@ -439,7 +439,7 @@ AS $$
         FROM prompt AS p WHERE p.session_id = of_session AND p.finished_at IS NOT NULL
         UNION ALL
         SELECT max(m.created_at), 5, 'messages', NULL, m.attempt, NULL,
-               format('%s messages, seq %s to %s', count(*), min(m.seq), max(m.seq))
+               format('messages: %s, seq %s to %s', count(*), min(m.seq), max(m.seq))
         FROM message AS m WHERE m.session_id = of_session
         GROUP BY m.prompt_id, m.attempt
         UNION ALL

@@ -163,11 +163,11 @@ class Worker:
             set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
             with bounded(self._control, settings.lease):
                 await self._introduce()
+                await self._stuck.look(self._control)
             self._listener.start(self._event.set)
             self._set_connected(True)
             self._stats.count("sendoff_worker_connects")
             self._stats.woken("reconnect")
-            self._stuck.work_came()
             await self._turns()
 
     async def _introduce(self) -> None:
@@ -364,11 +364,10 @@ class Worker:
             # Half of all slots at most, so that the server works on one half of the rows while the
             # handlers of the other half run.
             wants = min(wants, (self._concurrency + 1) // 2)
-        completed = [o.job.token for o in self._ended if o.end is End.COMPLETE]
+        completed = [o for o in self._ended if o.end is End.COMPLETE]
         if wants == 0:
             if completed:
-                refused = set(completed) - await self._complete(completed)
-                self._completed(completed, refused)
+                self._completed(completed, await self._complete([o.job.token for o in completed]))
             return
         self._look = False  # from here on a notification raises it again
         settling = parking.stage is Stage.SETTLING
@@ -404,14 +403,14 @@ class Worker:
         self._woken_at = now
         return lone or self._parking.stage is Stage.SETTLING
 
-    async def _claim(self, completed: list[tuple[int, int]], wants: int, stay_parked: bool) -> list[Claimed]:
+    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> list[Claimed]:
         assert self.id is not None
         asked_at = time.monotonic()
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
         rows, refused = await complete_and_claim(
             self._control,
             self.id,
-            completed,
+            [o.job.token for o in completed],
             self._topics,
             wants,
             lease=self._lease_time,
@@ -432,24 +431,25 @@ class Worker:
             self._running[row.id] = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
         return rows
 
-    async def _complete(self, completed: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Without a claim. Returns those that were fenced."""
         assert self.id is not None
-        ended = await complete(self._control, self.id, completed)
-        return {token for token in completed if token[0] in ended}
+        ended = await complete(self._control, self.id, tokens)
+        return {token for token in tokens if token[0] not in ended}
 
-    def _completed(self, tokens: list[tuple[int, int]], refused: set[tuple[int, int]]) -> None:
-        ended = Counter(o.job.row.topic for o in self._ended if o.end is End.COMPLETE)
-        lost = (
-            Counter(o.job.row.topic for o in self._ended if o.job.token in refused) if refused else Counter()
-        )
+    def _completed(self, outcomes: list[Outcome], refused: set[tuple[int, int]]) -> None:
+        # Only these: handlers have ended since they were sent.
+        gone = set(map(id, outcomes))
+        self._ended = [o for o in self._ended if id(o) not in gone]
+        ended = Counter(o.job.row.topic for o in outcomes)
+        lost = Counter(o.job.row.topic for o in outcomes if o.job.token in refused) if refused else Counter()
         for topic, count in (ended - lost).items():
             self._stats.count("sendoff_worker_attempts", topic, "done", by=count)
         for topic, count in lost.items():
             self._stats.count("sendoff_worker_attempts", topic, "fenced", by=count)
-        self._ended = [o for o in self._ended if o.end is not End.COMPLETE]
         for row_id, attempt in refused:
             log.warning("fenced", outbox_id=row_id, attempt=attempt)
-        log.debug("completed", rows=[row_id for row_id, _ in tokens], fenced=len(refused))
+        log.debug("completed", rows=[o.job.row.id for o in outcomes], fenced=len(refused))
 
     async def _writers(self) -> list[str]:
         cursor = await self._control.execute("SELECT outbox_writers()")

@@ -327,7 +327,8 @@ class Chaos:
             with self._connect(name) as conn:
                 conn.execute(
                     "INSERT INTO outbox (topic, payload)"
-                    " SELECT 'roll.call', jsonb_build_object('release', %s::text) FROM generate_series(1, %s)",
+                    " SELECT 'roll.call', jsonb_build_object('release', %s::text)"
+                    " FROM generate_series(1, %s)",
                     (str(release), slots),
                 )
         await self._until("all awake", self._all_slots_taken)

@@ -1,4 +1,4 @@
-"""What is done to the parts, at random by a seed. Each fault is told to the history, when it begins and ends."""
+"""What is done to the parts, at random by a seed. The history is told when each fault begins and ends."""
 
 import asyncio
 import os
@@ -52,8 +52,9 @@ class Faults:
         Storms and lulls take turns: in a lull all must come back to life, and nothing excuses lateness.
         """
         menu: list[tuple[float, Fault]] = [
-            (10, self.kill), (8, self.freeze), (8, self.roll), (2, self.crash_server), (2, self.restart_server),
-            (8, self.terminate), (8, self.cut), (6, self.slow), (8, self.half_open), (6, self.partition),
+            (10, self.kill), (8, self.freeze), (8, self.roll),
+            (2, self.crash_server), (2, self.restart_server), (8, self.terminate),
+            (8, self.cut), (6, self.slow), (8, self.half_open), (6, self.partition),
             (5, self.long_writer), (4, self.prepare), (3, self.lock_table),
         ]  # fmt: skip
         began = time.monotonic()
@@ -180,13 +181,15 @@ class Faults:
             await (conn.rollback() if self.random.random() < 0.5 else conn.commit())
 
     async def prepare(self) -> None:
-        """PREPARE TRANSACTION of an insert; it stays until a later fault, or the end. Refused if it notified."""
+        """PREPARE TRANSACTION of an insert, until a later fault or the end. Refused if it notified."""
         async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as conn:
             await self._end_prepared(conn)
             name = f"chaos-{next(self._numbers)}"
             self._begin("prepared transaction", "none")
             await conn.execute("BEGIN")
-            await conn.execute("INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')")
+            await conn.execute(
+                "INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')"
+            )
             try:
                 await conn.execute(f"PREPARE TRANSACTION '{name}'")
                 self._prepared.append(name)

@@ -155,5 +155,3 @@ class Place:
 def mark() -> dict[str, str]:
     """Environment by which the runner finds a run's processes again, should any be left."""
     return {"CHAOS_RUN": secrets.token_hex(8), "PYTHONPATH": str(ROOT)}
-
-

@@ -32,7 +32,7 @@ Connection = psycopg.AsyncConnection[Any]
 KEYS = [f"key-{n}" for n in range(12)]
 
 
-class RollBack(Exception):  # noqa: N818 - not an error
+class RollBack(Exception):
     """Wanted: the transaction is to leave nothing."""
 
 
@@ -97,7 +97,9 @@ class Producers:
         give_up = self.random.random() < 0.1 and not dawdle
         if self.random.random() < 0.1:
             await conn.set_isolation_level(
-                self.random.choice([psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE])
+                self.random.choice(
+                    [psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE]
+                )
             )
         else:
             await conn.set_isolation_level(None)
@@ -284,8 +286,10 @@ class Producers:
             "retry": "SELECT outbox_retry({0})",
             "discard": "SELECT outbox_discard({0})",
             "state": "UPDATE outbox SET state = 'cancelled' WHERE id = {0} AND state = 'ready'",
-            "mark": "UPDATE outbox SET cancel_requested_at = now() WHERE id = {0} AND state IN ('ready', 'running')",
-            "take": "UPDATE outbox SET state = 'ready' WHERE state = 'running' AND id = (SELECT min(id) FROM outbox"
+            "mark": "UPDATE outbox SET cancel_requested_at = now()"
+            " WHERE id = {0} AND state IN ('ready', 'running')",
+            "take": "UPDATE outbox SET state = 'ready'"
+            " WHERE state = 'running' AND id = (SELECT min(id) FROM outbox"
             " WHERE state = 'running' AND id > (SELECT max(id) FROM outbox) - {0} % 30)",
         }
         body = "; ".join(statements[word].format(row) + "; SELECT pg_sleep(0.02)" for row in rows)

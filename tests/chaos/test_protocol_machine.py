@@ -19,8 +19,10 @@ from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     consumes,
+    initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -29,7 +31,6 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from tests.chaos.broken import break_rule
-
 
 COMMON: dict[str, Any] = {
     "deadline": None,
@@ -100,12 +101,23 @@ class Protocol(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conn.execute("TRUNCATE outbox, worker, session, prompt, message RESTART IDENTITY CASCADE")
+        self.conn.execute("BEGIN")  # and never committed: the next example begins with an empty database
         self.model: dict[int, Row] = {}
         self.sessions: dict[str, Session] = {}
         self.workers = [self._new_worker() for _ in range(WORKERS)]
 
+    def teardown(self) -> None:
+        self.conn.execute("ROLLBACK")
+
     # What each does, and what should follow.
+
+    @initialize(target=rows)
+    def begin(self) -> Any:
+        """Something of each kind, so that little is wasted on an empty database."""
+        found = [self.enqueue("limited", None, 0, False, None) for _ in range(LIMIT + 1)]
+        found += [self.enqueue("plain", "a", priority, False, None) for priority in (0, 5)]
+        found += self.create_session(False).values
+        return multiple(*found)
 
     @rule(
         target=rows,
@@ -122,7 +134,8 @@ class Protocol(RuleBasedStateMachine):
             " VALUES (%s, %s, %s, clock_timestamp() + %s * interval '1 day', %s, %s) RETURNING id"
         )
         try:
-            found = self._one(query, topic, key, priority, int(delayed), unique, MAX_ATTEMPTS)
+            with self.conn.transaction():
+                found = self._one(query, topic, key, priority, int(delayed), unique, MAX_ATTEMPTS)
         except errors.UniqueViolation:
             assert taken
             return multiple()
@@ -158,18 +171,15 @@ class Protocol(RuleBasedStateMachine):
         target=attempts,
         who=st.integers(0, WORKERS - 1),
         slots=st.integers(1, 4),
-        topics=st.sampled_from(
-            [[*TOPICS, "session.run"], ["plain", "session.run"], ["limited"], ["other", "plain"]]
-        ),
+        topics=st.sampled_from([[*TOPICS, "session.run"], ["session.run"], ["limited"], ["other", "plain"]]),
     )
     def claim(self, who: int, slots: int, topics: list[str]) -> Any:
         worker = self.workers[who]
         query = "SELECT id, attempt FROM outbox_claim(%s, %s, %s, '1 hour')"
         if worker.ended:
-            with pytest.raises(psycopg.Error, match="has ended"):
+            with pytest.raises(psycopg.Error, match="has ended"), self.conn.transaction():
                 self.conn.execute(query, (worker.id, topics, slots))
-            self.workers[who] = self._new_worker()
-            return multiple()
+            worker = self.workers[who] = self._new_worker()
         could = {row.id for row in self._claimable(topics)}
         claimed = self._rows(query, worker.id, topics, slots)
         assert len(claimed) <= slots
@@ -194,7 +204,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(token=attempts)
     def complete(self, token: tuple[int, int, int]) -> None:
-        row_id, attempt, who = token
+        row_id, attempt, _ = token
         ended = self._one("SELECT outbox_complete(%s, %s, %s)", self._life(token), [row_id], [attempt])
         if self._fenced(token):
             assert ended is None
@@ -230,24 +240,24 @@ class Protocol(RuleBasedStateMachine):
     def end_cancelled(self, token: tuple[int, int, int]) -> None:
         row_id, attempt, _ = token
         ended = self._one("SELECT outbox_end_cancelled(%s, %s, %s)", self._life(token), row_id, attempt)
-        if self._fenced(token) or not self.model[row_id].marked:
+        if self._fenced(token):
             assert ended is None
             return
-        assert ended
-        self.model[row_id].state = "cancelled"
+        row = self.model[row_id]
+        assert ended == row.marked
+        row.state = "cancelled" if row.marked else "ready"
+        row.delayed = not row.marked  # it was not asked for: back, in a while
 
     @rule(token=attempts)
     def borrow(self, token: tuple[int, int, int]) -> None:
-        """As the session's handler does: fenced, unless a sandbox is held."""
+        """As a session's handler does, unless a sandbox is held; on any other row, only the fence."""
         row_id, attempt, _ = token
         row = self.model.get(row_id)
-        if row is None or row.session is None:
-            return
-        session = self.sessions[row.session]
+        session = None if row is None or row.session is None else self.sessions[row.session]
         with self.conn.transaction():
             mark = self._one("SELECT outbox_fence(%s, %s, %s)", self._life(token), row_id, attempt)
             assert (mark is None) == self._fenced(token)
-            if mark is not None and session.held is None:
+            if mark is not None and row is not None and session is not None and session.held is None:
                 session.held = str(uuid4())
                 self.conn.execute(
                     "UPDATE session SET sandbox = %s WHERE id = %s",
@@ -268,6 +278,26 @@ class Protocol(RuleBasedStateMachine):
         )  # fmt: skip
         assert fenced == self._fenced(token)
 
+    @precondition(lambda self: any(row.state == "running" for row in self.model.values()))
+    @rule(
+        index=st.integers(0, 7), how=st.sampled_from(["complete", "complete", "fail", "hand back", "go on"])
+    )
+    def proceed(self, index: int, how: str) -> None:
+        """An attempt that is not fenced goes its way."""
+        running = [row for row in self.model.values() if row.state == "running"]
+        row = running[index % len(running)]
+        assert row.worker is not None
+        token = (row.id, row.attempt, row.worker)
+        if row.session is not None:
+            self.borrow(token)
+            self.say(token, 1)
+        if how == "complete":
+            self.complete(token)
+        elif how == "fail":
+            self.fail(token, False)
+        elif how == "hand back":
+            self.hand_back(token)
+
     @rule(who=st.integers(0, WORKERS - 1))
     def renew(self, who: int) -> None:
         worker = self.workers[who]
@@ -276,7 +306,7 @@ class Protocol(RuleBasedStateMachine):
         # It believes to run one more, which is not its own: it must learn that.
         values = (worker.id, [row.id for row in mine] + [0], [row.attempt for row in mine] + [1])
         if worker.ended:
-            with pytest.raises(psycopg.Error, match="has ended"):
+            with pytest.raises(psycopg.Error, match="has ended"), self.conn.transaction():
                 self.conn.execute(query, values)
             return
         found = {(r["id"], r["attempt"], r["cancel"]) for r in self._rows(query, *values)}
@@ -320,7 +350,7 @@ class Protocol(RuleBasedStateMachine):
     def park(self, who: int) -> None:
         worker = self.workers[who]
         if worker.ended:
-            with pytest.raises(psycopg.Error, match="has ended"):
+            with pytest.raises(psycopg.Error, match="has ended"), self.conn.transaction():
                 self.conn.execute("SELECT outbox_park(%s)", (worker.id,))
             return
         self.conn.execute("SELECT outbox_park(%s)", (worker.id,))
@@ -336,7 +366,7 @@ class Protocol(RuleBasedStateMachine):
         query = "SELECT outbox_reconnect(%s, 1, %s::bigint[], %s::int[])"
         values = (worker.id, [row.id for row in known], [row.attempt for row in known])
         if worker.ended:
-            with pytest.raises(psycopg.Error, match="has ended"):
+            with pytest.raises(psycopg.Error, match="has ended"), self.conn.transaction():
                 self.conn.execute(query, values)
             return
         self.conn.execute(query, values)
@@ -363,7 +393,8 @@ class Protocol(RuleBasedStateMachine):
             other.unique == row.unique and other.unfinished for other in self.model.values()
         )  # fmt: skip
         try:
-            state = self._one("SELECT outbox_retry(%s)", row_id)
+            with self.conn.transaction():
+                state = self._one("SELECT outbox_retry(%s)", row_id)
         except errors.UniqueViolation:
             assert taken
             return
@@ -447,14 +478,15 @@ class Protocol(RuleBasedStateMachine):
             row = self.model[r["id"]]
             assert row.state == "ready"
             assert any(
-                other.key == row.key and (other.state == "running" or (other.unfinished and other.id < row.id))
+                other.key == row.key
+                and (other.state == "running" or (other.unfinished and other.id < row.id))
                 for other in self.model.values()
             ), f"{row} is blocked by nothing"
 
     @invariant()
     def sessions_follow(self) -> None:
-        found = {r["id"]: r for r in self._rows(
-            "SELECT id::text, inbox_status, sandbox ->> 'borrow_token' AS held, last_seq FROM session")}  # fmt: skip
+        query = "SELECT id::text, inbox_status, sandbox ->> 'borrow_token' AS held FROM session"
+        found = {r["id"]: r for r in self._rows(query)}
         for session_id, session in self.sessions.items():
             states = [self.model[r].state for _, r in session.prompts if r in self.model]
             wanted = "pending" if "running" in states else "active" if "ready" in states else "completed"
@@ -502,7 +534,7 @@ class Protocol(RuleBasedStateMachine):
         )  # fmt: skip
 
     def _life(self, token: tuple[int, int, int]) -> str:
-        """Under which id that attempt was claimed, as far as it matters: a successor's attempts are others."""
+        """Under which id that attempt was claimed, or its successor's, whose attempts are others."""
         return self.workers[token[2]].id
 
     def _holds(self, who: int, row: Row) -> bool:
@@ -525,7 +557,9 @@ class Protocol(RuleBasedStateMachine):
             if row.topic == "limited" and room <= 0:
                 continue
             if row.key is not None and any(
-                o.key == row.key and o is not row and (o.state == "running" or (o.unfinished and o.id < row.id))
+                o.key == row.key
+                and o is not row
+                and (o.state == "running" or (o.unfinished and o.id < row.id))
                 for o in self.model.values()
             ):
                 continue
@@ -559,6 +593,7 @@ class Protocol(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[RuleBasedStateMachine]]:
     with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("DELETE FROM outbox")
         conn.execute("INSERT INTO topic (name, max_running) VALUES ('limited', %s)", (LIMIT,))
         yield type("Machine", (Protocol,), {"conn": conn})
 
@@ -572,4 +607,6 @@ def test_machine_notices_a_broken_rule(machine: type[RuleBasedStateMachine], bro
     break_rule(vars(machine)["conn"], broken)
     # Whatever it raises: a model that disagrees, or the server that refuses what follows.
     with pytest.raises((AssertionError, psycopg.Error)):
-        run_state_machine_as_test(machine, settings=settings(PROFILE, phases=[Phase.generate]))
+        run_state_machine_as_test(
+            machine, settings=settings(PROFILE, phases=[Phase.generate], max_examples=1000)
+        )

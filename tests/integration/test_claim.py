@@ -19,9 +19,10 @@ from tests.support.steps import (
     one,
     run_out,
     take_out,
+    until,
     with_and_without,
 )
-from tests.support.worker import watched
+from tests.support.worker import Watched, watched
 
 
 @with_and_without
@@ -214,3 +215,27 @@ async def test_completed_key_is_free_for_the_claim_of_the_same_turn(connect: Con
     assert await claim_ids(conn, worker, 5) == [first]
     rows, refused = await outbox.complete_and_claim(conn, worker, [(first, 1)], ["t"], 5, lease=LEASE)
     assert ([row.id for row in rows], refused) == ([second], set())
+
+
+async def test_handler_that_ends_while_a_completion_is_on_its_way(connect: Connect, database: str) -> None:
+    """1. A has ended, and its completion is sent. 2. B ends. 3. The answer comes: B is not forgotten."""
+    psql = await connect()
+    a, b = await add(psql), await add(psql)
+    gates = {a: asyncio.Event(), b: asyncio.Event()}
+
+    async def run(job: outbox.Job) -> None:
+        await gates[job.row.id].wait()
+
+    class Overlaps(Watched):
+        async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:
+            refused = await super()._complete(tokens)
+            gates[b].set()
+            while b in self._running:  # noqa: ASYNC110 - a few turns of the loop
+                await asyncio.sleep(0)
+            return refused
+
+    async with watched(database, run=run, concurrency=3, kind=Overlaps) as worker:
+        await worker.has_run(a)
+        await worker.has_run(b)
+        gates[a].set()
+        await until(psql, "SELECT count(*) = 2 FROM outbox WHERE topic = 't' AND state = 'done'")

@@ -21,6 +21,7 @@ from outbox.handler import Run
 from outbox.settings import Settings
 from tests.support.process import ROOT, Process, running
 from tests.support.steps import TIMEOUT, Connection
+from worker.attempt import Outcome
 from worker.listen import CANCEL
 from worker.loop import Worker
 from worker.park import Stage
@@ -115,7 +116,7 @@ class Watched(Worker):
         await self._step("writers")
         return await super()._writers()
 
-    async def _claim(self, completed: list[tuple[int, int]], wants: int, stay_parked: bool) -> list[Claimed]:
+    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> list[Claimed]:
         await self._step("claim")
         rows = await super()._claim(completed, wants, stay_parked)
         self.looks += 1
