@@ -258,6 +258,9 @@ class Chaos:
         if await self._until("all parked", self._all_parked):
             await self._until_silent()
             await self._roll_call()
+        else:
+            for place in self._places:
+                print(f"{place.name}: processes {place.pids()}, its log ends with\n{place.last_words()}")
         for place in (*self._places, self._api):
             status = await place.end(PATIENCE)
             bad = [s for s in (*place.statuses, status) if s is None or s > 0]

@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import subprocess
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -55,6 +56,8 @@ class Place:
         self._old: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self._ending = False
+        self._changing = asyncio.Lock()
+        """A death and a replacement at once must not leave two workers."""
 
     async def start(self) -> None:
         """Start the first worker and keep one alive from then on."""
@@ -78,11 +81,12 @@ class Place:
             process = self._current
             assert process is not None
             status = await process.wait()
-            if self._current is process and not self._ending:
-                if status >= 0:
-                    self._history.tell("exit", place=self.name, pid=process.pid, status=status)
-                await asyncio.sleep(0.05)
-                self._current = await self._spawn()
+            async with self._changing:
+                if self._current is process and not self._ending:
+                    if status >= 0:
+                        self._history.tell("exit", place=self.name, pid=process.pid, status=status)
+                    await asyncio.sleep(0.05)
+                    self._current = await self._spawn()
 
     def pids(self) -> list[int]:
         """The processes that serve here: the worker, or the parent and its children."""
@@ -93,6 +97,11 @@ class Place:
             return [process.pid, *(child.pid for child in process.children())]
         return []
 
+    def last_words(self, lines: int = 8) -> str:
+        """The end of its log."""
+        with self._log.open(errors="replace") as log:
+            return "".join(deque(log, lines))
+
     def kill(self, pid: int) -> None:
         """SIGKILL one of them; the history learns of it first."""
         self._history.tell("died", pid=pid, place=self.name)
@@ -101,8 +110,10 @@ class Place:
 
     async def replace(self, *, hasten: float | None = None) -> None:
         """A rolling restart: start the successor, drain the old one; a second SIGTERM after `hasten` s."""
-        old, self._current = self._current, await self._spawn()
-        assert old is not None
+        async with self._changing:
+            old = self._current
+            assert old is not None
+            self._current = await self._spawn()
         # The keeper still waits for the old one; it then finds the new one.
         task = asyncio.create_task(self._drain(old, hasten))
         self._old.add(task)
