@@ -440,6 +440,11 @@ BEGIN
     END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
+    -- Unless it left, it may be alive and asleep, its flag down so that nobody will ever notify it: woken, it
+    -- finds out and comes back under a new id.
+    IF OLD.ended_at IS NULL AND (TG_OP = 'DELETE' OR NEW.end_reason IS DISTINCT FROM 'left') THEN
+        PERFORM pg_notify('sendoff_wake', '#' || OLD.id || '@0');
+    END IF;
     RETURN NULL;
 END
 $$;

@@ -263,9 +263,13 @@ class Worker:
     # What happens.
 
     def _heard(self, channel: str, payload: str) -> None:
+        with suppress(ValueError):  # anybody may NOTIFY anything
+            self._understand(channel, payload)
+
+    def _understand(self, channel: str, payload: str) -> None:
         if channel == WAKE:
             topic, _, due = payload.rpartition("@")
-            if topic != "*" and topic not in self._handlers:
+            if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
                 return
             if due == "0":
                 self._woken("notify")
@@ -584,7 +588,8 @@ class Worker:
     async def _leave(self) -> None:
         """End this life: nothing runs, so there is nothing to rescue."""
         await self._control.execute(
-            "UPDATE worker SET ended_at = clock_timestamp(), parked = false, lease_until = NULL"
+            "UPDATE worker SET ended_at = clock_timestamp(), end_reason = 'left', parked = false,"
+            " lease_until = NULL"
             " WHERE id = %s AND ended_at IS NULL",
             (self.id,),
         )
