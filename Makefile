@@ -106,3 +106,15 @@ dashboard-figures: .venv/.complete chromium ## Measure page weight and time to t
 .PHONY: fuzz-api
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
+
+.venv/.bench: pyproject.toml .venv/.runtime
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,bench]'
+	@touch $@
+
+.PHONY: bench
+bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/benchmarks.md (hours)
+	@$(BIN)/python -m bench all
+
+.PHONY: bench-quick
+bench-quick: .venv/.bench ## The main ratios in a few minutes
+	@$(BIN)/python -m bench quick
