@@ -118,3 +118,7 @@ bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/ben
 .PHONY: bench-quick
 bench-quick: .venv/.bench ## The main ratios in a few minutes
 	@$(BIN)/python -m bench quick
+
+.PHONY: chaos
+chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md
+	@$(BIN)/python -m tests.chaos --seconds '$(or $(SECONDS),60)' $(if $(SEED),--seed '$(SEED)') $(if $(BREAK),--break '$(BREAK)')

@@ -32,6 +32,7 @@ from outbox.token import check_user, is_token
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 TOKEN_LENGTH = 16_384
+FOREVER = 2**40  # seconds since 1970; an issuer may write any number
 API_TOKEN_STREAM = 3600.0  # seconds until a stream must show again that its API token is not revoked
 
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
@@ -53,7 +54,7 @@ class Identity:
 
 
 class Authenticator:
-    """Knows users by their tokens. Raises ConfigurationError for settings that cannot be."""
+    """Knows users by their tokens."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
@@ -95,7 +96,8 @@ class Authenticator:
             raise unauthorized("The token's sub cannot be a user's name.") from None
         settings = self._settings
         operator = has_role(claims, settings.oidc_role_claim, settings.oidc_operator_role)
-        return Identity(user_id, operator, time.monotonic() + claims["exp"] + LEEWAY - time.time())
+        left = min(int(claims["exp"]), FOREVER) + LEEWAY - time.time()
+        return Identity(user_id, operator, time.monotonic() + left)
 
 
 def unauthorized(detail: str, error: str | None = "invalid_token") -> Problem:

@@ -19,6 +19,7 @@ from app.hub import Hub
 from app.identity import Authenticator, check_host
 from app.limits import Limits
 from app.metrics import CountRequests
+from app.oidc import check_issuer
 from app.presence import WorkerPresence
 from app.routes import routes
 from app.tracing import Tracing
@@ -40,9 +41,10 @@ def create_app(settings: Settings) -> Starlette:
     """The application. Its lifespan opens the pool and the LISTEN connection, and does not wait for
     Postgres: until that answers, requests get 503.
 
-    Raises ConfigurationError if the settings would open it to strangers.
+    Raises ConfigurationError if the settings would open it to strangers, or name no issuer's URL.
     """
     check_host(settings)
+    check_issuer(settings)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

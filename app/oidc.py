@@ -66,21 +66,29 @@ class Key:
     key: Any
 
 
+def check_issuer(settings: Settings) -> None:
+    """Raise ConfigurationError if SENDOFF_OIDC_ISSUER is set and is no issuer's URL."""
+    if not settings.oidc_issuer:
+        return
+    try:
+        url = httpx.URL(settings.oidc_issuer)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("https", "http") or not url.host or url.query or url.fragment:
+        raise ConfigurationError(f"SENDOFF_OIDC_ISSUER: {settings.oidc_issuer} is not an issuer's URL")
+
+
 class Issuer:
-    """Verifies tokens. Raises ConfigurationError if the issuer's URL is none."""
+    """Verifies tokens of the issuer that the settings name."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         assert settings.oidc_issuer
         self._issuer = settings.oidc_issuer
         self._audience = settings.oidc_audience
         self._clock = clock
-        try:
-            url = httpx.URL(self._issuer)
-        except httpx.InvalidURL:
-            url = httpx.URL()
-        if url.scheme not in ("https", "http") or not url.host or url.query or url.fragment:
-            raise ConfigurationError(f"SENDOFF_OIDC_ISSUER: {self._issuer} is not an issuer's URL")
-        self._secure = url.scheme == "https"
+        self._secure = self._issuer.startswith("https://")
+        if not self._secure:
+            log.warning("issuer_by_http", issuer=self._issuer, warning="its keys can be forged on the way")
         self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT)  # follows no redirect
         self._keys: list[Key] = []
         self._fetched_at = self._tried_at = float("-inf")

@@ -120,6 +120,7 @@ class Process:
     """A contestant's process; the lines that it prints, as they come."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._command = command
         self._log = log.open("ab")
         self._process = subprocess.Popen(
             command,
@@ -152,7 +153,7 @@ class Process:
         try:
             return self._lines.get(timeout=timeout)[1]
         except queue.Empty:
-            raise TimeoutError(f"{self._process.args} said nothing") from None
+            raise TimeoutError(f"{self._command} said nothing") from None
 
     def stop(self) -> None:
         if self._process.stdin is not None:

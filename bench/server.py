@@ -11,7 +11,7 @@ import psycopg
 from embedded.postgres import EmbeddedPostgres
 
 STATE = Path(".state/bench").absolute()
-SETTINGS = {"shared_buffers": "512MB", "max_connections": 300, "max_wal_size": "4GB"}
+SETTINGS: dict[str, str | int] = {"shared_buffers": "512MB", "max_connections": 300, "max_wal_size": "4GB"}
 """All else is PostgreSQL's default: fsync and synchronous_commit are on."""
 
 

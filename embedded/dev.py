@@ -25,6 +25,7 @@ async def _dev() -> None:
     repository = make_repository(_STATE / "repository")
     async with running(_STATE, _say, api_port=API_PORT, postgres_port=POSTGRES_PORT) as stack:
         body = f'{{"repo": "{repository.as_uri()}", "target_branch": "main", "prompt": "Say hello"}}'
+        _say(f"dashboard: {stack.api_url}/")
         _say(f"API documentation: {stack.api_url}/docs")
         _say(f"curl {stack.api_url}/sessions -H 'Content-Type: application/json' -d '{body}'")
         _say(subprocess.list2cmdline([str(stack.psql), stack.database_url, "-c", SEED_QUERY]))

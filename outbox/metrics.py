@@ -25,6 +25,8 @@ FROM outbox_writer
 UNION ALL
 SELECT 'sandbox', '', '', '', count(*)::float8, 0 FROM session WHERE sandbox IS NOT NULL
 UNION ALL
+SELECT 'suspect', '', '', '', count(*)::float8, 0 FROM sandbox_suspect
+UNION ALL
 SELECT 'queue', '', '', '', pg_notification_queue_usage(), 0
 """
 
@@ -64,6 +66,7 @@ def _families(found: Iterable[tuple[Any, ...]]) -> list[Metric]:
         "sendoff_outbox_oldest_writer_seconds", "For how long the oldest of them has been open."
     )
     sandboxes = GaugeMetricFamily("sendoff_sandboxes_held", "Sessions that hold a sandbox.")
+    suspects = GaugeMetricFamily("sendoff_sandboxes_suspected", "Sandboxes that may have leaked.")
     queue = GaugeMetricFamily(
         "sendoff_notification_queue_ratio", "How full the server's notification queue is, 0 to 1."
     )
@@ -80,11 +83,13 @@ def _families(found: Iterable[tuple[Any, ...]]) -> list[Metric]:
                 writer_age.add_metric([], seconds)
             case "sandbox":
                 sandboxes.add_metric([], value)
+            case "suspect":
+                suspects.add_metric([], value)
             case "queue":
                 queue.add_metric([], value)
     for state, value in states.items():
         workers.add_metric([state], value)
-    return [_up(1), rows, oldest, workers, writers, writer_age, sandboxes, queue]
+    return [_up(1), rows, oldest, workers, writers, writer_age, sandboxes, suspects, queue]
 
 
 class _Once(Collector):

@@ -3,12 +3,13 @@
 It runs in the API, which takes sessions whether or not a worker is there, and in each worker, which sees
 rows of topics that nobody serves:
 
-1. Whenever work may have come (a process starts, a session was created, rows were claimed), one timer is
-   set to the moment at which that work could be stuck, unless one is set for sooner. No query.
+1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment at
+   which that work could be stuck, unless one is set for sooner. No query.
 2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
    `stuck` for each topic, and a POST to SENDOFF_STUCK_WEBHOOK if that is set. A topic is reported by one
    process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said.
-3. The same look tells the next moment at which something could be stuck. None: no timer, silence.
+3. The same look tells the next moment at which something could be stuck. None: no timer, silence. A process
+   that starts begins with such a look, so that one with nothing to do never asks again.
 
 A row that is typed into psql while no worker runs, and no API takes requests, sets no timer; the next
 look finds it, and SQL, metrics and readiness show it all the time.
@@ -43,6 +44,7 @@ class StuckWatch:
         self._connect = connect
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     def work_came(self) -> None:
         """Step 1."""
@@ -52,9 +54,11 @@ class StuckWatch:
         """Forget the timer; end a look under way."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
+        tasks = self._telling | ({self._looking} if self._looking is not None else set())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _arm(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -67,22 +71,26 @@ class StuckWatch:
     def _fire(self) -> None:
         self._timer = None
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look(), name="stuck")
+            self._looking = asyncio.create_task(self._look_again(), name="stuck")
 
-    async def _look(self) -> None:
-        after = timedelta(seconds=self._after)
+    async def _look_again(self) -> None:
         try:
             async with self._connect() as conn:
-                cursor = await conn.execute("SELECT * FROM outbox_stuck_report(%s, %s)", (after, REPEAT))
-                reports = await cursor.fetchall()
-                cursor = await conn.execute("SELECT outbox_stuck_deadline(%s)", (after,))
-                row = await cursor.fetchone()
+                await self.look(conn)
         except Exception as error:  # the database is away: whoever needs it says so louder
             log.info("stuck_look_failed", error=str(error).strip())
             self._arm(self._after)
-            return
-        for report in reports:
-            await self._tell(*report)
+
+    async def look(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """Steps 2 and 3. Raises psycopg.Error."""
+        after = timedelta(seconds=self._after)
+        cursor = await conn.execute("SELECT * FROM outbox_stuck_report(%s, %s)", (after, REPEAT))
+        for report in await cursor.fetchall():
+            task = asyncio.create_task(self._tell(*report))  # a slow webhook holds nobody up
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+        cursor = await conn.execute("SELECT outbox_stuck_deadline(%s)", (after,))
+        row = await cursor.fetchone()
         deadline: timedelta | None = row[0] if row else None
         if deadline is not None:
             # What is stuck already stays a deadline that has passed: look again, but not at once.

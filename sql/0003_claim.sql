@@ -434,6 +434,10 @@ BEGIN
         RAISE EXCEPTION 'ending a worker needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
+    IF TG_OP = 'DELETE' THEN
+        -- Nothing would be left of the worker to keep a lease for a row that is locked: wait for it.
+        PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id FOR UPDATE;
+    END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
     RETURN NULL;
@@ -453,12 +457,14 @@ ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 
 -- Does not wait for a row that is locked: the dead worker may have been cut off in the middle of a fenced
 -- transaction which the server keeps open, and whoever waited for that could not renew its own lease. The
--- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue).
+-- ended worker then keeps a lease, so that others go on looking (outbox_next_deadline, outbox_rescue), and
+-- sleepers are told: it was not a rescuer that ended it, perhaps, and what they know of is its old lease.
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
-    freed integer;
+    freed     integer;
+    left_over boolean;
 BEGIN
     WITH lost AS MATERIALIZED (
         SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
@@ -480,10 +486,12 @@ BEGIN
     FROM lost
     WHERE o.id = lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
-    UPDATE worker SET lease_until = CASE WHEN l.left_over THEN clock_timestamp() END
-    FROM (SELECT EXISTS (
-        SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running') AS left_over) AS l
-    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR l.left_over);
+    left_over := EXISTS (SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running');
+    UPDATE worker SET lease_until = CASE WHEN left_over THEN clock_timestamp() END
+    WHERE id = lost_worker AND ended_at IS NOT NULL AND (lease_until IS NOT NULL OR left_over);
+    IF left_over THEN
+        PERFORM outbox_notify('*', clock_timestamp());
+    END IF;
     RETURN freed;
 END
 $$;

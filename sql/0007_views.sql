@@ -220,11 +220,11 @@ SELECT
     r.id, r.topic, r.state, y.reason,
     greatest(statement_timestamp() - y.since, interval '0') AS waited,
     CASE y.reason
-        WHEN 'dead' THEN format('failed %s times; outbox_retry(%s) or outbox_discard(%s)', r.failures, r.id, r.id)
+        WHEN 'dead' THEN format('failures: %s; outbox_retry(%s) or outbox_discard(%s)', r.failures, r.id, r.id)
         WHEN 'cancelling' THEN format('worker %s has yet to stop it', r.worker_id)
         WHEN 'worker lost' THEN format('worker %s is gone and no other has rescued its rows', r.worker_id)
         WHEN 'key' THEN format('row %s of key %s comes first, it is %s', k.id, r.ordering_key, k.state)
-        WHEN 'retry' THEN format('failed %s of %s times, next try at %s', r.failures, r.max_attempts,
+        WHEN 'retry' THEN format('failures: %s of %s, next try at %s', r.failures, r.max_attempts,
                                  to_char(r.available_at, 'YYYY-MM-DD HH24:MI:SSOF'))
         WHEN 'scheduled' THEN format('available_at is %s', to_char(r.available_at, 'YYYY-MM-DD HH24:MI:SSOF'))
         WHEN 'topic paused' THEN 'max_running is 0 in table topic'
@@ -396,7 +396,7 @@ AS $$
         WHERE o.cancel_requested_at IS NOT NULL
         UNION ALL
         SELECT o.finished_at, 5, o.state, o.attempt, NULL,
-               format('after %s attempts, %s failures of %s', o.attempt, o.failures, o.max_attempts)
+               format('attempts: %s, failures: %s of %s', o.attempt, o.failures, o.max_attempts)
         WHERE o.finished_at IS NOT NULL
         UNION ALL
         SELECT statement_timestamp(), 6, 'now ' || q.state, NULL, NULL, q.reason || ': ' || q.detail
@@ -439,7 +439,7 @@ AS $$
         FROM prompt AS p WHERE p.session_id = of_session AND p.finished_at IS NOT NULL
         UNION ALL
         SELECT max(m.created_at), 5, 'messages', NULL, m.attempt, NULL,
-               format('%s messages, seq %s to %s', count(*), min(m.seq), max(m.seq))
+               format('messages: %s, seq %s to %s', count(*), min(m.seq), max(m.seq))
         FROM message AS m WHERE m.session_id = of_session
         GROUP BY m.prompt_id, m.attempt
         UNION ALL
@@ -578,13 +578,27 @@ COMMENT ON FUNCTION outbox_stuck_deadline(interval) IS
     'When outbox_stuck_report has something to say at the earliest, as an interval from now; null: nothing is under way.';
 
 
--- Two roles: sendoff_reader sees everything, payloads and messages too; sendoff_operator may also retry,
--- discard and cancel. What a person may do runs with the owner's rights, so that the operator needs no
--- right to write, and only those who were granted it may call it.
+-- Two roles: sendoff_reader reads (what of it, row-level security says: 0009_access.sql); sendoff_operator
+-- sees all, and may retry, discard and cancel. What a person may do runs with the owner's rights, so that the
+-- operator needs no right to write, and only those who were granted it may call it.
 ALTER FUNCTION outbox_cancel(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 ALTER FUNCTION outbox_retry(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 ALTER FUNCTION outbox_discard(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
 REVOKE EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint) FROM PUBLIC;
+
+-- Silent where the role, or what a later migration makes, is not there yet.
+CREATE FUNCTION sendoff_grant_to(grantee text, rights text, object text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = grantee)
+        AND (object LIKE 'FUNCTION %' OR to_regclass(object) IS NOT NULL)
+    THEN
+        EXECUTE format('GRANT %s ON %s TO %I', rights, object, grantee);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION sendoff_grant_to(text, text, text) IS 'One grant of sendoff_grant.';
 
 CREATE FUNCTION sendoff_grant() RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -605,21 +619,21 @@ BEGIN
             END;
         END IF;
     END LOOP;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_reader') THEN
-        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
-            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
-            outbox_writer, outbox_hourly, worker_status, worker_running
-            TO sendoff_reader;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'sendoff_operator') THEN
-        GRANT SELECT ON session, prompt, message, outbox, worker, topic, watcher, idempotency,
-            outbox_alert, schema_migration, worker_present, outbox_front, outbox_depth, outbox_waiting,
-            outbox_writer, outbox_hourly, worker_status, worker_running
-            TO sendoff_operator;
-        GRANT EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint)
-            TO sendoff_operator;
-        GRANT INSERT, UPDATE, DELETE ON topic TO sendoff_operator;
-    END IF;
+    FOREACH wanted IN ARRAY ARRAY[
+        'session', 'prompt', 'message', 'outbox', 'worker', 'topic', 'watcher', 'idempotency',
+        'outbox_alert', 'schema_migration', 'worker_present', 'outbox_front', 'outbox_depth',
+        'outbox_waiting', 'outbox_writer', 'outbox_hourly', 'worker_status', 'worker_running'
+    ] LOOP
+        PERFORM sendoff_grant_to('sendoff_reader', 'SELECT', wanted);
+        PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', wanted);
+    END LOOP;
+    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', 'sandbox_suspect');
+    -- Who has looked whether it leaked deletes the row.
+    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT, DELETE', 'sandbox_borrow');
+    PERFORM sendoff_grant_to('sendoff_operator', 'INSERT, UPDATE, DELETE', 'topic');
+    FOREACH wanted IN ARRAY ARRAY['outbox_cancel', 'outbox_retry', 'outbox_discard'] LOOP
+        PERFORM sendoff_grant_to('sendoff_operator', 'EXECUTE', format('FUNCTION %s(bigint)', wanted));
+    END LOOP;
 END
 $$;
 COMMENT ON FUNCTION sendoff_grant() IS

@@ -13,6 +13,10 @@ CREATE TABLE sandbox_borrow (
 COMMENT ON TABLE sandbox_borrow IS
     'Sandboxes asked for whose answer is not recorded. Delete a row once you have looked whether it leaked.';
 COMMENT ON COLUMN sandbox_borrow.id IS 'The allocator was given it as borrow_id in params.';
+COMMENT ON COLUMN sandbox_borrow.session_id IS 'The session it was asked for; it may be gone.';
+COMMENT ON COLUMN sandbox_borrow.outbox_id IS 'The session.run row whose attempt asked.';
+COMMENT ON COLUMN sandbox_borrow.attempt IS 'Which attempt of that row.';
+COMMENT ON COLUMN sandbox_borrow.asked_at IS 'Just before the allocator was asked.';
 COMMENT ON COLUMN sandbox_borrow.error IS 'What came instead of an answer, if the worker lived to see it.';
 
 CREATE VIEW sandbox_suspect AS
@@ -35,10 +39,21 @@ CREATE TABLE session_memory (
     updated_at    timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE session_memory IS 'What a session''s next turn goes on from, on whatever host it runs.';
+COMMENT ON COLUMN session_memory.session_id IS 'Whose.';
 COMMENT ON COLUMN session_memory.agent_session IS 'The id under which the agent resumes its transcript.';
 COMMENT ON COLUMN session_memory.transcript IS 'A tar.gz of the agent''s transcripts, relative to its HOME.';
 COMMENT ON COLUMN session_memory.bundle IS
     'A git bundle of the commits that only we have; null when there are none, or the branch was pushed.';
+
+
+CREATE FUNCTION sandbox_owe(of_session uuid, owed jsonb) RETURNS void
+LANGUAGE sql VOLATILE
+AS $$
+    INSERT INTO outbox (topic, payload, max_attempts)
+    VALUES ('sandbox.return', jsonb_build_object('session_id', of_session, 'sandbox', owed), 32767)
+$$;
+COMMENT ON FUNCTION sandbox_owe(uuid, jsonb) IS
+    'Enqueues the return of a sandbox; it never gives up.';
 
 
 -- Whoever deletes a session that holds a sandbox owes its return all the same.
@@ -46,11 +61,12 @@ CREATE FUNCTION session_deleted() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
-    INSERT INTO outbox (topic, payload, max_attempts)
-    VALUES ('sandbox.return', jsonb_build_object('session_id', OLD.id, 'sandbox', OLD.sandbox), 32767);
+    PERFORM sandbox_owe(OLD.id, OLD.sandbox);
     RETURN NULL;
 END
 $$;
+
+COMMENT ON FUNCTION session_deleted() IS 'Enqueues the return of the sandbox that a deleted session held.';
 
 CREATE TRIGGER session_deleted
     AFTER DELETE ON session FOR EACH ROW
@@ -102,17 +118,6 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION sandbox_hold(uuid, uuid, jsonb) IS 'Records a borrowed sandbox in its session.';
-
-
-CREATE FUNCTION sandbox_owe(of_session uuid, owed jsonb, due timestamptz DEFAULT clock_timestamp())
-RETURNS void
-LANGUAGE sql VOLATILE
-AS $$
-    INSERT INTO outbox (topic, payload, available_at, max_attempts)
-    VALUES ('sandbox.return', jsonb_build_object('session_id', of_session, 'sandbox', owed), due, 32767)
-$$;
-COMMENT ON FUNCTION sandbox_owe(uuid, jsonb, timestamptz) IS
-    'Enqueues the return of a sandbox; it never gives up.';
 
 
 -- Whether a sandbox is to be returned now. Not one that its session has taken up again, or was promised

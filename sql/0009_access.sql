@@ -82,6 +82,14 @@ ALTER TABLE watcher ENABLE ROW LEVEL SECURITY;
 CREATE POLICY watcher_of_user ON watcher
     USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
 
+ALTER TABLE session_memory ENABLE ROW LEVEL SECURITY;
+CREATE POLICY session_memory_of_user ON session_memory
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
+ALTER TABLE sandbox_borrow ENABLE ROW LEVEL SECURITY;
+CREATE POLICY sandbox_borrow_of_user ON sandbox_borrow
+    USING ((SELECT sql_sees_all()) OR session_id IN (SELECT s.id FROM session AS s));
+
 -- Rows of other topics belong to nobody. As text: a payload may hold anything. Anybody who was granted an
 -- INSERT may enqueue.
 ALTER TABLE outbox ENABLE ROW LEVEL SECURITY;
@@ -188,3 +196,7 @@ CREATE TRIGGER session_webhook_archived
           AND OLD.session_status = 'active' AND NEW.session_status = 'archived')
     EXECUTE FUNCTION session_webhook_archived();
 ALTER TABLE session ENABLE ALWAYS TRIGGER session_webhook_archived;
+
+
+-- Of what has been made since then.
+SELECT sendoff_grant();

@@ -49,6 +49,7 @@ async def fuzz(database: str, directory: Path, cases: int) -> tuple[int, int]:
         "DATABASE_URL": database,
         "SENDOFF_PORT": "0",
         "SENDOFF_REQUIRE_TOKEN": "1",
+        "SENDOFF_STUCK_AFTER": "86400",  # nobody works here
         "SENDOFF_WEBHOOK_SECRET": "whsec_" + "c2VjcmV0" * 4,
     }
     total = failed = 0

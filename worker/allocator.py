@@ -15,6 +15,7 @@ from uuid import UUID
 
 import httpx
 
+from outbox import trace
 from outbox.errors import HandBack
 from outbox.log import get_logger
 from outbox.settings import Settings
@@ -119,7 +120,9 @@ class HttpAllocator:
             status = answer.get("status", status)
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=_TIMEOUT, trust_env=False)
+        return httpx.AsyncClient(
+            base_url=self._url, headers=trace.headers(), timeout=_TIMEOUT, trust_env=False
+        )
 
 
 def allocator(settings: Settings) -> Allocator:

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import functools
 import socket
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
@@ -24,7 +25,7 @@ class CallbackTransport(httpx.AsyncBaseTransport):
     def __init__(self, allowed: tuple[Network, ...], resolve: Resolve | None = None) -> None:
         self._allowed = allowed
         self._resolve = resolve or _resolve
-        self._inner = httpx.AsyncHTTPTransport()
+        self._inner = httpx.AsyncHTTPTransport(verify=tls_context())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
@@ -48,6 +49,10 @@ class CallbackTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+# Reading the authorities' certificates takes longer than a delivery.
+tls_context = functools.cache(httpx.create_ssl_context)
 
 
 async def _resolve(host: str, port: int) -> list[Address]:

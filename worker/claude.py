@@ -28,23 +28,34 @@ from worker.events import Event
 TRANSCRIPT_LIMIT = 32 * 2**20  # bytes, compressed
 _TRANSCRIPTS = Path(".claude/projects")
 _PASSED = re.compile(
-    r"(?:ANTHROPIC|CLAUDE_CODE)_.*|(?:HTTPS?|NO)_PROXY|NODE_EXTRA_CA_CERTS|SSL_CERT_(?:FILE|DIR)",
+    r"(?:ANTHROPIC|CLAUDE_CODE|MCP)_.*|(?:HTTPS?|NO)_PROXY|NODE_EXTRA_CA_CERTS|SSL_CERT_(?:FILE|DIR)",
     re.IGNORECASE,
 )
 _BUILT_IN = "Bash,Edit,Write,Read,Glob,Grep,NotebookEdit"
 _PULL_REQUEST = re.compile(r"https?://[^\s<>\"'`()\[\]{}]+/(?:pull|merge_requests|pull-requests|pulls)/\d+")
 _STDIN = 'exec "$@" < "$0"'
 
+_ENVIRONMENT = {
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    # Else it asks the model before it knows the sandbox's tools, when their server takes a moment.
+    "MCP_CONNECTION_NONBLOCKING": "0",
+    "MCP_CONNECT_TIMEOUT_MS": "60000",
+}
+
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Command:
-    """How an agent is started: `argv` in `cwd`, `env` added to the allow-list of `worker/guarded.py`."""
+    """How an agent is started: `argv` in `cwd`, `env` added to the allow-list of `worker/guarded.py`.
+
+    servers: the MCP servers without which it can't do its work.
+    """
 
     argv: Sequence[str]
     cwd: Path
     env: Mapping[str, str]
+    servers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -89,20 +100,32 @@ def prepare(
         f"--permission-mode={settings.agent_permission_mode}",
     ]
     passed = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}
-    env = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", **passed, "HOME": str(home)}
-    return Command(argv, Path("/"), env)
+    return Command(argv, Path("/"), {**_ENVIRONMENT, **passed, "HOME": str(home)}, servers)
 
 
 def mcp_servers(item: Any) -> list[str]:
-    """The names of the MCP servers that an allocator's item configures."""
+    """The names of the MCP servers that an allocator's item configures, as the names of tools have them."""
     try:
         servers = json.loads(item["mcp_json_string"])["mcpServers"]
-        names = [re.sub(r"[^A-Za-z0-9_-]", "_", name) for name in servers]
+        names = [_as_in_tools(name) for name in servers]
     except (KeyError, TypeError, ValueError):
         raise PermanentError("the allocator's item has no mcp_json_string that configures servers") from None
     if not names:
         raise PermanentError("the allocator's item configures no MCP server")
     return names
+
+
+def unreached(event: Event, servers: Sequence[str]) -> list[str]:
+    """Which of the servers the CLI says, in its first event, that it is not connected to.
+
+    It goes on without them, and the model then has no tools.
+    """
+    told = event.get("mcp_servers")
+    if event.get("subtype") != "init" or not isinstance(told, list):
+        return []
+    states = [(server.get("name"), server.get("status")) for server in told if isinstance(server, dict)]
+    connected = [_as_in_tools(str(name)) for name, status in states if status == "connected"]
+    return [name for name in servers if name not in connected]
 
 
 def take_transcript(place: Path, session: str) -> Transcript | None:
@@ -123,6 +146,10 @@ def pull_request(event: Event) -> str | None:
     """The last address of a pull or merge request in what the agent says in an event."""
     found = [match.group() for text in _said(event) for match in _PULL_REQUEST.finditer(text)]
     return found[-1] if found else None
+
+
+def _as_in_tools(server: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", server)
 
 
 def _said(event: Event) -> list[str]:

@@ -79,7 +79,7 @@ def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -
 def _check(settings: Settings) -> int:
     if settings.health_port is None:
         raise ConfigurationError("--check needs SENDOFF_HEALTH_PORT")
-    if problem := health.check(settings.health_port):
+    if problem := health.check(settings.health_host, settings.health_port):
         print(f"worker: {problem}", file=sys.stderr)
         return 1
     return 0

@@ -116,9 +116,10 @@ async def _connect(settings: Settings) -> psycopg.AsyncConnection[tuple[Any, ...
     return await connect(settings.database_url, "sendoff worker health", lease, pooled=settings.pooled)
 
 
-def check(port: int) -> str | None:
+def check(host: str, port: int) -> str | None:
     """Ask the worker on this host whether it is ready; None if it is, else why not."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)
+    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104
+    connection = HTTPConnection("127.0.0.1" if everywhere else host, port, timeout=_TIMEOUT)
     try:
         connection.request("GET", "/readyz")
         response = connection.getresponse()

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import httpx
 
+from outbox import trace
 from worker.errors import PermanentError, TransientError
 
 STEP_TIMEOUT = 600.0
@@ -53,7 +54,7 @@ class Sandbox:
         if not isinstance(url, str) or not url.startswith(("http://", "https://")):
             raise PermanentError("the allocator's item has no api_url")
         # Not by a proxy, which is for the world outside: sandboxes lie inside.
-        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, headers=trace.headers(), trust_env=False) as client:
             yield cls(client)
 
     async def write(self, path: str, content: bytes) -> None:

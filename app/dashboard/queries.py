@@ -9,8 +9,27 @@ from uuid import UUID
 
 from app.database import Database
 
-NEWEST = 200_000  # rows by id that charts and lists of ended rows look at: no index is by time
 PAGE = 50
+WINDOW = 100_000
+
+# Rows that ended lately. No index is by time, which every row would pay for; ids are nearly in its order. So
+# what ended lately has one of the newest ids, or, where rows wait, one just below the first that waits.
+_RECENT = f"""
+recent AS MATERIALIZED (
+    SELECT o.*
+    FROM (
+        SELECT unnest(range_agg(int8range(e.id - {WINDOW}, e.id, '[]'))) AS ids
+        FROM (
+            SELECT max(id) AS id FROM outbox
+            UNION ALL
+            (SELECT f.id FROM outbox_front AS f WHERE f.available_at <= statement_timestamp()
+             ORDER BY f.available_at LIMIT 8)
+        ) AS e
+        WHERE e.id IS NOT NULL
+    ) AS span
+    JOIN outbox AS o ON o.id >= lower(span.ids) AND o.id < upper(span.ids)
+)
+"""  # noqa: S608 - constants of this module
 
 # Counting stops where a badge says "99+" anyway.
 _OVERVIEW = """
@@ -28,13 +47,25 @@ WHERE p.session_id = ANY (%s)
 GROUP BY p.session_id
 """
 
-_SESSION_ROWS = """
+# The view is asked for these rows only: whole it would be read for each row that waits anywhere.
+_REASONS = """
+reason AS MATERIALIZED (
+    SELECT q.id, q.reason, q.detail, q.waited
+    FROM outbox_waiting AS q
+    WHERE q.id = ANY (ARRAY(SELECT o.id FROM wanted AS o))
+)
+"""
+_SESSION_ROWS = f"""
+WITH wanted AS MATERIALIZED (
+    SELECT o.* FROM outbox AS o
+    WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s
+),
+{_REASONS}
 SELECT o.id, o.payload ->> 'prompt_id', o.state, o.failures, o.cancel_requested_at IS NOT NULL,
        q.reason, q.detail
-FROM outbox AS o
-LEFT JOIN outbox_waiting AS q ON q.id = o.id
-WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s
-"""
+FROM wanted AS o
+LEFT JOIN reason AS q ON q.id = o.id
+"""  # noqa: S608
 
 _LAST_SEQ = "SELECT last_seq FROM session WHERE id = %s"
 
@@ -53,43 +84,46 @@ ORDER BY topic
 
 _ROW = "o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload ->> 'session_id', "
 _WAITING = f"""
-SELECT {_ROW} q.reason, q.detail, q.waited, o.created_at, NULL::timestamptz
-FROM (
-    SELECT w.* FROM outbox AS w
-    WHERE w.state = 'ready' AND (%(topic)s::text IS NULL OR w.topic = %(topic)s)
-    ORDER BY w.available_at, w.id
+WITH wanted AS MATERIALIZED (
+    SELECT o.* FROM outbox AS o
+    WHERE o.state = 'ready' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
+    ORDER BY o.available_at, o.id
     LIMIT {PAGE}
-) AS o
-LEFT JOIN outbox_waiting AS q ON q.id = o.id
+),
+{_REASONS}
+SELECT {_ROW} q.reason, q.detail, q.waited, o.created_at, NULL::timestamptz
+FROM wanted AS o
+LEFT JOIN reason AS q ON q.id = o.id
 ORDER BY o.available_at, o.id
-"""  # noqa: S608 - constants of this module
+"""  # noqa: S608
 _RUNNING = f"""
+WITH wanted AS MATERIALIZED (
+    SELECT o.* FROM outbox AS o
+    WHERE o.state = 'running' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
+    ORDER BY o.started_at, o.id
+    LIMIT {PAGE}
+),
+{_REASONS}
 SELECT {_ROW} coalesce(q.reason, 'running'), coalesce(q.detail, 'on ' || w.host || ':' || w.pid),
        statement_timestamp() - o.started_at, o.created_at, NULL::timestamptz
-FROM outbox AS o
+FROM wanted AS o
 LEFT JOIN worker AS w ON w.id = o.worker_id
-LEFT JOIN outbox_waiting AS q ON q.id = o.id
-WHERE o.state = 'running' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
+LEFT JOIN reason AS q ON q.id = o.id
 ORDER BY o.started_at, o.id
-LIMIT {PAGE}
 """  # noqa: S608
 _ENDED = f"""
+WITH {_RECENT}
 SELECT {_ROW} o.state, o.errors -> -1 ->> 'error', o.finished_at - o.started_at, o.created_at, o.finished_at
-FROM outbox AS o
+FROM recent AS o
 WHERE o.state = %(state)s AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
-  AND o.id > (SELECT max(id) FROM outbox) - {NEWEST}
-ORDER BY o.id DESC
+ORDER BY o.finished_at DESC, o.id DESC
 LIMIT {PAGE}
 """  # noqa: S608
 
 # How deep the outbox was at the end of each bin: what is unfinished now, less what came later, plus what
 # ended later. Waits and run times as outbox_throughput has them, which knows hours only.
 _TIMELINE = f"""
-WITH recent AS MATERIALIZED (
-    SELECT o.state, o.created_at, o.available_at, o.started_at, o.finished_at
-    FROM outbox AS o
-    WHERE o.id > (SELECT max(id) FROM outbox) - {NEWEST}
-),
+WITH {_RECENT},
 bin AS (
     SELECT b AS at, b + %(step)s AS until
     FROM generate_series(

@@ -63,10 +63,10 @@ async def _take(server: str, wanted: list[str]) -> None:
 
 
 async def _shoot(browser: Browser, url: str, pages: dict[str, str]) -> None:
-    for look, (scheme, width, height) in LOOKS.items():
+    for look, (scheme, width, size) in LOOKS.items():
         context = await browser.new_context(
             color_scheme="dark" if scheme == "dark" else "light",
-            viewport={"width": width, "height": height},
+            viewport={"width": width, "height": size},
             reduced_motion="reduce",
         )
         page = await context.new_page()
@@ -78,7 +78,11 @@ async def _shoot(browser: Browser, url: str, pages: dict[str, str]) -> None:
                 await page.locator("details.tool").nth(3).scroll_into_view_if_needed()
                 await page.evaluate("scrollTo(0, 0)")
             file = DIRECTORY / f"{name}-{look}.png"
-            await page.screenshot(path=file, full_page=name in ("session",) and look != "dark")
+            if name == "session" and look != "dark":  # all of it: the form at its end is sticky
+                height = await page.evaluate("document.documentElement.scrollHeight")
+                await page.set_viewport_size({"width": width, "height": height})
+            await page.screenshot(path=file)
+            await page.set_viewport_size({"width": width, "height": size})
             print(f"{file.relative_to(DIRECTORY.parents[1])}  {file.stat().st_size / 1024:.0f} KB")
         await context.close()
 

@@ -1,11 +1,11 @@
 """What an operator sees and does: the outbox, workers, dead rows; and what holds for every page."""
 
 import re
-from importlib import resources
 
 import pytest
 from playwright.async_api import Browser, Page, expect
 
+from tests.browser.axe import serious_violations
 from tests.browser.conftest import TIMEOUT, StartWorker
 from tests.browser.scene import make_scene
 from tests.conftest import Connect
@@ -15,8 +15,6 @@ from tests.support.hand import Hand
 expect.set_options(timeout=TIMEOUT)
 
 PAGES = ["/", "/ui/new", "/ui/outbox", "/ui/workers", "/ui/dead"]
-AXE = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
-SERIOUS = ("serious", "critical")
 
 
 async def test_a_dead_row_is_retried_and_another_discarded(
@@ -131,9 +129,6 @@ async def test_pages_are_accessible_and_fit(look: str, browser: Browser, api: Ap
             )
             width = await page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
             assert width <= 0, f"{path} is {width} pixels too wide"
-            await page.evaluate(AXE)
-            found = await page.evaluate("axe.run().then((result) => result.violations)")
-            serious = [one for one in found if one["impact"] in SERIOUS]
-            assert not [f"{path}: {one['id']}: {one['nodes'][0]['html']}" for one in serious]
+            assert not await serious_violations(page), path
     finally:
         await context.close()

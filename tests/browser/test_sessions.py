@@ -117,6 +117,23 @@ async def test_every_message_is_shown_once_and_in_order(page: Page, api: Api, ha
     assert [text.strip() for text in shown] == [f"word {number}" for number in range(700)]
 
 
+async def test_what_came_while_the_stream_was_down_is_shown(page: Page, api: Api, hand: Hand) -> None:
+    session = await api.create()
+    await page.goto(f"/ui/sessions/{session['id']}")
+    await hand.claim()
+    await hand.store(say("Before."))
+    await expect(page.get_by_text("Before.")).to_be_visible()
+    for streams in list(api.context.hub._streams.values()):
+        for stream in list(streams):
+            stream.end()  # as when the API is started anew: the browser comes back by itself
+    await hand.store(tool("a", "Read", file_path="a.py"))
+    await hand.store(returned("a", "meanwhile"))
+    await expect(page.locator("details.tool .returned pre")).to_have_text("meanwhile")
+    await hand.store(say("After."))
+    await expect(page.get_by_text("After.")).to_be_visible()
+    assert await page.locator(".message:visible").count() == 3
+
+
 async def test_the_list_shows_what_happens(page: Page, api: Api, hand: Hand) -> None:
     session = await api.create(title="The one")
     await page.goto("/")

@@ -2,6 +2,7 @@
 
 from playwright.async_api import Browser, expect
 
+from tests.browser.axe import serious_violations
 from tests.browser.conftest import TIMEOUT
 from tests.support.api import serving
 from tests.support.browser_issuer import sign_in_issuer
@@ -18,6 +19,7 @@ async def test_a_person_signs_in_works_and_signs_out(browser: Browser, database:
         page = await context.new_page()
         await page.goto("/ui/new")
         await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+        assert not await serious_violations(page)
         await page.get_by_role("link", name="Sign in at").click()
         await expect(page.get_by_role("heading", name="New session")).to_be_visible()
         await page.get_by_label("Repository").fill("octo/tools")

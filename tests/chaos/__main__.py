@@ -14,6 +14,7 @@ import logging
 import random
 import secrets
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from tests.chaos.load import load
 from tests.chaos.places import Place, install_handlers, mark
 from tests.chaos.producers import Producers
 from tests.chaos.proxy import Proxy
+from tests.support.process import command_line
 
 LEASE = 2.0
 STUCK = 60.0
@@ -94,6 +96,7 @@ class Chaos:
                 direct=self._server.url_of("chaos"),
                 lone_url=self._through(proxy, "lone"),
                 lone_direct=self._server.url_of("lone"),
+                api=f"http://127.0.0.1:{self._port}",
                 psql=self._server.psql,
                 history=self._history,
                 random=random.Random(self._seed),
@@ -102,6 +105,7 @@ class Chaos:
                 server=self._server,
                 url=self._server.url_of("chaos"),
                 places=self._places,
+                api=self._api,
                 producers=proxy,
                 history=self._history,
                 random=random.Random(self._seed + 1),
@@ -115,7 +119,7 @@ class Chaos:
             record = await asyncio.to_thread(self._load, final=not self._broken)
             return record, faults, producers
         finally:
-            for place in self._places:
+            for place in (*self._places, self._api):
                 await place.close()
                 await place.proxy.close()
             await proxy.close()
@@ -157,23 +161,35 @@ class Chaos:
         installed = self.directory / "handlers"
         install_handlers(installed)
         for name, (arguments, environment) in PLACES.items():
-            proxy = Proxy(name, ("127.0.0.1", self._server.port))
-            await proxy.open()
-            environment = {
-                **self._mark,
-                **environment,
-                "PYTHONPATH": f"{installed}:{self._mark['PYTHONPATH']}",
-                "DATABASE_URL": self._through(proxy, _database(place=name)),
-                "CHAOS_HISTORY": str(self._file),
-                "SENDOFF_LEASE": str(LEASE),
-                "SENDOFF_DRAIN_GRACE": "2",
-                "SENDOFF_OUTAGE_GRACE": "6",
-                "SENDOFF_LOG_LEVEL": "debug",
-            }
-            log = self.directory / f"{name}.log"
-            place = Place(name, arguments, proxy, environment, self._history, log)
+            place = await self._make_place(
+                name,
+                [*command_line("worker"), *arguments],
+                {**environment, "PYTHONPATH": f"{installed}:{self._mark['PYTHONPATH']}"},
+            )
             self._places.append(place)
+        self._port = _free_port()
+        self._api = await self._make_place(
+            "api",
+            [*command_line("sendoff"), "api"],
+            {"SENDOFF_PORT": str(self._port), "SENDOFF_HOST": "127.0.0.1"},
+        )
+        for place in (*self._places, self._api):
             await place.start()
+
+    async def _make_place(self, name: str, command: list[str], environment: dict[str, str]) -> Place:
+        proxy = Proxy(name, ("127.0.0.1", self._server.port))
+        await proxy.open()
+        common = {
+            **self._mark,
+            "DATABASE_URL": self._through(proxy, _database(place=name)),
+            "CHAOS_HISTORY": str(self._file),
+            "SENDOFF_LEASE": str(LEASE),
+            "SENDOFF_DRAIN_GRACE": "2",
+            "SENDOFF_OUTAGE_GRACE": "6",
+            "SENDOFF_LOG_LEVEL": "debug",
+        }
+        log = self.directory / f"{name}.log"
+        return Place(name, command, proxy, {**common, **environment}, self._history, log)
 
     async def _storm(self, seconds: float, producers: Producers, faults: Faults) -> None:
         """Producers and faults side by side; when something is broken, until that is caught."""
@@ -242,7 +258,7 @@ class Chaos:
         if await self._until("all parked", self._all_parked):
             await self._until_silent()
             await self._roll_call()
-        for place in self._places:
+        for place in (*self._places, self._api):
             status = await place.end(PATIENCE)
             bad = [s for s in (*place.statuses, status) if s is None or s > 0]
             if bad:
@@ -311,7 +327,8 @@ class Chaos:
             with self._connect(name) as conn:
                 conn.execute(
                     "INSERT INTO outbox (topic, payload)"
-                    " SELECT 'roll.call', jsonb_build_object('release', %s::text) FROM generate_series(1, %s)",
+                    " SELECT 'roll.call', jsonb_build_object('release', %s::text)"
+                    " FROM generate_series(1, %s)",
                     (str(release), slots),
                 )
         await self._until("all awake", self._all_slots_taken)
@@ -334,6 +351,13 @@ class Chaos:
             with suppress(psutil.Error):
                 if process.environ().get("CHAOS_RUN") == self._mark["CHAOS_RUN"]:
                     process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _database(place: str) -> str:

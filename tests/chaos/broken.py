@@ -25,9 +25,15 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     # Parking without steps 2 and 3: nobody waits for writers that missed the flag.
     "park": ("outbox_writers", "l.locktype = 'relation'", "false AND l.locktype = 'relation'"),
     # A key's rows exclude each other, but run in any order.
-    "order": ("outbox_take_key", "(o.state = 'running' OR o.id < row_id)", "o.state = 'running'"),
+    "order": ("outbox_take_key", ") < row_id OR EXISTS", ") < 0 OR EXISTS"),
+    # The limit counts nothing.
+    "room": ("outbox_topic_room", "o.state = 'running' AND o.limited", "false"),
     # The limit is counted without the topic's lock.
     "limit": ("outbox_topic_room", "NOT pg_try_advisory_xact_lock(1397048888, hashtext(name))", "false"),
+    # The end of a row leaves those behind it blocked.
+    "keep": ("outbox_free_key", "SET blocked = false", "SET blocked = true"),
+    # A session that is over keeps its sandbox, and asks for its return again and again.
+    "return": ("session_follow", "WHEN next_status <> 'completed' THEN sandbox", "WHEN true THEN sandbox"),
 }
 
 

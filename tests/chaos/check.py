@@ -243,7 +243,7 @@ _TRANSITIONS = {
 
 
 def chains(record: Record) -> Iterator[str]:
-    """States follow the graph; attempt rises by one with each claim; failures with each error, which is kept."""
+    """States follow the graph; attempt rises with each claim, failures with each error; errors are kept."""
     for row_id, chain in record.chains.items():
         if chain[0].old is not None:
             yield f"row {row_id} was never inserted"
@@ -464,9 +464,10 @@ def overlaps(record: Record) -> Iterator[str]:
     for first, second in _overlaps(record):
         run = record.runs.get((first["id"], first["attempt"]))
         if run is not None and not _taken(record, run):
+            what = "row" if first["id"] == second["id"] else "key"
             yield (
                 f"attempt ({second['id']}, {second['attempt']}) ran beside "
-                f"({first['id']}, {first['attempt']}) of the same {'row' if first['id'] == second['id'] else 'key'}"
+                f"({first['id']}, {first['attempt']}) of the same {what}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What is done to the parts, at random by a seed. Each fault is told to the history, when it begins and ends."""
+"""What is done to the parts, at random by a seed. The history is told when each fault begins and ends."""
 
 import asyncio
 import os
@@ -33,6 +33,7 @@ class Faults:
     url: str
     """Straight to the server."""
     places: list[Place]
+    api: Place
     producers: Proxy
     history: History
     random: random.Random
@@ -51,8 +52,9 @@ class Faults:
         Storms and lulls take turns: in a lull all must come back to life, and nothing excuses lateness.
         """
         menu: list[tuple[float, Fault]] = [
-            (10, self.kill), (8, self.freeze), (8, self.roll), (2, self.crash_server), (2, self.restart_server),
-            (8, self.terminate), (8, self.cut), (6, self.slow), (8, self.half_open), (6, self.partition),
+            (10, self.kill), (8, self.freeze), (8, self.roll),
+            (2, self.crash_server), (2, self.restart_server), (8, self.terminate),
+            (8, self.cut), (6, self.slow), (8, self.half_open), (6, self.partition),
             (5, self.long_writer), (4, self.prepare), (3, self.lock_table),
         ]  # fmt: skip
         began = time.monotonic()
@@ -79,7 +81,7 @@ class Faults:
         """Everything works again."""
         async with self._restarting:
             await asyncio.to_thread(self.server.start)
-        for place in self.places:
+        for place in (*self.places, self.api):
             await place.proxy.heal()
             for pid in place.pids():
                 with suppress(ProcessLookupError):
@@ -105,11 +107,11 @@ class Faults:
 
     async def kill(self) -> None:
         """SIGKILL of a worker, of a parent, or of a parent's child."""
-        place = self._pick()
+        place = self.api if self.random.random() < 0.1 else self._pick()
         if pids := place.pids():
             which = self.random.choice(pids)
             kind = "kill" if len(pids) == 1 else "kill parent" if which == pids[0] else "kill child"
-            self._begin(kind, place.name)
+            self._begin(f"{kind} of API" if place is self.api else kind, place.name)
             place.kill(which)
 
     async def freeze(self) -> None:
@@ -179,13 +181,15 @@ class Faults:
             await (conn.rollback() if self.random.random() < 0.5 else conn.commit())
 
     async def prepare(self) -> None:
-        """PREPARE TRANSACTION of an insert; it stays until a later fault, or the end. Refused if it notified."""
+        """PREPARE TRANSACTION of an insert, until a later fault or the end. Refused if it notified."""
         async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as conn:
             await self._end_prepared(conn)
             name = f"chaos-{next(self._numbers)}"
             self._begin("prepared transaction", "none")
             await conn.execute("BEGIN")
-            await conn.execute("INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')")
+            await conn.execute(
+                "INSERT INTO outbox (topic, payload) VALUES ('plain', '{\"tag\": \"prepared\"}')"
+            )
             try:
                 await conn.execute(f"PREPARE TRANSACTION '{name}'")
                 self._prepared.append(name)
@@ -204,14 +208,15 @@ class Faults:
         async with await psycopg.AsyncConnection.connect(self.url) as conn:
             await conn.execute("SET lock_timeout = '1s'")
             await conn.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
-            await asyncio.sleep(self._leases(0.05, 0.6))
+            await asyncio.sleep(self._leases(0.05, 1.5))
 
     # The network.
 
     def _proxy(self) -> tuple[str, Proxy]:
-        if self.random.random() < 0.15:
+        chance = self.random.random()
+        if chance < 0.15:
             return "producers", self.producers
-        place = self._pick()
+        place = self.api if chance < 0.25 else self._pick()
         return place.name, place.proxy
 
     async def cut(self) -> None:
@@ -232,8 +237,11 @@ class Faults:
             else:
                 connection.rate = self.random.choice([500.0, 5000.0])
         await asyncio.sleep(self._leases(0.5, 2))
+        cut = self.random.random() < 0.4  # what was sent arrives, its answer does not
         for connection in chosen:
             connection.delay = connection.rate = 0.0
+            if cut:
+                connection.cut()
 
     async def half_open(self) -> None:
         """Bytes vanish in one or both directions; the sockets stay open until a reset ends it."""

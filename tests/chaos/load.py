@@ -27,14 +27,24 @@ def load(conn: psycopg.Connection[Any], record: Record) -> None:
             return cursor.execute(query).fetchall()
 
         record.events += [Event(**{**r, "snapshot": Snapshot.parse(r["snapshot"])}) for r in rows(_EVENTS)]
-        record.rows += [Row(**r) for r in rows("SELECT id, topic, state, blocked, errors, payload FROM outbox")]
-        record.lives += [Life(**r) for r in rows("SELECT at, worker_id::text, lease_until, reason FROM chaos_life")]
+        record.rows += [
+            Row(**r) for r in rows("SELECT id, topic, state, blocked, errors, payload FROM outbox")
+        ]
+        record.lives += [
+            Life(**r) for r in rows("SELECT at, worker_id::text, lease_until, reason FROM chaos_life")
+        ]
         record.effects += [Effect(**r) for r in rows("SELECT xid, row_id, attempt, kind FROM chaos_effect")]
-        record.borrowed += [Token(**r) for r in rows("SELECT xid, token, row_id, attempt FROM chaos_borrowed")]
-        record.returned += [Token(**r) for r in rows("SELECT xid, token, row_id, attempt FROM chaos_returned")]
+        record.borrowed += [
+            Token(**r) for r in rows("SELECT xid, token, row_id, attempt FROM chaos_borrowed")
+        ]
+        record.returned += [
+            Token(**r) for r in rows("SELECT xid, token, row_id, attempt FROM chaos_returned")
+        ]
         record.messages += [Message(**r) for r in rows(_MESSAGES)]
         record.sessions += [Session(**r) for r in rows(_SESSIONS)]
-        record.prompts += [Prompt(**r) for r in rows("SELECT id::text, status, text::jsonb AS plan FROM prompt")]
+        record.prompts += [
+            Prompt(**r) for r in rows("SELECT id::text, status, text::jsonb AS plan FROM prompt")
+        ]
         for r in rows("SELECT tag, rows FROM chaos_booked"):
             record.booked[r["tag"]] = r["rows"]
         for r in rows("SELECT name, max_running FROM topic WHERE max_running IS NOT NULL"):

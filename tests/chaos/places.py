@@ -15,7 +15,7 @@ import psutil
 from tests.chaos.handlers import HANDLERS
 from tests.chaos.history import History
 from tests.chaos.proxy import Proxy
-from tests.support.process import ROOT, command_line
+from tests.support.process import ROOT
 
 
 def install_handlers(directory: Path) -> None:
@@ -31,12 +31,12 @@ def install_handlers(directory: Path) -> None:
 
 
 class Place:
-    """Where one worker runs, and its successor after it."""
+    """Where one worker runs, or the API, and its successor after it."""
 
     def __init__(
         self,
         name: str,
-        arguments: list[str],
+        command: list[str],
         proxy: Proxy,
         environment: Mapping[str, str],
         history: History,
@@ -47,7 +47,7 @@ class Place:
         self.lives = 0
         self.statuses: list[int] = []
         """Exit statuses of those that were drained."""
-        self._command = [*command_line("worker"), *arguments]
+        self._command = command
         self._environment = {**os.environ, **environment, "CHAOS_PLACE": name}
         self._history = history
         self._log = log
@@ -140,7 +140,7 @@ class Place:
             return None
 
     async def close(self) -> None:
-        """End whatever is left, by force. SIGCONT first: a stopped parent must not keep its children."""
+        """End whatever is left, by force."""
         self._ending = True
         for pid in self.pids():
             with suppress(ProcessLookupError):
@@ -154,6 +154,4 @@ class Place:
 
 def mark() -> dict[str, str]:
     """Environment by which the runner finds a run's processes again, should any be left."""
-    return {"CHAOS_RUN": secrets.token_hex(8), "PYTHONPATH": str(ROOT), "PYTHONDEVMODE": ""}
-
-
+    return {"CHAOS_RUN": secrets.token_hex(8), "PYTHONPATH": str(ROOT)}

@@ -32,7 +32,7 @@ Connection = psycopg.AsyncConnection[Any]
 KEYS = [f"key-{n}" for n in range(12)]
 
 
-class RollBack(Exception):  # noqa: N818 - not an error
+class RollBack(Exception):
     """Wanted: the transaction is to leave nothing."""
 
 
@@ -97,7 +97,9 @@ class Producers:
         give_up = self.random.random() < 0.1 and not dawdle
         if self.random.random() < 0.1:
             await conn.set_isolation_level(
-                self.random.choice([psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE])
+                self.random.choice(
+                    [psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE]
+                )
             )
         else:
             await conn.set_isolation_level(None)
@@ -116,9 +118,7 @@ class Producers:
             outcome = "rolled_back"
         except psycopg.errors.SerializationFailure:
             outcome = "rolled_back"
-        finally:
-            if outcome == "unknown" and conn.closed:
-                pass  # the connection was lost: perhaps during the commit
+        finally:  # unknown: the connection was lost, perhaps during the commit
             self.history.tell("enqueue", ids=ids, outcome=outcome, **line)
         if outcome != "acked":
             return []
@@ -286,8 +286,10 @@ class Producers:
             "retry": "SELECT outbox_retry({0})",
             "discard": "SELECT outbox_discard({0})",
             "state": "UPDATE outbox SET state = 'cancelled' WHERE id = {0} AND state = 'ready'",
-            "mark": "UPDATE outbox SET cancel_requested_at = now() WHERE id = {0} AND state IN ('ready', 'running')",
-            "take": "UPDATE outbox SET state = 'ready' WHERE state = 'running' AND id = (SELECT min(id) FROM outbox"
+            "mark": "UPDATE outbox SET cancel_requested_at = now()"
+            " WHERE id = {0} AND state IN ('ready', 'running')",
+            "take": "UPDATE outbox SET state = 'ready'"
+            " WHERE state = 'running' AND id = (SELECT min(id) FROM outbox"
             " WHERE state = 'running' AND id > (SELECT max(id) FROM outbox) - {0} % 30)",
         }
         body = "; ".join(statements[word].format(row) + "; SELECT pg_sleep(0.02)" for row in rows)
@@ -299,31 +301,28 @@ class Producers:
 
     async def _by_http(self) -> None:
         assert self.api is not None
-        async with httpx.AsyncClient(base_url=self.api, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=self.api, timeout=10) as client:
             while not self.stop.is_set():
-                tag = self._tag("http")
-                outcome = "unknown"
-                try:
-                    body = _session(uuid4(), tag)
-                    answer = await client.post(
-                        "/sessions",
-                        json={
-                            "repo": body["repo"],
-                            "target_branch": "main",
-                            "title": tag,
-                            "prompt": self._session_plan(),
-                        },
-                        headers={"Idempotency-Key": tag},
-                    )
-                    # A 503 says that nothing is known, unless the key is tried again.
-                    outcome = "acked" if answer.status_code in (200, 201, 202) else "unknown"
-                    if answer.status_code in (400, 401, 403, 422):
-                        raise AssertionError(f"the API refused: {answer.text}")
-                finally:
-                    self.history.tell(
-                        "enqueue", tag=tag, ids=[], rows=1, booked=False, by="http", outcome=outcome
-                    )
+                await self._post(client)
                 await self._pause(0.5)
+
+    async def _post(self, client: httpx.AsyncClient) -> None:
+        """Asks again under the same Idempotency-Key until it is answered: there must be one session."""
+        tag = self._tag("http")
+        body = {"repo": "octo/tools", "target_branch": "main", "title": tag, "prompt": self._session_plan()}
+        line = {"tag": tag, "ids": [], "rows": 1, "booked": False, "by": "http"}
+        for _ in range(40):
+            with suppress(httpx.HTTPError):
+                answer = await client.post("/sessions", json=body, headers={"Idempotency-Key": tag})
+                if answer.is_success:
+                    self.history.tell("enqueue", outcome="acked", **line)
+                    return
+                if answer.status_code < 500:
+                    raise AssertionError(f"the API refused: {answer.status_code} {answer.text}")
+            if self.stop.is_set():
+                break
+            await self._pause(0.5)
+        self.history.tell("enqueue", outcome="unknown", **line)
 
 
 def _session(session: UUID, title: str) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class Connection:
             await asyncio.gather(*pumps, cut, return_exceptions=True)
             self.cut()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool
+    ) -> None:
         with suppress(OSError):
             while piece := await reader.read(65536):
                 if upward and not self.name:

@@ -7,7 +7,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import ip_address
@@ -22,6 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.responses import RedirectResponse
 
+from app import oidc
 from outbox import token
 from outbox.callback import Address, CallbackError
 from outbox.settings import Settings
@@ -138,18 +139,22 @@ def key_in_header(issuer: StandIn) -> str:
 
 
 async def key_by_url(place: Place) -> str:
+    before = len(place.receiver.received)
     headers = {"jku": f"{place.receiver_url}/keys", "x5u": f"{place.receiver_url}/certificate"}
     forged = place.issuer.token(key=SigningKey("mine"), headers=headers)
     response = await place.ask("GET", "/sessions", user=None, headers=bearer(forged))
-    return f"{answer(response)}, {len(place.receiver.received)} requests to the URL"
+    return f"{answer(response)}, {len(place.receiver.received) - before} requests to the URL"
 
 
 async def storm(place: Place) -> str:
     await place.ask("GET", "/sessions")
     before = place.issuer.fetches
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(oidc, "PAUSE", 3600.0)  # however long they take here
     tokens = [place.issuer.token(headers={"kid": f"invented-{n}"}) for n in range(200)]
     asked = (place.ask("GET", "/sessions", user=None, headers=bearer(text)) for text in tokens)
     answers = {answer(response) for response in await asyncio.gather(*asked)}
+    monkeypatch.undo()
     fetched = place.issuer.fetches - before
     assert fetched <= 1, f"{fetched} fetches"
     return f"{', '.join(sorted(answers))}; the issuer is asked once at most"
@@ -253,6 +258,8 @@ AUTHENTICATION = [
         "401 unauthorized: The token is malformed.",
         by_token(lambda i: i.token(exp="never")),
     ),
+    Attack("An end beyond all calendars", "200", by_token(lambda i: i.token(exp=10**400))),
+    Attack("An end in digits, but a string", "200", by_token(lambda i: i.token(exp=str(now(i) + 300)))),
     Attack("No `sub`", "401 unauthorized: The token has no sub.", by_token(lambda i: i.token(sub=None))),
     Attack(
         "A `sub` with a NUL in it",
@@ -753,41 +760,53 @@ def _base64(value: bytes) -> str:
     return base64.urlsafe_b64encode(value).decode().rstrip("=")
 
 
+@asynccontextmanager
+async def placing(database: str, issuer: StandIn, **changes: Any) -> AsyncIterator[Place]:
+    """An API on the database, and a session of Alice's."""
+    settings = {"SENDOFF_OIDC_ISSUER": issuer.url, "SENDOFF_WEBHOOK_SECRET": WEBHOOK_SECRET, **changes}
+    receiver = Receiver()
+    async with (
+        await psycopg.AsyncConnection.connect(database, autocommit=True) as conn,
+        listening(receiver) as url,
+        serving(database, **settings) as api,
+    ):
+        found = Place(api, issuer, conn, receiver=receiver, receiver_url=url)
+        created = await found.create("alice", title="Secret")
+        assert created.status_code == 201, created.text
+        found.alice = created.json()["id"]
+        yield found
+
+
 @pytest.fixture(scope="module")
-async def shared(server: str, template: str) -> AsyncIterator[tuple[StandIn, str]]:
-    """The issuer and the database of the whole table."""
+async def place(server: str, template: str) -> AsyncIterator[Place]:
+    """One for the whole table, as an API that is attacked again and again."""
     with _new_database(server, template) as name:
-        async with issuing() as issuer:
-            yield issuer, with_database(server, name)
-
-
-@pytest.fixture
-async def place(shared: tuple[StandIn, str]) -> AsyncIterator[Place]:
-    issuer, database = shared
-    changes = {
-        "SENDOFF_OIDC_ISSUER": issuer.url,
-        "SENDOFF_WEBHOOK_SECRET": WEBHOOK_SECRET,
-        "SENDOFF_REQUEST_RATE": 2,
-        "SENDOFF_MAX_SESSIONS": 5,
-        "SENDOFF_MAX_STREAMS": 2,
-    }
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as conn:
-        await conn.execute("TRUNCATE session, outbox, idempotency, api_token RESTART IDENTITY CASCADE")
-        receiver = Receiver()
-        async with listening(receiver) as url, serving(database, **changes) as api:
-            found = Place(api, issuer, conn, receiver=receiver, receiver_url=url)
-            created = await found.create("alice", title="Secret")
-            assert created.status_code == 201, created.text
-            found.alice = created.json()["id"]
+        async with (
+            issuing() as issuer,
+            placing(with_database(server, name), issuer, SENDOFF_REQUEST_RATE=1000) as found,
+        ):
             yield found
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-async def test_attack(place: Place, attack: Attack) -> None:
+async def check(place: Place, attack: Attack) -> None:
     assert await attack.run(place) == attack.expected
     alive = await place.ask("GET", f"/sessions/{place.alice}", user="alice")
     assert alive.json()["title"] == "Secret"
     assert alive.json()["session_status"] == "active"
+
+
+@pytest.mark.parametrize(
+    "attack", [attack for attack in ATTACKS if attack not in LIMITS], ids=lambda attack: attack.name
+)
+async def test_attack(place: Place, attack: Attack) -> None:
+    await check(place, attack)
+
+
+@pytest.mark.parametrize("attack", LIMITS, ids=lambda attack: attack.name)
+async def test_limit(database: str, attack: Attack) -> None:
+    changes = {"SENDOFF_REQUEST_RATE": 1, "SENDOFF_MAX_SESSIONS": 5, "SENDOFF_MAX_STREAMS": 2}
+    async with issuing() as issuer, placing(database, issuer, **changes) as place:
+        await check(place, attack)
 
 
 def test_attacks_are_told_apart() -> None:

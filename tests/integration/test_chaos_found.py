@@ -15,8 +15,9 @@ from worker.loop import Worker
 
 
 async def test_key_whose_first_row_came_late_goes_on_after_a_hand_back(connect: Connect) -> None:
-    """1. Row 1 of a key is inserted and not committed. 2. Row 2 starts. 3. Row 1 is committed; a claim finds
-    it waiting for row 2. 4. Row 2 is handed back, and so waits for row 1. Nobody waits for nobody: row 1 runs.
+    """1. Row 1 of a key is inserted and not committed. 2. Row 2 starts. 3. Row 1 is committed; a claim
+    finds it waiting for row 2. 4. Row 2 is handed back, and so waits for row 1. Nobody waits for nobody:
+    row 1 runs.
     """
     psql, late = await connect(), await connect()
     worker = await new_worker(psql)
@@ -32,9 +33,9 @@ async def test_key_whose_first_row_came_late_goes_on_after_a_hand_back(connect: 
 
 
 async def test_claim_whose_answer_was_lost_is_given_back(connect: Connect, database: str) -> None:
-    """The only worker. 1. It sleeps. 2. P locks the table, and inserts a row. 3. The worker claims, and waits;
-    it gives the connection up. 4. P commits: the server goes on with that claim, whose worker knows nothing
-    of it. 5. The worker is connected again: it runs the row.
+    """The only worker. 1. It sleeps. 2. P locks the table, and inserts a row. 3. The worker claims, and
+    waits; it gives the connection up. 4. P commits: the server goes on with that claim, whose worker knows
+    nothing of it. 5. The worker is connected again: it runs the row.
     """
     producer, psql = await connect(), await connect()
     async with watched(database, lease=1.0) as worker:
@@ -64,8 +65,8 @@ async def test_claim_of_a_connection_given_up_takes_no_row(connect: Connect) -> 
 
 
 async def test_rescue_does_not_wait_for_a_row_that_is_locked(connect: Connect) -> None:
-    """A worker is cut off in the middle of a fenced transaction, which the server keeps open. 1. Its other row
-    is freed at once, 2. the locked one is announced as due, and freed when the transaction has ended.
+    """A worker is cut off in the middle of a fenced transaction, which the server keeps open. 1. Its other
+    row is freed at once, 2. the locked one is announced as due, and freed when the transaction has ended.
     """
     psql, stuck, rescuer = await connect(), await connect(), await connect()
     dead, other = await new_worker(psql), await new_worker(psql)
@@ -92,8 +93,8 @@ async def test_rescue_does_not_wait_for_a_row_that_is_locked(connect: Connect) -
 async def test_row_locked_when_its_worker_left_is_freed_by_one_that_sleeps(
     connect: Connect, database: str
 ) -> None:
-    """1. Another sleeps until the lease's end. 2. A parent ends its child's life, a row of which is locked. 3. The
-    lock goes. The sleeper runs the row when the lease would have ended.
+    """1. Another sleeps until the lease's end. 2. A parent ends its child's life, a row of which is locked.
+    3. The lock goes. The sleeper runs the row when the lease would have ended.
     """
     psql, stuck = await connect(), await connect()
     await psql.execute("SET lock_timeout = '5s'")
@@ -124,9 +125,9 @@ async def test_worker_without_free_slots_does_not_wake_for_a_row_that_is_due(dat
 
 
 async def test_flag_of_a_sleeper_that_has_just_come_back_stays_up(connect: Connect) -> None:
-    """1. A was parked and has lost its connections. 2. B parks, and clears the flags of those that are gone:
-    its statement has begun, and waits for the row of a third. 3. A comes back and parks. 4. B's statement goes
-    on, and meets A's row as it is now. A's flag must stay up, else nobody would wake it.
+    """1. A was parked and has lost its connections. 2. B parks, and clears the flags of those that are
+    gone: its statement has begun, and waits for the row of a third. 3. A comes back and parks. 4. B's
+    statement goes on, and meets A's row as it is now. A's flag must stay up, else nobody would wake it.
     """
     a, b, third, psql = [await connect() for _ in range(4)]
     insert = (
@@ -166,4 +167,3 @@ async def test_handler_that_ends_as_cancelled_unasked_leaves_no_row_running(
         await worker.has_run(row)
         await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
         assert await get(psql, row, "attempt") == 2
-

@@ -168,6 +168,18 @@ async def test_a_killed_worker_takes_the_cli_along_and_another_begins_anew(
         assert len({body["session_id"] for body in everything if "session_id" in body}) == 2
 
 
+async def test_the_cli_is_not_let_loose_without_the_tools_of_its_sandbox(
+    parts: Production, database: str, api: Api
+) -> None:
+    parts.sandboxes[0].mcp_broken = True
+    async with running("worker", env=environment(parts, database)) as worker:
+        await api.create(repo=parts.repo, prompt="Hello")
+        failed = await worker.event("ended", topic="session.run", state="ready")
+        assert failed["reason"] == "the agent can't reach the sandbox's MCP server sandbox"
+        parts.sandboxes[0].mcp_broken = False
+        await ended(worker, status="succeeded")
+
+
 async def test_cancelling_ends_the_cli_and_returns_the_sandbox(
     parts: Production, database: str, api: Api
 ) -> None:

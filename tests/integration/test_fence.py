@@ -175,15 +175,12 @@ def job_of(worker: UUID, row: Claimed, connect: Connect) -> Job:
 
 
 @with_and_without
-@pytest.mark.parametrize("first", ["transaction", "rescue"])
-async def test_rescue_comes_before_or_after_a_fenced_transaction(
-    rule: Rule, first: str, connect: Connect
-) -> None:
+async def test_fenced_transaction_that_is_first(rule: Rule, connect: Connect) -> None:
     """A check and then a write is not enough: the fence holds a lock on the row.
 
-    1. W's handler begins its transaction, writes, has not committed. 2. W is rescued: kept, the rescue
-    waits. 3. The handler completes and commits. 4. The rescue finds a row that has ended.
-    Or the rescue is first: the transaction waits, then is Fenced, and nothing of it is left.
+    1. W's handler begins its transaction, writes, has not committed. 2. W is rescued: the rescue leaves the
+    row that is locked. 3. The handler completes and commits: all of it is before the rescue. Taken out: the
+    row goes back in between, and the effect stays all the same.
     """
     psql, rescuer = await connect(), await connect()
     worker, row = await claimed_once(psql)
@@ -191,26 +188,25 @@ async def test_rescue_comes_before_or_after_a_fenced_transaction(
     if rule == "taken out":
         await take_out(psql, "outbox_fence", "\n    FOR NO KEY UPDATE")
     job = job_of(worker, row, connect)
-    rescue = "SELECT outbox_end_worker(%s, 'lost')"
-    if first == "transaction":
-        async with job.transaction() as conn:
-            await conn.execute("INSERT INTO effect VALUES (1)")
-            if rule == "kept":
-                rescuing = await starts(psql, rescuer, rescue, worker)
-                await job.complete(conn)
-            else:
-                assert await one(rescuer, rescue, worker)
+    async with job.transaction() as conn:
+        await conn.execute("INSERT INTO effect VALUES (1)")
+        assert await one(rescuer, "SELECT outbox_end_worker(%s, 'lost')", worker)
         if rule == "kept":
-            assert job.settled
-            assert await rescuing
-            assert (await get(psql, row.id), await effects(psql)) == ("done", 1)
-        else:  # the effect stays, and the row runs again
-            assert (await get(psql, row.id), await effects(psql)) == ("ready", 1)
-        return
+            await job.complete(conn)
+    assert await effects(psql) == 1
+    assert await get(psql, row.id) == ("done" if rule == "kept" else "ready")
+    assert job.settled is (rule == "kept")
+
+
+@with_and_without
+async def test_rescue_that_is_first(rule: Rule, connect: Connect) -> None:
+    """1. W is rescued, not committed. 2. Its handler begins a transaction: it waits, and is then fenced."""
+    psql, rescuer, writer = await connect(), await connect(), await connect()
+    worker, row = await claimed_once(psql)
+    if rule == "taken out":
+        await take_out(psql, "outbox_fence", "\n    FOR NO KEY UPDATE")
     await rescuer.execute("BEGIN")
-    assert await one(rescuer, rescue, worker)
-    writer = await connect()
-    await writer.execute("BEGIN")
+    assert await one(rescuer, "SELECT outbox_end_worker(%s, 'lost')", worker)
     query, token = "SELECT outbox_fence(%s, %s, %s)", (worker, row.id, row.attempt)
     if rule == "kept":
         fencing = await starts(psql, writer, query, *token)

@@ -8,7 +8,7 @@ import pytest
 from starlette.responses import PlainTextResponse, Response
 
 from app import oidc
-from app.oidc import Issuer, Rejected, has_role
+from app.oidc import Issuer, Rejected, check_issuer, has_role
 from app.problems import Problem
 from outbox.errors import ConfigurationError
 from outbox.settings import Settings
@@ -168,7 +168,7 @@ async def test_clocks_may_differ_by_the_leeway(stand_in: StandIn, issuer: Issuer
 @pytest.mark.parametrize("url", ["issuer.example", "ftp://issuer.example", "https://", "https://a/?b", "::"])
 def test_an_issuer_that_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="SENDOFF_OIDC_ISSUER"):
-        Issuer(settings(url))
+        check_issuer(settings(url))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ async def test_head_is_get_without_the_body(api: Api) -> None:
 
 
 async def test_path_that_does_not_exist(api: Api) -> None:
-    for path in ("/", "/sessions/", "/session"):
+    for path in ("/nothing", "/sessions/", "/session"):
         response = await api.client.get(path)
         assert (response.status_code, response.json()["status"]) == (404, 404)
 

@@ -190,6 +190,60 @@ async def test_end_of_a_worker_frees_its_rows(rule: Rule, end: str, connect: Con
             assert await get(psql, row) == "running"
 
 
+@with_and_without
+async def test_row_that_was_locked_when_its_worker_ended(rule: Rule, connect: Connect, database: str) -> None:
+    """1. A runs a row, under a lease of a day; R sleeps until then. 2. A is cut off inside a fenced
+    transaction. 3. Its parent ends its life: the row is locked, and left. 4. The server gives the
+    transaction up. 5. R, told that something is left, runs the row: long before the lease's end.
+    """
+    psql, handler = await connect(), await connect()
+    lost = await new_worker(psql)
+    row = await add(psql)
+    await claim(psql, lost, lease=timedelta(days=1))
+    if rule == "taken out":
+        await take_out(psql, "outbox_free", "PERFORM outbox_notify('*', clock_timestamp());")
+    async with watched(database, lease=0.3) as worker:
+        await handler.execute("BEGIN")
+        assert await one(handler, "SELECT outbox_fence(%s, %s, 1)", lost, row) is False
+        assert await one(psql, "SELECT outbox_end_worker(%s, 'died')", lost)
+        assert await get(psql, row) == "running"
+        await handler.execute("ROLLBACK")
+        if rule == "kept":
+            await worker.has_run(row)
+        else:
+            await worker.hears_nothing_more(psql)
+            assert await worker.asleep() > 80000
+            assert await get(psql, row) == "running"
+
+
+@with_and_without
+async def test_delete_of_a_worker_waits_for_a_row_that_is_locked(rule: Rule, connect: Connect) -> None:
+    """1. A's handler holds its row. 2. Somebody deletes A: waits. 3. The handler's transaction ends, and the
+    row is freed. Taken out: nothing is left that would keep others looking for that row.
+    """
+    psql, handler, deleter = await connect(), await connect(), await connect()
+    lost, rescuer = await new_worker(psql), await new_worker(psql)
+    row = await add(psql)
+    await claim(psql, lost)
+    if rule == "taken out":
+        text = "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id FOR UPDATE;"
+        await take_out(psql, "worker_ended", text, "NULL;")
+    await handler.execute("BEGIN")
+    await handler.execute("SELECT outbox_fence(%s, %s, 1)", (lost, row))
+    delete = "DELETE FROM worker WHERE id = %s RETURNING true"
+    if rule == "kept":
+        deleting = await starts(psql, deleter, delete, lost)
+        await handler.execute("ROLLBACK")
+        assert await deleting
+        assert await get(psql, row) == "ready"
+    else:
+        assert await one(deleter, delete, lost)
+        await handler.execute("ROLLBACK")
+        assert await get(psql, row) == "running"
+        deadline = "SELECT lease_end FROM outbox_next_deadline(%s, '{t}', '1 ms', '1 hour')"
+        assert await one(psql, deadline, rescuer) is None
+
+
 async def test_running_row_whose_worker_has_no_lease_is_freed_by_the_next_rescue(connect: Connect) -> None:
     """What a restore or a disabled trigger leaves behind."""
     conn = await connect()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.identity import Identity
+from outbox import token
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.hand import Hand
@@ -90,11 +90,12 @@ async def test_unknown_row(api: Api) -> None:
         assert (await api.client.post(f"/outbox/{row}/retry")).status_code == 404
 
 
-async def test_users_who_are_no_operators(api: Api, hand: Hand, monkeypatch: Any) -> None:
-    """The seam for authentication: another identity sees its own sessions, and no outbox."""
+async def test_users_who_are_no_operators(api: Api, hand: Hand, connect: Connect) -> None:
+    """They see their own sessions, and no outbox."""
     row = await dead(api, hand)
     theirs = await api.create()
-    monkeypatch.setattr("app.routes.identify", lambda request: Identity("someone", operator=False))
+    _, text = await token.create(await connect(), "someone", "test")
+    api.client.headers["Authorization"] = f"Bearer {text}"
     mine = await api.create(repo="a/mine")
     assert mine["user_id"] == "someone"
     listed = (await api.client.get("/sessions")).json()["sessions"]

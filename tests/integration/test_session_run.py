@@ -182,7 +182,7 @@ async def test_a_follow_up_goes_on_where_the_last_turn_ended(api: Api, place: Pl
     ("changes", "status", "state", "reason"),
     [
         ({"prompt": "fail:3 stderr:broken"}, "failed", "done", "exit status 3"),
-        ({"prompt": "end-with-error"}, "failed", "done", "exit status 1"),
+        ({"prompt": "end-with-error"}, "failed", "done", "I was told to fail"),
         ({"target_branch": "nowhere"}, "failed", "dead", "no branch nowhere"),
         ({"repo": "file:///no/such/repository"}, "failed", "dead", "cannot clone"),
     ],

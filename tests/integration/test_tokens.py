@@ -1,17 +1,19 @@
 """API tokens: made, used, listed and revoked, by the command and over HTTP."""
 
 import shlex
+import time
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 
-from app import tokens
+from app import identity, oidc, tokens
 from outbox import token
 from tests.conftest import Connect
-from tests.support.api import serving
-from tests.support.issuer import bearer
+from tests.support.api import serving, until
+from tests.support.issuer import bearer, issuing
 from tests.support.process import ROOT, running
 
 TOKENS_ONLY = {"SENDOFF_REQUIRE_TOKEN": True}
@@ -136,3 +138,69 @@ async def test_in_development_mode_a_token_is_still_judged(database: str, connec
         assert (await api.client.get("/outbox")).status_code == 200
         assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 403
         assert (await api.client.get("/outbox", headers=bearer("nonsense"))).status_code == 401
+
+
+async def test_a_stream_ends_with_its_token(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text = await token.create(await connect(), "alice", "x")
+    monkeypatch.setattr(identity, "API_TOKEN_STREAM", 0.2)
+    async with issuing() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+        begun = time.monotonic()
+        lasts = (await api.context.authenticator.by_token(issuer.token())).until - begun
+        assert lasts - oidc.LEEWAY + 2 >= 300
+        assert lasts - oidc.LEEWAY <= 300 + time.monotonic() - begun
+
+        asked = {"repo": "octo/tools", "target_branch": "main"}
+        created = await api.client.post("/sessions", json=asked, headers=bearer(text))
+        async with api.follow(created.json()["id"], **bearer(text)) as events:
+            assert [event.event for event in await events.rest()] == ["status"]
+        await until(lambda: not api.context.limits._streams)
+
+
+async def test_streams_that_are_left_are_counted_no_more(database: str) -> None:
+    async with issuing() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+        asked = {"repo": "octo/tools", "target_branch": "main"}
+        alice = bearer(issuer.token())
+        created = await api.client.post("/sessions", json=asked, headers=alice)
+        async with api.follow(created.json()["id"], **alice) as events:
+            await events.next("status")
+            assert api.context.limits._streams == {"alice": 1}
+        await until(lambda: not api.context.limits._streams)
+        nobodys = await api.client.get(f"/sessions/{UUID(int=7)}/events", headers=alice)
+        assert nobodys.status_code == 404
+        assert not api.context.limits._streams
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"SENDOFF_HOST": "0.0.0.0"}, "SENDOFF_HOST"),
+        ({"SENDOFF_OIDC_ISSUER": "issuer"}, "SENDOFF_OIDC_ISSUER"),
+        ({"SENDOFF_WEBHOOK_ALLOW": "all"}, "SENDOFF_WEBHOOK_ALLOW"),
+        ({"SENDOFF_WEBHOOK_SECRET": "planted"}, "SENDOFF_WEBHOOK_SECRET"),
+    ],
+)
+async def test_settings_that_cannot_be_end_the_start(
+    database: str, environment: dict[str, str], told: str
+) -> None:
+    async with running("sendoff", "api", env={"DATABASE_URL": database, **environment}) as process:
+        assert await process.ended() == 2
+    assert told in process.stderr[-1]
+    assert "planted" not in "".join(process.stderr)
+
+
+async def test_with_tokens_required_it_listens_for_strangers(database: str) -> None:
+    environment = {
+        "DATABASE_URL": database,
+        "SENDOFF_HOST": "0.0.0.0",
+        "SENDOFF_PORT": "0",
+        "SENDOFF_REQUIRE_TOKEN": "1",
+        "SENDOFF_DEV_IDENTITY": "1",
+    }
+    async with running("sendoff", "api", env=environment) as process:
+        ready = await process.event("api_ready")
+        assert not [event for event in process.events if event["event"] == "dev_identity"]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready['port']}") as client:
+            assert (await client.get("/sessions")).status_code == 401
+            assert (await client.get("/healthz")).status_code == 200

@@ -13,10 +13,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from outbox import trace
 from outbox.enqueue import enqueue
 from outbox.errors import ConfigurationError
+from outbox.settings import Settings
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.receiver import Receiver, receiver
 from tests.support.steps import TIMEOUT, one, until
+from worker.allocator import HttpAllocator
+from worker.errors import TransientError
+from worker.sandbox import Sandbox
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT = "b7ad6b7169203331"
@@ -120,6 +124,18 @@ async def test_rows_enqueued_within_a_span_belong_to_it(connect: Connect) -> Non
     assert trace.current() is None
     assert trace.headers() == {}
     assert await one(conn, "SELECT traceparent FROM outbox WHERE id = %s", row_id) == TRACEPARENT
+
+
+async def test_calls_of_sandboxes_and_the_allocator_carry_it(database: str) -> None:
+    settings = Settings(DATABASE_URL=database, IP_ALLOCATOR_URL="http://127.0.0.1:1")  # type: ignore[call-arg]
+    async with receiver() as sandbox:
+        with trace.span("test", TRACEPARENT, "consumer"):
+            async with Sandbox.connect({"api_url": sandbox.url}) as client:
+                with pytest.raises(TransientError):  # it says nothing
+                    await client.write("x", b"y")
+            async with HttpAllocator(settings)._client() as allocator:
+                assert allocator.headers["traceparent"] == TRACEPARENT
+        assert sandbox.posts[0].headers["traceparent"] == TRACEPARENT
 
 
 @pytest.mark.parametrize(

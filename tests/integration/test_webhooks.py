@@ -28,6 +28,7 @@ from tests.support.api import Api, serving
 from tests.support.hand import Hand
 from tests.support.http import Receiver, listening
 from tests.support.process import ROOT, running
+from worker.callback import tls_context
 from worker.handlers.webhook import post
 
 SECRETS = ["whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2)]
@@ -323,6 +324,7 @@ async def test_the_certificate_is_that_of_the_name_though_the_address_is_pinned(
 ) -> None:
     authority, own = certificate(tmp_path, "hooks.example")
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    tls_context.cache_clear()
     settings = Settings.model_validate({"DATABASE_URL": "x", **environment()})
     seen: list[str | None] = []
 
@@ -335,6 +337,7 @@ async def test_the_certificate_is_that_of_the_name_though_the_address_is_pinned(
         assert seen == ["hooks.example", f"hooks.example:{port}"]
         with pytest.raises(httpx.ConnectError, match=r"[Hh]ostname mismatch"):
             await post(f"https://other.example:{port}/", "msg_1", b"{}", None, settings, resolve)
+    tls_context.cache_clear()
 
 
 async def test_a_receiver_that_never_ends_its_answer_does_not_hold_us(

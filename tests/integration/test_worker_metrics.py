@@ -1,5 +1,6 @@
 """A real worker's /metrics and /readyz, scraped over HTTP."""
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -60,6 +61,10 @@ async def scrape(worker: Process) -> Samples:
     return samples(answer.text)
 
 
+def total(found: Samples, name: str) -> float:
+    return sum(value for key, value in found.items() if key[0] == name)
+
+
 async def finished(conn: Connection) -> None:
     await until(conn, "SELECT NOT EXISTS (SELECT FROM outbox WHERE state IN ('ready', 'running'))")
 
@@ -67,14 +72,16 @@ async def finished(conn: Connection) -> None:
 async def test_attempts_by_outcome(database: str, handlers: Path, connect: Connect) -> None:
     conn = await connect()
     await conn.execute("DELETE FROM outbox")
+    name = "sendoff_worker_attempts_total"
     async with command(database, handlers, "--topics", TOPICS, SENDOFF_HEALTH_PORT="0") as worker:
-        parked = await worker.event("parked")
+        await worker.event("parked")
         for topic in ["noop"] * 3 + ["bad", "again", "settles"]:
             await add(conn, topic)
         await finished(conn)
-        await worker.event("parked", after=parked)
-        found = await scrape(worker)
-    name = "sendoff_worker_attempts_total"
+        # It counts once the commit is heard of, and then falls asleep.
+        async with asyncio.timeout(60):
+            while total(found := await scrape(worker), name) < 8 or not found[("sendoff_workers", "parked")]:
+                pass
     assert {key[1:]: value for key, value in found.items() if key[0] == name and value} == {
         ("noop", "done"): 3,
         ("bad", "dead"): 1,
@@ -124,8 +131,6 @@ async def test_what_runs_what_waits_and_a_connection_lost(
         found = await scrape(worker)
         assert found[("sendoff_worker_attempts_total", "hang", "cancelled")] == 1
         await worker.event("claimed", rows=[second])
-        worker.send(signal.SIGTERM)
-        await worker.event("draining")
         worker.send(signal.SIGTERM)
         assert await worker.ended() == 0
 

@@ -36,7 +36,14 @@ async def loopback() -> AsyncIterator[Loopback]:
     listening = socket.create_server(("127.0.0.1", 0))
     app = Starlette()
     config = uvicorn.Config(
-        app, log_level="error", log_config=None, lifespan="off", timeout_graceful_shutdown=1
+        app,
+        log_level="error",
+        log_config=None,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        # On a slow machine uvicorn's 5 s pass between two requests of the CLI. One that takes up a connection
+        # as it is closed loses its request, and the CLI then waits for its MCP server for ever.
+        timeout_keep_alive=3600,
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve([listening]))

@@ -69,6 +69,7 @@ class Sandbox:
         self.shells: dict[str, Shell] = {}
         self.environment: dict[str, str] = {}
         """What its commands find in their environment beside PATH and HOME."""
+        self.mcp_broken = False
         self.patience: float | None = None
         """Seconds after which exec answers that nothing changes, though the command runs on."""
         self._steps = steps
@@ -144,6 +145,8 @@ class Sandbox:
 
     async def mcp(self, request: Request) -> Response:
         asked = await request.json()
+        if self.mcp_broken:
+            return Response(status_code=500)
         if "id" not in asked:
             return Response(status_code=202)
         match asked["method"]:

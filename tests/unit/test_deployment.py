@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.dashboard.signin import CALLBACK
 from app.identity import is_loopback
 from outbox.settings import Settings
 from tests.support.process import ROOT, SCRIPTS, command_line
@@ -142,18 +143,26 @@ def test_the_realm_is_the_issuer_that_the_pages_name() -> None:
 
 def test_the_realms_tokens_are_for_us_and_name_operators() -> None:
     assert {role["name"] for role in REALM["roles"]["realm"]} == {default("oidc_operator_role")}
-    client = next(client for client in REALM["clients"] if client["clientId"] == "sendoff-cli")
-    audiences = {
-        mapper["config"]["included.custom.audience"]
-        for mapper in client["protocolMappers"]
-        if mapper["protocolMapper"] == "oidc-audience-mapper"
-        and mapper["config"]["access.token.claim"] == "true"
-    }
-    assert audiences == {default("oidc_audience")}
+    clients = {client["clientId"]: client for client in REALM["clients"]}
+    assert clients.keys() == {"sendoff-cli", default("oidc_client_id")}
+    for client in clients.values():
+        audiences = {
+            mapper["config"]["included.custom.audience"]
+            for mapper in client["protocolMappers"]
+            if mapper["protocolMapper"] == "oidc-audience-mapper"
+            and mapper["config"]["access.token.claim"] == "true"
+        }
+        assert audiences == {default("oidc_audience")}
     operators = {
         user["username"] for user in REALM["users"] if default("oidc_operator_role") in user["realmRoles"]
     }
     assert operators == {"olga"}
+
+
+def test_the_realm_takes_the_dashboards_way_back() -> None:
+    client = next(one for one in REALM["clients"] if one["clientId"] == default("oidc_client_id"))
+    assert {url.removeprefix("http://localhost:8000") for url in client["redirectUris"]} >= {CALLBACK}
+    assert client["attributes"]["pkce.code.challenge.method"] == "S256"
 
 
 def test_the_realm_is_mounted_where_it_is_imported_from() -> None:

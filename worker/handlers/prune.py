@@ -1,9 +1,15 @@
 """Topic `outbox.prune`: deletes what is past its retention, and schedules its successor.
 
 Deleting is the same whoever does it, so only the end is fenced: this row and its successor are one commit.
+Directories of sessions that are gone are deleted on the host that runs the row; every host has its turn.
 """
 
+import asyncio
+import shutil
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
 
 from outbox.enqueue import enqueue
 from outbox.handler import Handler, Job
@@ -20,7 +26,9 @@ log = get_logger(__name__)
 
 async def run(job: Job) -> None:
     """Delete page by page until nothing is left to delete."""
-    pruned = await prune(job.connection, load())
+    settings = load()
+    pruned = await prune(job.connection, settings)
+    directories = await _remove_directories(job, Path(settings.workspace_root))
     async with job.transaction() as conn:
         await job.complete(conn)
         await enqueue(
@@ -31,7 +39,25 @@ async def run(job: Job) -> None:
             unique_key=TOPIC,
             on_duplicate="keep",
         )
-    log.info("pruned", rows=pruned.rows, others=pruned.others)
+    log.info("pruned", rows=pruned.rows, others=pruned.others, directories=directories)
+
+
+async def _remove_directories(job: Job, root: Path) -> int:
+    """Remove what sessions kept below `root` for their next turn, once they are gone."""
+    kept: dict[UUID, Path] = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        with suppress(ValueError):  # not ours
+            kept[UUID(path.name)] = path
+    async with job.connection() as conn:
+        cursor = await conn.execute(
+            "SELECT k.id FROM unnest(%s::uuid[]) AS k (id)"
+            " WHERE NOT EXISTS (SELECT FROM session AS s WHERE s.id = k.id)",
+            (list(kept),),
+        )
+        gone = [kept[row[0]] async for row in cursor]
+    for path in gone:
+        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+    return len(gone)
 
 
 handler = Handler(TOPIC, run, timeout=timedelta(hours=1))

@@ -33,7 +33,7 @@ from outbox.settings import Settings, load
 from worker.agent import Agent
 from worker.allocator import allocator
 from worker.borrow import borrow
-from worker.claude import Command, Transcript, prepare, pull_request, take_transcript
+from worker.claude import Command, Transcript, prepare, pull_request, take_transcript, unreached
 from worker.credentials import load_credentials, secrets_in
 from worker.errors import PermanentError, TransientError
 from worker.events import Event
@@ -252,6 +252,8 @@ async def _run_agent(
                 hidden = [secrets.event(event) for event in batch]
                 for event in hidden:
                     said.hear(event)
+                    if missing := unreached(event, command.servers):
+                        raise TransientError(f"the agent can't reach the sandbox's MCP server {missing[0]}")
                 await messages.put(hidden)
             return await agent.wait()
         finally:

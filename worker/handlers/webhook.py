@@ -41,7 +41,7 @@ async def deliver(job: Job) -> None:
     payload = job.payload
     body = json.dumps(payload["event"], separators=(",", ":"), ensure_ascii=False).encode()
     try:
-        status, retry_after = await post(payload["url"], payload["id"], body, job.row.traceparent, settings)
+        status, retry_after = await post(payload["url"], payload["id"], body, job.traceparent, settings)
     except CallbackError as error:
         raise Permanent(str(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:

@@ -173,11 +173,12 @@ document.addEventListener("submit", async (event) => {
     if (!answer.ok) throw new Error(page.querySelector(".problem")?.textContent ?? `Status ${answer.status}`);
     form.closest("details.confirm")?.removeAttribute("open");
     if ("clear" in form.dataset) form.reset();
-    document.activeElement?.blur?.();
+    // Whoever has gone on to something else meanwhile keeps the focus there.
+    const stayed = form.contains(document.activeElement) || document.activeElement === document.body;
+    if (stayed) document.activeElement.blur();
     if (turns) refresh(); // the page it answered with tells results with their calls: those here would miss them
     else merge(page);
-    if ("clear" in form.dataset) form.querySelector("textarea").focus();
-    else if (!document.activeElement || document.activeElement === document.body) main.focus({ preventScroll: true });
+    if (stayed) ("clear" in form.dataset ? form.querySelector("textarea") : main).focus({ preventScroll: true });
   } catch (error) {
     notice.textContent = error.message;
     notice.hidden = false;
@@ -189,7 +190,7 @@ document.addEventListener("submit", async (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("[data-submit]")) event.target.form.requestSubmit();
   if (event.key === "Escape") {
-    const open = event.target.closest("details.confirm[open]");
+    const open = document.querySelector("details.confirm[open]");
     if (open) { open.open = false; open.querySelector("summary").focus(); }
   }
 });

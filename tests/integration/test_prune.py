@@ -1,0 +1,75 @@
+"""Housekeeping is an outbox row that schedules its successor."""
+
+from pathlib import Path
+from uuid import uuid4
+
+from tests.conftest import Connect
+from tests.support.process import running
+
+
+async def test_what_is_past_its_retention_goes_and_the_rest_stays(
+    database: str, connect: Connect, tmp_path: Path
+) -> None:
+    conn = await connect()
+    await conn.execute(
+        """
+        INSERT INTO outbox (topic, state, worker_id, created_at, finished_at)
+        SELECT 't', s.state, gen_random_uuid(), s.at, CASE WHEN s.state <> 'ready' THEN s.at END
+        FROM generate_series(1, 2500) AS n,
+             (VALUES ('done', now() - interval '8 days'), ('cancelled', now() - interval '8 days'),
+                     ('done', now()), ('dead', now() - interval '90 days'),
+                     ('ready', now() - interval '90 days')) AS s (state, at)
+        """
+    )
+    await conn.execute(
+        """
+        WITH s AS (
+            INSERT INTO session (repo, target_branch, branch, title, inbox_status, session_status,
+                                 created_at, updated_at, deleted_at)
+            SELECT 'o/r', 'main', 'b' || n, 't', i, CASE i WHEN 'archived' THEN i ELSE 'active' END,
+                   at, at, CASE i WHEN 'archived' THEN at END
+            FROM (VALUES (1, 'archived', now() - interval '8 days'),
+                         (2, 'completed', now() - interval '91 days'),
+                         (3, 'completed', now() - interval '8 days')) AS v (n, i, at)
+            RETURNING id
+        ), p AS (
+            INSERT INTO prompt (session_id, text) SELECT id, 'p' FROM s RETURNING id, session_id
+        )
+        INSERT INTO message (session_id, seq, prompt_id, attempt, body)
+        SELECT p.session_id, n, p.id, 1, '{}' FROM p, generate_series(1, 1200) AS n
+        """
+    )
+    kept = await (await conn.execute("SELECT id FROM session WHERE session_status = 'active'")).fetchall()
+    places = [tmp_path / str(row[0]) for row in kept]
+    gone, foreign = tmp_path / str(uuid4()), tmp_path / "notes"
+    for place in (*places, gone, foreign):
+        place.mkdir()
+    await conn.execute(
+        "INSERT INTO outbox (topic, unique_key, max_attempts) VALUES ('outbox.prune', 'outbox.prune', 32767)"
+    )
+    environment = {"DATABASE_URL": database, "SENDOFF_WORKSPACE_ROOT": str(tmp_path)}
+    async with running("worker", "--topics", "outbox.prune", env=environment) as worker:
+        pruned = await worker.event("pruned")
+        await worker.event("ended", topic="outbox.prune")
+    assert pruned["rows"] == 5000
+    rows = await (
+        await conn.execute("SELECT state, count(*) FROM outbox WHERE topic = 't' GROUP BY 1 ORDER BY 1")
+    ).fetchall()
+    assert rows == [("dead", 2500), ("done", 2500), ("ready", 2500)]
+    left = await (
+        await conn.execute(
+            "SELECT branch, count(m.seq) FROM session LEFT JOIN message AS m ON m.session_id = id"
+            " GROUP BY 1 ORDER BY 1"
+        )
+    ).fetchall()
+    assert left == [("b2", 0), ("b3", 1200)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in (*places, foreign)
+    )
+    successors = await (
+        await conn.execute(
+            "SELECT state, available_at > now() + interval '59 minutes', max_attempts FROM outbox"
+            " WHERE topic = 'outbox.prune' ORDER BY id"
+        )
+    ).fetchall()
+    assert successors == [("done", False, 32767), ("ready", True, 32767)]
