@@ -19,7 +19,7 @@ from typing import Any
 
 import psycopg
 
-from outbox.connect import bounded, connect
+from outbox.connect import bounded, connect, notifications
 
 WAKE, CANCEL, PROBE = "sendoff_wake", "sendoff_cancel", "sendoff_probe"
 _PRESENCE = 1397048886
@@ -57,22 +57,8 @@ class Listener:
         self._reading.add_done_callback(lambda task: ended())
 
     async def _read(self) -> None:
-        # psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten
-        # idle minutes. What came before this is in its backlog, what comes now is read here.
-        async for notification in self._conn.notifies(timeout=0):
+        async for notification in notifications(self._conn):
             self._heard(notification.channel, notification.payload)
-        loop, server = asyncio.get_running_loop(), self._conn.pgconn
-        descriptor, readable = server.socket, asyncio.Event()
-        loop.add_reader(descriptor, readable.set)
-        try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                server.consume_input()  # raises OperationalError when the connection is broken
-                while note := server.notifies():
-                    self._heard(note.relname.decode(), note.extra.decode())
-        finally:
-            loop.remove_reader(descriptor)
 
     def check(self) -> None:
         """Raise what broke the connection, if it is broken."""
