@@ -376,11 +376,19 @@ CREATE FUNCTION outbox_reconnect(
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE ROWS 10
 AS $$
+DECLARE
+    me worker;
 BEGIN
-    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back AND ended_at IS NULL;
+    SELECT w.* INTO me FROM worker AS w WHERE w.id = worker_back AND w.ended_at IS NULL FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'SO001';
     END IF;
+    -- A worker's connections count upwards. One that was given up may still deliver its call, when the
+    -- worker sleeps on a later one: it must not take the flag down, nor give back what runs by now.
+    IF connection < me.presence THEN
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, worker_back;
+    END IF;
+    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back;
     -- A statement of its own: its snapshot shows what the claim that held the worker's row has taken.
     RETURN QUERY
     WITH lost AS MATERIALIZED (

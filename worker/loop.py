@@ -101,6 +101,7 @@ class Worker:
         self._full_stop = False
         self._control: Connection
         self._listener: Listener
+        self._presence: int | None = None  # of the last connection
         # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
         self._look_at = math.inf
         self._rescue_at = math.inf
@@ -154,7 +155,10 @@ class Worker:
     async def _while_connected(self) -> None:
         settings = self._settings
         async with AsyncExitStack() as stack:
-            self._listener = await Listener.open(settings.listen_url, self._lease_time, self._heard)
+            self._listener = await Listener.open(
+                settings.listen_url, self._lease_time, self._heard, self._presence
+            )
+            self._presence = self._listener.presence
             stack.push_async_callback(self._listener.close)
             self._control = await connect(
                 settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
