@@ -11,6 +11,10 @@ COPY embedded embedded
 RUN python -m venv /opt/sendoff \
  && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel]'
 
+# The agent of production, of the version that `make claude` tests; nothing else of Node's image is kept.
+FROM node:22-slim AS agent
+RUN npm install --global --prefix /opt/claude --no-audit --no-fund @anthropic-ai/claude-code@2.1.197
+
 FROM python:3.13-slim
 # git and ssh clone and push the sessions' repositories.
 RUN apt-get update \
@@ -19,7 +23,9 @@ RUN apt-get update \
  && useradd --create-home --uid 10001 sendoff \
  && install --directory --owner=sendoff --group=sendoff /var/lib/sendoff/workspaces
 COPY --from=build /opt/sendoff /opt/sendoff
-ENV PATH=/opt/sendoff/bin:$PATH \
+COPY --from=agent /usr/local/bin/node /usr/local/bin/node
+COPY --from=agent /opt/claude /opt/claude
+ENV PATH=/opt/sendoff/bin:/opt/claude/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     SENDOFF_WORKSPACE_ROOT=/var/lib/sendoff/workspaces
 # A number, so that Kubernetes' runAsNonRoot can check it.

@@ -107,6 +107,18 @@ dashboard-figures: .venv/.complete chromium ## Measure page weight and time to t
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
 
+.venv/.bench: pyproject.toml .venv/.runtime
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,bench]'
+	@touch $@
+
+.PHONY: bench
+bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/benchmarks.md (hours)
+	@$(BIN)/python -m bench all
+
+.PHONY: bench-quick
+bench-quick: .venv/.bench ## The main ratios in a few minutes
+	@$(BIN)/python -m bench quick
+
 .PHONY: chaos
 chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md
 	@$(BIN)/python -m tests.chaos --seconds '$(or $(SECONDS),60)' $(if $(SEED),--seed '$(SEED)') $(if $(BREAK),--break '$(BREAK)')

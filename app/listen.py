@@ -1,8 +1,8 @@
 """The LISTEN connection of an API process: one, whatever it streams.
 
 Each connection has a new presence: an advisory lock held as long as it lives, by which the database
-tells whose watches still count. Nothing else is ever sent on it (psycopg cannot, while it waits in
-`notifies()`), and it is never in a transaction, which would hold back the server's queue.
+tells whose watches still count. Nothing else is ever sent on it, and it is never in a transaction,
+which would hold back the server's queue.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from app.database import SILENCE
-from outbox.connect import connect
+from outbox.connect import connect, notifications
 from outbox.log import get_logger
 
 LOCK = 1397048890  # the first integer of a presence
@@ -59,7 +59,7 @@ class Listener:
             pause = min(pause * 2, last)
 
     async def _listen(self, conn: AsyncConnection) -> None:
-        async for notification in conn.notifies():
+        async for notification in notifications(conn):
             try:
                 session_id = UUID(notification.payload)
             except ValueError:  # anybody may NOTIFY

@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import dict_row
 
-from outbox.connect import connect
+from outbox.connect import connect, notifications
 from outbox.settings import Settings
 
 _PRESENCE = 1397048890
@@ -94,10 +94,9 @@ async def follow(
 
 
 async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: asyncio.Event) -> None:
-    async for notification in conn.notifies():
+    async for notification in notifications(conn):
         if notification.payload == str(session_id):
             news.set()
-    raise psycopg.OperationalError("the LISTEN connection was closed")
 
 
 async def _settle(settings: Settings, news: asyncio.Event) -> None:

@@ -245,7 +245,7 @@ COMMENT ON COLUMN worker.presence IS 'The advisory lock its LISTEN connection ho
 COMMENT ON COLUMN worker.parked IS 'It has free slots and sleeps: producers must notify.';
 COMMENT ON COLUMN worker.lease_until IS 'Its running rows are its own until then; kept only while it runs something.';
 COMMENT ON COLUMN worker.ended_at IS 'It left, or a rescue ended its lease; it may never claim again, and its rows are freed.';
-COMMENT ON COLUMN worker.end_reason IS 'Why, if it did not leave by itself.';
+COMMENT ON COLUMN worker.end_reason IS 'Why it ended: left, after a drain, or what ended it.';
 
 
 CREATE TABLE topic (

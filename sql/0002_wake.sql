@@ -3,7 +3,8 @@
 --
 -- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
 -- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
--- brings its timer forward. Channel sendoff_cancel carries the id of a running row to be stopped.
+-- brings its timer forward. "#ID@0" is for worker ID alone: its life was ended. Channel sendoff_cancel
+-- carries the id of a running row to be stopped.
 --
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence

@@ -376,11 +376,19 @@ CREATE FUNCTION outbox_reconnect(
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE ROWS 10
 AS $$
+DECLARE
+    me worker;
 BEGIN
-    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back AND ended_at IS NULL;
+    SELECT w.* INTO me FROM worker AS w WHERE w.id = worker_back AND w.ended_at IS NULL FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'SO001';
     END IF;
+    -- A worker's connections count upwards. One that was given up may still deliver its call, when the
+    -- worker sleeps on a later one: it must not take the flag down, nor give back what runs by now.
+    IF connection < me.presence THEN
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, worker_back;
+    END IF;
+    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back;
     -- A statement of its own: its snapshot shows what the claim that held the worker's row has taken.
     RETURN QUERY
     WITH lost AS MATERIALIZED (
@@ -440,6 +448,11 @@ BEGIN
     END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
+    -- Unless it left, it may be alive and asleep, its flag down so that nobody will ever notify it: woken, it
+    -- finds out and comes back under a new id.
+    IF OLD.ended_at IS NULL AND (TG_OP = 'DELETE' OR NEW.end_reason IS DISTINCT FROM 'left') THEN
+        PERFORM pg_notify('sendoff_wake', '#' || OLD.id || '@0');
+    END IF;
     RETURN NULL;
 END
 $$;

@@ -2,7 +2,8 @@
 
 1. Connect, with keepalive and user timeout on both ends, so that silence is noticed within a lease.
 2. Take the presence lock, under a number new for this connection, without blocking: the lock of a
-   connection that the server does not know to be dead yet must not stand in the way.
+   connection that the server does not know to be dead yet must not stand in the way. A process's numbers
+   rise, so that the database tells a call of an earlier connection that arrives late (outbox_reconnect).
 3. LISTEN. Only then may anybody claim: a row committed before is found by the claim, one after notifies.
 4. Read notifications until the connection breaks, then start again at 1. No other statement is sent on it.
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from outbox.connect import bounded, connect
+from outbox.connect import bounded, connect, notifications
 
 WAKE, CANCEL, PROBE = "sendoff_wake", "sendoff_cancel", "sendoff_probe"
 _PRESENCE = 1397048886
@@ -38,12 +39,12 @@ class Listener:
         self._reading: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, url: str, lease: timedelta, heard: Heard) -> "Listener":
+    async def open(cls, url: str, lease: timedelta, heard: Heard, earlier: int | None) -> "Listener":
         """Steps 1 to 3."""
         conn = await connect(url, "sendoff worker listen", lease)
         try:
             with bounded(conn, lease.total_seconds()):
-                presence = await _take_presence(conn)
+                presence = await _take_presence(conn, earlier)
                 for channel in (WAKE, CANCEL, PROBE):
                     await conn.execute(f"LISTEN {channel}")
         except BaseException:
@@ -57,22 +58,8 @@ class Listener:
         self._reading.add_done_callback(lambda task: ended())
 
     async def _read(self) -> None:
-        # psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten
-        # idle minutes. What came before this is in its backlog, what comes now is read here.
-        async for notification in self._conn.notifies(timeout=0):
+        async for notification in notifications(self._conn):
             self._heard(notification.channel, notification.payload)
-        loop, server = asyncio.get_running_loop(), self._conn.pgconn
-        descriptor, readable = server.socket, asyncio.Event()
-        loop.add_reader(descriptor, readable.set)
-        try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                server.consume_input()  # raises OperationalError when the connection is broken
-                while note := server.notifies():
-                    self._heard(note.relname.decode(), note.extra.decode())
-        finally:
-            loop.remove_reader(descriptor)
 
     def check(self) -> None:
         """Raise what broke the connection, if it is broken."""
@@ -89,9 +76,9 @@ class Listener:
         await self._conn.close()
 
 
-async def _take_presence(conn: psycopg.AsyncConnection[Any]) -> int:
+async def _take_presence(conn: psycopg.AsyncConnection[Any], earlier: int | None) -> int:
     while True:
-        presence = secrets.randbelow(2**31)
+        presence = secrets.randbelow(2**30) if earlier is None else earlier + 1 + secrets.randbelow(1000)
         cursor = await conn.execute("SELECT pg_try_advisory_lock(%s, %s)", (_PRESENCE, presence))
         row = await cursor.fetchone()
         if row is not None and row[0]:

@@ -101,6 +101,7 @@ class Worker:
         self._full_stop = False
         self._control: Connection
         self._listener: Listener
+        self._presence: int | None = None  # of the last connection
         # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
         self._look_at = math.inf
         self._rescue_at = math.inf
@@ -154,7 +155,10 @@ class Worker:
     async def _while_connected(self) -> None:
         settings = self._settings
         async with AsyncExitStack() as stack:
-            self._listener = await Listener.open(settings.listen_url, self._lease_time, self._heard)
+            self._listener = await Listener.open(
+                settings.listen_url, self._lease_time, self._heard, self._presence
+            )
+            self._presence = self._listener.presence
             stack.push_async_callback(self._listener.close)
             self._control = await connect(
                 settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
@@ -263,9 +267,13 @@ class Worker:
     # What happens.
 
     def _heard(self, channel: str, payload: str) -> None:
+        with suppress(ValueError):  # anybody may NOTIFY anything
+            self._understand(channel, payload)
+
+    def _understand(self, channel: str, payload: str) -> None:
         if channel == WAKE:
             topic, _, due = payload.rpartition("@")
-            if topic != "*" and topic not in self._handlers:
+            if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
                 return
             if due == "0":
                 self._woken("notify")
@@ -584,7 +592,8 @@ class Worker:
     async def _leave(self) -> None:
         """End this life: nothing runs, so there is nothing to rescue."""
         await self._control.execute(
-            "UPDATE worker SET ended_at = clock_timestamp(), parked = false, lease_until = NULL"
+            "UPDATE worker SET ended_at = clock_timestamp(), end_reason = 'left', parked = false,"
+            " lease_until = NULL"
             " WHERE id = %s AND ended_at IS NULL",
             (self.id,),
         )

@@ -6,7 +6,8 @@ import time
 import pytest
 from psycopg import errors
 
-from outbox import Cancelled, Handler, Job
+from outbox import Cancelled, Handler, Job, register
+from outbox.claim import reconnect
 from outbox.settings import Settings
 from tests.conftest import Connect
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
@@ -167,3 +168,20 @@ async def test_handler_that_ends_as_cancelled_unasked_leaves_no_row_running(
         await worker.has_run(row)
         await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
         assert await get(psql, row, "attempt") == 2
+
+
+async def test_reconnect_that_arrives_late_changes_nothing(connect: Connect) -> None:
+    """1. A worker reconnects; the call is held up on the way. 2. It gives that connection up, comes back on
+    another, runs a row and sleeps. 3. The first call arrives. Else the flag went down, so that nobody woke
+    the worker any more, and the row that it runs was given back.
+    """
+    psql = await connect()
+    worker = await register(psql, ["t"], presence=1)
+    row = await add(psql)
+    assert await reconnect(psql, worker, 3, []) == set()
+    assert await claim_ids(psql, worker) == [row]
+    await psql.execute("SELECT outbox_park(%s)", (worker,))
+    with pytest.raises(errors.RaiseException, match="was given up"):
+        await reconnect(psql, worker, 2, [])
+    assert await one(psql, "SELECT parked FROM worker") is True
+    assert await get(psql, row) == "running"

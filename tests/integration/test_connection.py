@@ -439,3 +439,15 @@ async def test_migrate_takes_the_direct_connection(bouncer: int, empty_database:
         assert await process.ended() == 0
     async with await psycopg.AsyncConnection.connect(empty_database) as conn:
         assert await one(conn, "SELECT count(*) FROM schema_migration") > 0
+
+
+async def test_notifications_of_strangers_do_no_harm(database: str, connect: Connect) -> None:
+    """1. A sleeps. 2. Somebody notifies its channels with payloads of their own. 3. A hears the next row."""
+    psql = await connect()
+    async with watched(database) as worker:
+        for channel in ("sendoff_wake", "sendoff_cancel", "sendoff_probe"):
+            for payload in ("", "x", "t@x", "@", "*@", "99999999999999999999999@1e9"):
+                await psql.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+        row = await add(psql)
+        await worker.has_run(row)
+        assert not worker.task.done()

@@ -357,9 +357,9 @@ async def test_listen_comes_before_the_claim(
     """
     real_start = Listener.start
 
-    async def open_silent(url: str, lease: Any, heard: Any) -> Listener:
+    async def open_silent(url: str, lease: Any, heard: Any, earlier: int | None) -> Listener:
         conn = await connect_noticing(url, "sendoff worker listen", lease)
-        return Listener(conn, await listen._take_presence(conn), heard)
+        return Listener(conn, await listen._take_presence(conn, earlier), heard)
 
     class ListensLate(Watched):
         async def _sleep(self) -> None:

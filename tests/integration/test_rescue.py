@@ -470,3 +470,31 @@ async def test_stopped_worker_finds_its_lease_ended(connect: Connect, database: 
             assert again["worker_id"] != first["worker_id"]
             assert await get(psql, row, "attempt") == 2
             assert await get(psql, row) == "running"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["UPDATE worker SET ended_at = now(), parked = false", "DELETE FROM worker"],
+    ids=["update", "delete"],
+)
+@with_and_without
+async def test_a_worker_whose_life_is_ended_asleep_comes_back(
+    rule: Rule, ending: str, database: str, connect: Connect
+) -> None:
+    """1. A sleeps, parked. 2. Its life is ended: its flag is down, nobody notifies it. 3. It is told,
+    and comes back under a new id, so that the next row runs. Without a word it would sleep for ever.
+    """
+    psql = await connect()
+    if rule == "taken out":
+        await take_out(psql, "worker_ended", "PERFORM pg_notify", "PERFORM concat")
+    async with watched(database) as worker:
+        before = worker.id
+        await psql.execute(ending.encode())
+        if rule == "taken out":
+            row = await add(psql)
+            assert await worker.sleeps_for_ever(psql)
+            assert await get(psql, row) == "ready"
+            return
+        row = await add(psql)
+        await worker.has_run(row)
+        assert worker.id != before

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench`. What is measured and how: bench/README.md."""

@@ -1,0 +1,183 @@
+"""`python -m bench [quick|all]`: runs the contestants interleaved, writes JSON, table and plots."""
+
+import argparse
+import platform
+import random
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench import workloads
+from bench.contestant import CONTESTANTS, Contestant, by_name, install
+from bench.http import post_sessions
+from bench.report import write
+from bench.server import SETTINGS, STATE, Server
+
+Results = dict[str, dict[str, list[float]]]
+"""By figure, by contestant: one value a round."""
+
+QUICK = ["sendoff c10", "sendoff c500", "floor b10", "floor b100", "graphile best"]
+
+
+def main() -> None:
+    arguments = _arguments()
+    install()
+    figures: Results = defaultdict(lambda: defaultdict(list))
+    one: dict[str, Any] = {}
+    with Server.running() as server:
+        started = time.monotonic()
+        rounds = [name for name in arguments.only or _ROUNDS if name in _ROUNDS]
+        for number in range(arguments.rounds):
+            for name in rounds:
+                _ROUNDS[name](server, figures, arguments)
+                _say(f"round {number + 1}: {name} done after {time.monotonic() - started:.0f} s")
+        if arguments.only is None or "claim" in arguments.only:
+            _claims(server, figures, arguments)
+        if arguments.only is None or "idle" in arguments.only:
+            one["idle"] = workloads.idle(server, arguments.idle)
+        if arguments.held and (arguments.only is None or "held" in arguments.only):
+            for contestant in (_best(), by_name("floor b100")):
+                one[f"held {contestant.name}"] = workloads.held_snapshot(server, contestant, arguments.held)
+        version = server.version()
+    result = {
+        "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "machine": {"cores": _cores(), "system": platform.platform(), "python": platform.python_version()},
+        "server": {"version": version, **SETTINGS},
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "figures": figures,
+        "once": one,
+    }
+    write(result, arguments.json)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add = parser.add_argument
+    add("extent", choices=["quick", "all"], nargs="?", default="quick")
+    add("--rounds", type=int, help="how often each is measured (quick 2, all 5)")
+    add("--rows", type=int, default=20_000, help="rows drained")
+    add("--samples", type=int, help="latencies measured (quick 100, all 500)")
+    add("--seconds", type=int, help="of each enqueue run (quick 3, all 10)")
+    add("--finished", type=int, help="finished rows beside a claim (quick 500000, all 10000000)")
+    add("--held", type=float, help="seconds of the phases around a held snapshot (quick 0: none, all 180)")
+    add("--idle", type=float, help="seconds that an idle worker is watched (quick 10, all 600)")
+    add(
+        "--only",
+        type=lambda text: text.split(","),
+        help="of latency,drain1,drain2,enqueue,http,workers,claim,idle,held",
+    )
+    add("--json", type=Path, default=STATE / "result.json", help="where the result goes")
+    found = parser.parse_args()
+    quick = found.extent == "quick"
+    for name, short, full in [
+        ("rounds", 2, 5),
+        ("samples", 100, 500),
+        ("seconds", 3, 10),
+        ("finished", 500_000, 10_000_000),
+        ("held", 0, 180),
+        ("idle", 10, 600),
+    ]:
+        if getattr(found, name) is None:
+            setattr(found, name, short if quick else full)
+    return found
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Contestant]:
+    chosen = [by_name(name) for name in QUICK] if arguments.extent == "quick" else list(CONTESTANTS)
+    random.shuffle(chosen)  # whoever comes first would meet another machine than whoever comes last
+    return chosen
+
+
+def _best() -> Contestant:
+    return by_name("sendoff c500")
+
+
+def _latency(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    for contestant in _chosen(arguments):
+        # A default that polls every second or two needs no hundred samples to be known as slow.
+        slow = contestant.name in ("dbos default", "pgboss default")
+        _measure(
+            figures,
+            contestant,
+            workloads.start_latency,
+            server,
+            contestant,
+            10 if slow else arguments.samples,
+        )
+
+
+def _drain(workers: int) -> Any:
+    def drain(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+        for contestant in _chosen(arguments):
+            # One job a poll, or a hundred jobs a second: a twentieth is enough to tell.
+            slow = contestant.variant == "default" and contestant.peer
+            count = arguments.rows // 20 if slow or contestant.script == "dbos_.py" else arguments.rows
+            _measure(figures, contestant, workloads.drain, server, contestant, count, workers)
+
+    return drain
+
+
+def _enqueue(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    for clients in (8, 32):
+        runs = [(_best(), mode) for mode in ("plain", "busy", "working", "always")]
+        runs += [(c, "working") for c in _chosen(arguments) if c.peer and c.insert and c.variant == "best"]
+        random.shuffle(runs)
+        for contestant, mode in runs:
+            name = contestant.name if contestant.peer else f"sendoff, {mode}"
+            _measure(figures, name, workloads.enqueue, server, contestant, clients, arguments.seconds, mode)
+
+
+def _http(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    for name in random.sample(["sendoff", "bare"], 2):
+        _measure(figures, name, post_sessions, server, name, arguments.seconds)
+
+
+def _workers(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    if arguments.extent == "quick":
+        return
+    for workers in (10, 50):
+        _measure(figures, "sendoff c10", workloads.many_workers, server, workers, arguments.rows)
+
+
+_ROUNDS = {
+    "latency": _latency,
+    "drain1": _drain(1),
+    "drain2": _drain(2),
+    "enqueue": _enqueue,
+    "http": _http,
+    "workers": _workers,
+}
+
+
+def _claims(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    for finished, ready, name in [
+        (10, 0, "10 finished"),
+        (arguments.finished, 0, f"{arguments.finished} finished"),
+        (10, arguments.finished // 10, f"{arguments.finished // 10} ready"),
+    ]:
+        figures["claim_ms"][name].append(workloads.claim_cost(server, finished, ready, 60))
+
+
+def _measure(figures: Results, who: Contestant | str, measure: Any, *arguments: Any) -> None:
+    name = who if isinstance(who, str) else who.name
+    try:
+        for figure, value in measure(*arguments).items():
+            figures[figure][name].append(value)
+    except Exception as error:  # one contestant's failure is a result, not the end
+        _say(f"{name}: {type(error).__name__}: {str(error)[-300:]}")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

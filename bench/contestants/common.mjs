@@ -1,0 +1,34 @@
+// The same commands as common.py, for Node.
+import { createInterface } from 'node:readline'
+
+const TELL = process.env.BENCH_TELL !== undefined
+let seen = false
+
+export const URL = process.env.DATABASE_URL
+
+export function mark() {
+  if (TELL) console.log('start', String(process.hrtime.bigint()))
+  else if (!seen) {
+    seen = true
+    console.log('first', String(process.hrtime.bigint()))
+  }
+}
+
+export const stopped = () => new Promise((resolve) => process.once('SIGTERM', resolve))
+
+async function produce(one) {
+  for await (const line of createInterface({ input: process.stdin })) {
+    await one()
+    console.log('committed', String(process.hrtime.bigint()))
+  }
+}
+
+export async function main({ setup, fill, work, enqueue, close }) {
+  const [command, first] = process.argv.slice(2)
+  if (command === 'setup') await setup()
+  else if (command === 'fill') await fill(Number(first))
+  else if (command === 'work') await work(first)
+  else if (command === 'produce') await produce(enqueue)
+  if (close) await close()
+  process.exit(0)
+}

@@ -1,0 +1,68 @@
+"""What every contestant's script does, whatever library it drives.
+
+    SCRIPT setup | fill N | work VARIANT | produce
+
+`work` runs a worker until SIGTERM and tells on stdout: `first NS` when the first handler starts, or, if
+BENCH_TELL is set, `start NS` for each. `produce` enqueues a job for each line of stdin and tells `committed
+NS`.
+All times are of the machine's monotonic clock, so that those of two processes can be compared.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+URL = os.environ.get("DATABASE_URL", "")
+_TELL = "BENCH_TELL" in os.environ
+_seen = False
+
+
+def mark() -> None:
+    """A handler has started."""
+    global _seen
+    if _TELL:
+        print("start", time.monotonic_ns(), flush=True)
+    elif not _seen:
+        _seen = True
+        print("first", time.monotonic_ns(), flush=True)
+
+
+async def produce(one: Callable[[], Awaitable[object]]) -> None:
+    """Enqueue and commit a job for each line of stdin."""
+    while await asyncio.to_thread(sys.stdin.readline):
+        await one()
+        print("committed", time.monotonic_ns(), flush=True)
+
+
+async def stopped() -> None:
+    """Wait for SIGTERM."""
+    event = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, event.set)
+    await event.wait()
+
+
+def main(
+    setup: Callable[[], Awaitable[object]],
+    fill: Callable[[int], Awaitable[object]],
+    work: Callable[[str], Awaitable[object]],
+    enqueue: Callable[[], Awaitable[object]],
+) -> None:
+    """Do what the command line says."""
+    match sys.argv[1:]:
+        case ["setup"]:
+            asyncio.run(_ignore(setup()))
+        case ["fill", n]:
+            asyncio.run(_ignore(fill(int(n))))
+        case ["work", variant]:
+            asyncio.run(_ignore(work(variant)))
+        case ["produce"]:
+            asyncio.run(_ignore(enqueue()))
+        case _:
+            sys.exit(__doc__)
+
+
+async def _ignore(awaitable: Awaitable[object]) -> None:
+    await awaitable
