@@ -320,7 +320,8 @@ class Worker:
                 self._look = True
                 continue  # nothing of the statement was done: the next turn does it again
             if self.draining and not self._running and not self._ended:
-                await self._leave()
+                with bounded(self._control, self._settings.lease):
+                    await self._leave()
                 return
             await self._sleep()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from psycopg import errors
@@ -9,9 +10,10 @@ from psycopg import errors
 from outbox import Cancelled, Handler, Job, register
 from outbox.claim import reconnect
 from outbox.settings import Settings
+from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
-from tests.support.worker import hang, watched
+from tests.support.worker import Watched, hang, watched
 from worker.loop import Worker
 
 
@@ -185,3 +187,25 @@ async def test_reconnect_that_arrives_late_changes_nothing(connect: Connect) -> 
         await reconnect(psql, worker, 2, [])
     assert await one(psql, "SELECT parked FROM worker") is True
     assert await get(psql, row) == "running"
+
+
+async def test_worker_leaves_although_its_path_has_gone_silent(database: str) -> None:
+    """It has nothing left to do but to say so; that must not take until the kernel gives up."""
+    address = urlsplit(database)
+    assert address.hostname is not None
+    assert address.port is not None
+    proxy = Proxy("p", (address.hostname, address.port))
+    await proxy.open()
+
+    class GoesSilent(Watched):
+        async def _leave(self) -> None:
+            for connection in proxy.connections[:2]:
+                connection.swallow_up = True
+            await super()._leave()
+
+    url = urlunsplit(address._replace(netloc=f"{address.username}@127.0.0.1:{proxy.port}"))
+    try:
+        async with watched(url, kind=GoesSilent, lease=1.0):
+            pass  # it is drained, and must end
+    finally:
+        await proxy.close()
