@@ -233,7 +233,7 @@ class Faults:
         chosen = self._some(proxy)
         for connection in chosen:
             if self.random.random() < 0.5:
-                connection.delay = self.random.choice([0.05, 0.3, 0.9])
+                connection.delay = self.random.choice([0.05, 0.9, 1.5 * self.lease])
             else:
                 connection.rate = self.random.choice([500.0, 5000.0])
         await asyncio.sleep(self._leases(0.5, 2))

@@ -127,6 +127,8 @@ class Producers:
         return ids
 
     def _some_rows(self) -> list[dict[str, Any]]:
+        if self.random.random() < 0.07:  # all workers at once for the few places of a topic
+            return [{"topic": "limited", "payload": {"ms": 10}, "max_attempts": 5} for _ in range(6)]
         return [self._a_row() for _ in range(self.random.choice([1, 1, 1, 2, 3]))]
 
     def _a_row(self) -> dict[str, Any]:

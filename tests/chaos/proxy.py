@@ -1,10 +1,9 @@
 """A TCP proxy before Postgres that does to connections what networks do.
 
-Each worker has a port of its own, so that a fault can hit one connection or all of one worker's. What
-a connection is for is read from the application_name of its startup packet.
+Each worker has a port of its own, so that a fault can hit one connection or all of one worker's.
 
     cut        both sides are reset
-    delay      each piece waits, then goes on
+    delay      each piece waits, then goes on: the last also after its client has given up
     throttle   so many bytes a second
     swallow    bytes are read and dropped, in one or both directions, while both sockets stay open; so is
                an end of file. The stream is broken then: heal() resets the connection
@@ -14,6 +13,7 @@ a connection is for is read from the application_name of its startup packet.
 import asyncio
 import socket
 import struct
+import time
 from contextlib import suppress
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
@@ -23,7 +23,6 @@ class Connection:
     """A client's connection and its own to the server."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
-        self.name = ""
         self.port = 0
         """Of its socket to the server: pg_stat_activity.client_port."""
         self.delay = 0.0
@@ -68,33 +67,39 @@ class Connection:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool
     ) -> None:
-        with suppress(OSError):
+        try:
             while piece := await reader.read(65536):
-                if upward and not self.name:
-                    self.name = application_name(piece)
                 if self._swallows(upward):
                     continue
-                if wait := self.delay + (len(piece) / self.rate if self.rate else 0.0):
-                    await asyncio.sleep(wait)
+                await self._hold(len(piece))
                 if self._swallows(upward):  # it came while we waited
                     continue
                 writer.write(piece)
                 await writer.drain()
-        if self._swallows(upward):
-            await self._cut.wait()  # the other side is not told
+            if self._swallows(upward):
+                await self._cut.wait()  # the other side is not told
+            elif upward:
+                # What the client sent last, before it gave up, is still carried out by the server.
+                writer.write_eof()
+                await self._cut.wait()
+            else:
+                writer.close()
+                await writer.wait_closed()
+        except OSError:
+            pass
         self.cut()
+
+    async def _hold(self, size: int) -> None:
+        """Wait as delay and rate say, but not longer than they say so."""
+        begun = time.monotonic()
+        while True:
+            until = begun + self.delay + (size / self.rate if self.rate else 0.0)
+            if (left := until - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(min(left, 0.1))  # it may be healed meanwhile
 
     def _swallows(self, upward: bool) -> bool:
         return self.swallow_up if upward else self.swallow_down
-
-
-def application_name(startup: bytes) -> str:
-    """Read from a startup packet: length, version, then pairs of strings. Another packet: `?`."""
-    if len(startup) < 8 or startup[4:8] != b"\x00\x03\x00\x00":
-        return "?"
-    words = startup[8:].split(b"\0")
-    found = dict(zip(words[::2], words[1::2], strict=False))
-    return found.get(b"application_name", b"?").decode(errors="replace")
 
 
 class Proxy:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.chaos.proxy import Proxy, application_name
+from tests.chaos.proxy import Proxy
 
 TIMEOUT = 30.0  # seconds; only bounds a test that hangs
 
@@ -95,6 +95,27 @@ async def test_delay_keeps_the_order() -> None:
         assert await reader.readexactly(5) == bytes(range(5))
 
 
+async def test_delayed_bytes_arrive_after_their_client_has_gone() -> None:
+    """As a statement does whose client gave up: the server carries it out."""
+    async with through() as (echo, proxy, _, writer):
+        proxy.connections[0].delay = 0.2
+        writer.write(b"late")
+        writer.close()
+        await echo.ended.wait()
+        assert echo.heard.endswith(b"late")
+
+
+async def test_delay_ends_with_its_fault() -> None:
+    async with through() as (_, proxy, reader, writer):
+        proxy.connections[0].rate = 0.001
+        writer.write(b"x")
+        waiting = asyncio.ensure_future(reader.read(1))
+        await asyncio.wait([waiting], timeout=0.1)
+        assert not waiting.done()
+        await proxy.heal()
+        assert await waiting == b"x"
+
+
 async def test_refused_and_opened_again_on_its_port() -> None:
     async with through() as (_, proxy, _, _):
         port = proxy.port
@@ -118,10 +139,3 @@ async def test_new_connections_can_be_swallowed() -> None:
         assert b"anybody?" not in echo.heard
         writer.transport.abort()
         await asyncio.wait([waiting])
-
-
-def test_application_name_is_read_from_the_startup_packet() -> None:
-    words = b"user\0postgres\0application_name\0sendoff worker\0database\0chaos\0\0"
-    packet = (8 + len(words)).to_bytes(4, "big") + b"\x00\x03\x00\x00" + words
-    assert application_name(packet) == "sendoff worker"
-    assert application_name(b"\x00\x00\x00\x08\x04\xd2\x16\x2f") == "?"  # a request for TLS
