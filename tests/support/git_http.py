@@ -36,7 +36,6 @@ async def git_server(root: Path, user: str, password: str) -> AsyncIterator[tupl
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
-        log_level="error",
         log_config=None,
         lifespan="off",
         ssl_certfile=certificate,

@@ -37,7 +37,6 @@ async def loopback() -> AsyncIterator[Loopback]:
     app = Starlette()
     config = uvicorn.Config(
         app,
-        log_level="error",
         log_config=None,
         lifespan="off",
         timeout_graceful_shutdown=1,
