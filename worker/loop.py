@@ -438,6 +438,8 @@ class Worker:
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
             self._running[row.id] = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
+        if self._full_stop:  # the drain's end came while the claim was on its way
+            self._stop_all(Stop.DRAIN)
         return rows
 
     async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:

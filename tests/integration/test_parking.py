@@ -257,7 +257,10 @@ async def test_long_writer_costs_looks_that_back_off_and_end_with_it(connect: Co
     async with watched(database, started=False) as worker:
         await worker.looked(10)
         waits = [wait for wait in worker.waits if 0 < wait < math.inf]
-        assert all(later > earlier for earlier, later in itertools.pairwise(waits)), waits
+        # Of a timer of a few milliseconds a busy machine has used up any part before it is read.
+        longer = [wait for wait in waits if wait > 0.02]
+        assert longer
+        assert all(later > earlier for earlier, later in itertools.pairwise(longer)), waits
         assert max(waits) <= 1.0
         assert worker.readiness()["stage"] == "settling"
         await worker.has_run(await add(psql))
