@@ -79,23 +79,27 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_inserted;
 
 
 -- An UPDATE is a producer when it makes a row claimable or its time earlier: a retry, a hand-back, a
--- rescue, a freed key, or a person at psql. WHEN keeps claims and completions free of any call.
+-- rescue, a freed key, or a person at psql.
+--
+-- WHEN keeps claims and completions free of any call, and is short, here and below: the server reads it
+-- from its stored text and compiles it in every statement that updates a row. Measured: the whole
+-- conditions took 0.1 ms of a claim of one row.
 CREATE FUNCTION outbox_made_claimable() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
-    PERFORM outbox_notify(NEW.topic, NEW.available_at);
+    IF NOT NEW.blocked
+        AND (OLD.state <> 'ready' OR OLD.blocked OR NEW.available_at < OLD.available_at OR NEW.topic <> OLD.topic)
+    THEN
+        PERFORM outbox_notify(NEW.topic, NEW.available_at);
+    END IF;
     RETURN NULL;
 END
 $$;
 
 CREATE TRIGGER outbox_made_claimable
     AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (
-        NEW.state = 'ready' AND NOT NEW.blocked
-        AND (OLD.state <> 'ready' OR OLD.blocked OR NEW.available_at < OLD.available_at
-             OR NEW.topic <> OLD.topic)
-    )
+    WHEN (NEW.state = 'ready')
     EXECUTE FUNCTION outbox_made_claimable();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_claimable;
 
@@ -105,20 +109,22 @@ CREATE FUNCTION outbox_made_room() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
-    PERFORM outbox_notify(OLD.topic, clock_timestamp());
+    IF OLD.state = 'running' AND (TG_OP = 'DELETE' OR NEW.state <> 'running') THEN
+        PERFORM outbox_notify(OLD.topic, clock_timestamp());
+    END IF;
     RETURN NULL;
 END
 $$;
 
 CREATE TRIGGER outbox_made_room
     AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (OLD.state = 'running' AND OLD.limited AND NEW.state <> 'running')
+    WHEN (OLD.limited)
     EXECUTE FUNCTION outbox_made_room();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_room;
 
 CREATE TRIGGER outbox_made_room_by_delete
     AFTER DELETE ON outbox FOR EACH ROW
-    WHEN (OLD.state = 'running' AND OLD.limited)
+    WHEN (OLD.limited)
     EXECUTE FUNCTION outbox_made_room();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_made_room_by_delete;
 
@@ -148,6 +154,12 @@ CREATE FUNCTION outbox_free_key() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
+    IF OLD.state NOT IN ('ready', 'running')
+        OR (TG_OP = 'UPDATE' AND NEW.state IN ('ready', 'running') AND NEW.ordering_key = OLD.ordering_key
+            AND NOT (OLD.state = 'running' AND NEW.state = 'ready'))
+    THEN
+        RETURN NULL;
+    END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'freeing an ordering_key needs READ COMMITTED'
             USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -171,17 +183,13 @@ $$;
 
 CREATE TRIGGER outbox_free_key
     AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (
-        OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running')
-        AND (NEW.state NOT IN ('ready', 'running') OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key
-             OR (OLD.state = 'running' AND NEW.state = 'ready'))
-    )
+    WHEN (OLD.ordering_key IS NOT NULL)
     EXECUTE FUNCTION outbox_free_key();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key;
 
 CREATE TRIGGER outbox_free_key_by_delete
     AFTER DELETE ON outbox FOR EACH ROW
-    WHEN (OLD.ordering_key IS NOT NULL AND OLD.state IN ('ready', 'running'))
+    WHEN (OLD.ordering_key IS NOT NULL)
     EXECUTE FUNCTION outbox_free_key();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_free_key_by_delete;
 
@@ -208,8 +216,7 @@ $$;
 CREATE TRIGGER outbox_settle
     BEFORE UPDATE ON outbox FOR EACH ROW
     WHEN (
-        (NEW.state = 'ready' AND NEW.cancel_requested_at IS NOT NULL)
-        OR (NEW.blocked AND (NEW.state <> 'ready' OR NEW.ordering_key IS DISTINCT FROM OLD.ordering_key))
+        NEW.blocked OR NEW.cancel_requested_at IS NOT NULL
         OR (NEW.state IN ('ready', 'running')) = (NEW.finished_at IS NOT NULL)
     )
     EXECUTE FUNCTION outbox_settle();
@@ -227,7 +234,7 @@ END
 $$;
 
 CREATE TRIGGER outbox_cancel_requested
-    AFTER UPDATE ON outbox FOR EACH ROW
+    AFTER UPDATE OF cancel_requested_at ON outbox FOR EACH ROW
     WHEN (
         NEW.state = 'running'
         AND NEW.cancel_requested_at IS NOT NULL AND OLD.cancel_requested_at IS NULL

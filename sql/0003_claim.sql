@@ -85,16 +85,41 @@ COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
     'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
 
 
+CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
+LANGUAGE sql VOLATILE
+AS $$
+    SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
+    WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
+$$;
+COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
+    'Tells the parked workers, if there are others, when a lease will end. For the claim.';
+
+
+-- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
+-- A cancel that committed first wins.
+CREATE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
+LANGUAGE sql VOLATILE ROWS 100
+AS $$
+    UPDATE outbox AS o
+    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
+        finished_at = clock_timestamp()
+    FROM unnest(ids, attempts) AS f (id, attempt)
+    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
+    RETURNING o.id
+$$;
+COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
+    'Ends claimed rows as done, fenced by attempt; returns the ids it ended.';
+
+
+-- The worker's turn: ends what was completed and claims the next rows, in one commit and one round trip. Rows
+-- of the result without a topic are completions that were fenced.
+--
 -- The plan is made once a session, and must not depend on how large the table was then: each row is found
 -- through an index, in the order the index has. Planning anew each time took 1.2 ms a call, 7 us a row in
 -- batches of 250 (27 us, then 20).
-CREATE FUNCTION outbox_claim(
-    claimer     uuid,
-    topics      text[],
-    slots       integer,
-    lease       interval,
-    stay_parked boolean DEFAULT false,
-    connection  integer DEFAULT NULL
+CREATE FUNCTION outbox_complete_and_claim(
+    turner uuid, ids bigint[], attempts integer[],
+    topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 SET plan_cache_mode = force_generic_plan
@@ -103,6 +128,7 @@ AS $$
 #variable_conflict use_column
 DECLARE
     me      worker;
+    ended   bigint[];
     moment  timestamptz;
     claimed integer;
 BEGIN
@@ -113,15 +139,26 @@ BEGIN
     -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
     -- or after it, and then sees the rows claimed here.
     SELECT w.* INTO me FROM worker AS w
-    WHERE w.id = claimer AND w.ended_at IS NULL
+    WHERE w.id = turner AND w.ended_at IS NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', claimer USING ERRCODE = 'SO001';
+        RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'SO001';
     END IF;
     -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
     -- and come back on another: nobody would hear of what it takes.
     IF connection <> me.presence THEN
-        RAISE EXCEPTION 'connection % of worker % was given up', connection, claimer;
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, turner;
+    END IF;
+
+    IF ids <> '{}' THEN
+        ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
+        IF cardinality(ended) < cardinality(ids) THEN
+            RETURN QUERY
+            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
+                NULL::interval
+            FROM unnest(ids, attempts) AS f (id, attempt)
+            WHERE f.id <> ALL (ended);
+        END IF;
     END IF;
 
     moment := clock_timestamp();
@@ -185,13 +222,13 @@ BEGIN
     UPDATE outbox AS o
     SET state = 'running',
         attempt = o.attempt + 1,
-        worker_id = claimer,
+        worker_id = turner,
         started_at = moment,
         limited = a.limited
     FROM allowed AS a
     WHERE o.id = a.id
-    RETURNING o.id, a.name, o.ordering_key, o.payload, o.attempt, o.failures, o.max_attempts,
-        o.traceparent, a.timeout, moment - o.available_at;
+    RETURNING o.id, a.name, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
+        o.traceparent::text, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
     IF claimed = 0 THEN
@@ -200,7 +237,7 @@ BEGIN
     IF me.lease_until IS NULL OR me.lease_until < moment THEN
         -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
         -- had run out is news; an extended one is found when the known end passes.
-        PERFORM outbox_notify_lease(claimer, clock_timestamp() + lease);
+        PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);
     END IF;
     IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5
         OR (me.parked AND (claimed = slots OR NOT stay_parked))
@@ -208,70 +245,28 @@ BEGIN
         UPDATE worker
         SET lease_until = greatest(lease_until, clock_timestamp() + lease),
             parked = parked AND stay_parked AND claimed < slots
-        WHERE id = claimer;
+        WHERE id = turner;
     END IF;
-END
-$$;
-COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integer) IS
-    'Claims up to slots due rows of these topics for a worker, by priority, then in the order of topics given, then by age, and extends its lease when it must. A worker whose slots are full is no longer parked.';
-
-
-CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
-LANGUAGE sql VOLATILE
-AS $$
-    SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
-    WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
-$$;
-COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
-    'Tells the parked workers, if there are others, when a lease will end. For the claim.';
-
-
--- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
--- A cancel that committed first wins.
-CREATE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
-LANGUAGE sql VOLATILE ROWS 100
-AS $$
-    UPDATE outbox AS o
-    SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
-        finished_at = clock_timestamp()
-    FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
-    RETURNING o.id
-$$;
-COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
-    'Ends claimed rows as done, fenced by attempt; returns the ids it ended.';
-
-
--- The worker's turn under load: ends what was completed and claims the next rows in one commit and one
--- round trip. Rows of the result without a topic are completions that were fenced. The worker's row is
--- locked first: the order of locks is the same as a rescue's.
-CREATE FUNCTION outbox_complete_and_claim(
-    turner uuid, ids bigint[], attempts integer[],
-    topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL
-) RETURNS SETOF outbox_claimed
-LANGUAGE plpgsql VOLATILE ROWS 100
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
-AS $$
-DECLARE
-    ended bigint[];
-BEGIN
-    PERFORM FROM worker WHERE id = turner FOR NO KEY UPDATE;
-    IF cardinality(ids) > 0 THEN
-        ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
-        IF cardinality(ended) < cardinality(ids) THEN
-            RETURN QUERY
-            SELECT f.id, NULL::text, NULL::text, NULL::jsonb, f.attempt, 0, 0, NULL::text, NULL::interval,
-                NULL::interval
-            FROM unnest(ids, attempts) AS f (id, attempt)
-            WHERE f.id <> ALL (ended);
-        END IF;
-    END IF;
-    RETURN QUERY SELECT * FROM outbox_claim(turner, topics, slots, lease, stay_parked, connection);
 END
 $$;
 COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer) IS
-    'Ends completed rows and claims the next in one commit; rows without a topic are completions that were fenced.';
+    'Ends completed rows and claims up to slots due rows of these topics in one commit: by priority, then in the order of topics given, then by age; extends the lease when it must. A worker whose slots are full is no longer parked. Rows without a topic are completions that were fenced.';
+
+
+CREATE FUNCTION outbox_claim(
+    claimer     uuid,
+    topics      text[],
+    slots       integer,
+    lease       interval,
+    stay_parked boolean DEFAULT false,
+    connection  integer DEFAULT NULL
+) RETURNS SETOF outbox_claimed
+LANGUAGE sql VOLATILE ROWS 100
+AS $$
+    SELECT * FROM outbox_complete_and_claim(claimer, '{}', '{}', topics, slots, lease, stay_parked, connection)
+$$;
+COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integer) IS
+    'Claims up to slots due rows of these topics for a worker, without completing any.';
 
 
 -- Locks a running row for a fenced write: null when it is no longer the caller's, else whether a cancel
@@ -585,6 +580,9 @@ CREATE FUNCTION outbox_next_deadline(
     OUT row_due interval, OUT lease_end interval, OUT server_time timestamptz
 )
 LANGUAGE plpgsql VOLATILE
+-- Planned once, as the claim is: planning anew took two thirds of the 0.65 ms that a call took.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE

@@ -266,6 +266,26 @@ $$;
 COMMENT ON FUNCTION session_archive(uuid) IS 'Cancels a session''s turns and archives it.';
 
 
+-- As a trigger, for a CHECK of the table would cost every claim and completion (sql/0001_tables.sql).
+CREATE FUNCTION session_run_payload() RETURNS trigger
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    IF NEW.payload ->> 'session_id' !~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN
+        RAISE EXCEPTION 'the session_id in the payload of a row of topic session.run is no UUID'
+            USING ERRCODE = 'check_violation', TABLE = 'outbox', CONSTRAINT = 'outbox_session_run_payload';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE TRIGGER outbox_session_run_payload
+    BEFORE INSERT OR UPDATE OF topic, payload ON outbox FOR EACH ROW
+    WHEN (NEW.topic = 'session.run')
+    EXECUTE FUNCTION session_run_payload();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_session_run_payload;
+
+
 -- The consequences of a state. Runs inside the transaction that set it, after the outbox row is locked:
 -- the prompt follows the row, the session follows its rows, and once nothing is left to run a sandbox
 -- that is still held becomes a row of topic sandbox.return.
@@ -280,6 +300,9 @@ DECLARE
     next_status text;
     keep_until timestamptz;
 BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.state = OLD.state THEN
+        RETURN NULL;
+    END IF;
     -- The lock first, then new statements: who changes another row of this session comes before or after.
     SELECT sandbox INTO held FROM session WHERE id = of_session FOR NO KEY UPDATE;
     IF NOT FOUND THEN
@@ -343,7 +366,7 @@ $$;
 
 CREATE TRIGGER session_follow
     AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (OLD.topic = 'session.run' AND NEW.state <> OLD.state)
+    WHEN (OLD.topic = 'session.run')
     EXECUTE FUNCTION session_follow();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_follow;
 

@@ -152,6 +152,11 @@ DECLARE
     of_session session;
     of_prompt  prompt;
 BEGIN
+    IF TG_OP = 'UPDATE'
+        AND (OLD.state NOT IN ('ready', 'running') OR NEW.state NOT IN ('done', 'dead', 'cancelled'))
+    THEN
+        RETURN NULL;
+    END IF;
     SELECT s.* INTO of_session FROM session AS s
     WHERE s.id = (OLD.payload ->> 'session_id')::uuid AND s.callback_url IS NOT NULL;
     IF NOT FOUND THEN
@@ -170,8 +175,7 @@ $$;
 
 CREATE TRIGGER session_webhook
     AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (OLD.topic = 'session.run' AND OLD.state IN ('ready', 'running')
-          AND NEW.state IN ('done', 'dead', 'cancelled'))
+    WHEN (OLD.topic = 'session.run')
     EXECUTE FUNCTION session_webhook();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_webhook;
 

@@ -34,8 +34,8 @@ async def test_claim_locks_no_more_rows_than_it_claims(rule: Rule, connect: Conn
     a, b, psql = await connect(), await connect(), await connect()
     await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 100)")
     if rule == "taken out":
-        await take_out(psql, "outbox_claim", "            LIMIT v.room\n")
-        await take_out(psql, "outbox_claim", "        LIMIT slots\n")
+        await take_out(psql, "outbox_complete_and_claim", "            LIMIT v.room\n")
+        await take_out(psql, "outbox_complete_and_claim", "        LIMIT slots\n")
     await a.execute("BEGIN")
     assert len(await claim(a, await new_worker(a), 5)) == 5
     free = await column(b, "SELECT id FROM outbox WHERE topic = 't' FOR UPDATE SKIP LOCKED")

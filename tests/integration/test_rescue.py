@@ -82,7 +82,7 @@ async def test_claim_waits_for_the_rescue_that_is_first(rule: Rule, connect: Con
     lost = await new_worker(psql)
     row = await add(psql)
     if rule == "taken out":
-        await take_out(psql, "outbox_claim", " FOR NO KEY UPDATE;", ";")
+        await take_out(psql, "outbox_complete_and_claim", " FOR NO KEY UPDATE;", ";")
     await r.execute("BEGIN")
     await r.execute("SELECT outbox_end_worker(%s, 'died')", (lost,))
     query = "SELECT id FROM outbox_claim(%s, '{t}', 1, '1 h')"
@@ -354,7 +354,9 @@ async def test_lease_born_while_others_sleep(rule: Rule, connect: Connect, datab
     lost = await new_worker(psql, "other")
     if rule == "taken out":
         await take_out(
-            psql, "outbox_claim", "PERFORM outbox_notify_lease(claimer, clock_timestamp() + lease);"
+            psql,
+            "outbox_complete_and_claim",
+            "PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);",
         )
     async with watched(database, lease=0.5) as worker:
         row = await add(psql, "other")
