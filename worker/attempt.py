@@ -66,7 +66,7 @@ _BY_STOP = {
 class Attempt:
     """A handler at work on a row, in a task of its own."""
 
-    __slots__ = ("_handler", "_stop", "_task", "job", "started_at")
+    __slots__ = ("_ended", "_handler", "_stop", "_task", "job", "started_at")
 
     def __init__(
         self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
@@ -74,15 +74,22 @@ class Attempt:
         self.job = job
         self.started_at = started_at
         self._handler = handler
+        self._ended = ended
         self._stop: Stop | None = None
-        self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(lambda task: ended(self, self._outcome()))
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Let the handler run, if it does not yet."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(self._done)
+        return self._task
 
     def stop(self, cause: Stop) -> None:
         """Interrupt the handler. The first cause counts, but that a row was taken away always does."""
         if self._stop is None:
             self._stop = cause
-            self._task.cancel()
+            self.start().cancel()
         elif cause is Stop.FENCED:
             self._stop = cause
 
@@ -123,14 +130,17 @@ class Attempt:
             assert running is not None
             await running
 
-    def _outcome(self) -> Outcome:
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._ended(self, self._outcome(task))
+
+    def _outcome(self, task: asyncio.Task[None]) -> Outcome:
         job = self.job
-        if self._task.cancelled():
+        if task.cancelled():
             cause = self._stop
             if cause is None:
                 return Outcome(job, End.FAIL, "the handler was cancelled, by nobody here")
             return Outcome(job, End.NOTHING if job.settled else _BY_STOP[cause], f"stopped: {cause.value}")
-        error = self._task.exception()
+        error = task.exception()
         if job.settled or self._stop is Stop.FENCED:
             return Outcome(job, End.NOTHING)
         match error:

@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
@@ -396,6 +396,7 @@ class Worker:
             parking.begin()
             self._look = True
         else:
+            await asyncio.sleep(0)  # what was claimed starts first: the next wait cost it 0.9 ms
             await self._schedule()
             if settling and writers_ended:
                 parking.settled()
@@ -435,10 +436,21 @@ class Worker:
             self._look_again = _LOOK_FIRST
             self._lease.claimed(asked_at)
             log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
-        for row in rows:
-            job = Job(row, self.id, self._lease, self._pool.connection)
-            self._running[row.id] = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
-        await asyncio.sleep(0)  # handlers start now: waiting for the server again first cost 0.9 ms
+        attempts = [
+            Attempt(
+                Job(row, self.id, self._lease, self._pool.connection),
+                self._handlers[row.topic],
+                asked_at,
+                self._attempt_ended,
+            )
+            for row in rows
+        ]
+        self._running.update((attempt.job.row.id, attempt) for attempt in attempts)
+        if self._parking.stage is Stage.AWAKE:
+            # When the next claim is on its way, so that the server does not wait meanwhile.
+            asyncio.get_running_loop().call_soon(_start, attempts)
+        else:
+            _start(attempts)
         if self._full_stop:  # the drain's end came while the claim was on its way
             self._stop_all(Stop.DRAIN)
         return rows
@@ -602,3 +614,8 @@ class Worker:
             (self.id,),
         )
         log.info("stopped", worker_id=str(self.id))
+
+
+def _start(attempts: Iterable[Attempt]) -> None:
+    for attempt in attempts:
+        attempt.start()
