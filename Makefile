@@ -80,7 +80,7 @@ node-tools:
 
 .PHONY: test
 test: lint types node-tools chromium ## Check style and types, run all tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: test-browser
 test-browser: .venv/.complete chromium ## Run the tests of the dashboard in a headless Chromium

@@ -9,7 +9,7 @@ How the work of one turn reaches the next:
    from the target branch.
 2. The agent works. No credentials are there meanwhile.
 3. `keep` commits what the agent left uncommitted. If pushing is wanted the branch is pushed, on condition
-   that the repository still has the commit seen in step 1. Commits that did not get there come back as a
+   that the repository still has the commit seen in step 1. A branch that did not get there comes back as a
    Git bundle, which is stored with the session: no work is lost with its sandbox.
 """
 
@@ -88,7 +88,11 @@ if test "$(git symbolic-ref --quiet HEAD || :)" = "$branch"; then
     if test -n "$left"; then git commit --quiet -m 'Save what the agent left uncommitted' 2>&1; fi
 fi
 head=$(git rev-parse --verify "$branch")
-ours=$(git rev-list --count "$branch" --not --remotes=origin)
+# Nothing is ours to save if the next turn would start from it anyhow. That the repository has the commits
+# under some other name is not enough.
+ours=ours
+if test -n "$2"; then test "$head" != "$2" || ours=
+elif git merge-base --is-ancestor "$head" "refs/remotes/origin/$3"; then ours=; fi
 echo "$head $ours"
 """
 _LOG = """
@@ -102,8 +106,11 @@ git push --quiet --no-verify --force-with-lease="$branch:$4" -- "$2" "$branch:$b
 git update-ref "refs/remotes/origin/$3" "$branch"
 """
 _BUNDLE = """
-cd "$repo"; rm -f "$bundle"
-git bundle create --quiet "$bundle" "refs/heads/$1" --not --remotes=origin 2>&1
+cd "$repo"; rm -f "$bundle"; branch=refs/heads/$1
+set -- --remotes=origin
+# Git makes no empty bundle: if the repository has all of the commits, the last goes along.
+if test "$(git rev-list --count "$branch" --not --remotes=origin)" = 0; then set -- "$branch^@"; fi
+git bundle create --quiet "$bundle" "$branch" --not "$@" 2>&1
 digest=$(sha256sum < "$bundle"); size=$(wc -c < "$bundle")
 echo "${digest%% *} $size"
 """
@@ -126,6 +133,7 @@ class RemoteWorkspace:
     _sandbox: Sandbox
     _remote: "Remote"
     _known: str  # the repository's commit of the work branch when we began, empty if it had none
+    _target: str
     bundle: bytes | None = None
     problem: str | None = None
 
@@ -141,11 +149,9 @@ class RemoteWorkspace:
 
         Raises SessionError if it can't be saved.
         """
-        head, count = _pair(await self._run("save the work branch", _COMMIT, self.branch))
-        ours = count != "0"
-        if ours and self._remote.push:
-            ours = not await self._push()
-        if ours:
+        arguments = (self.branch, self._known, self._target)
+        head, ours = _pair(await self._run("save the work branch", _COMMIT, *arguments))
+        if ours and not (self._remote.push and await self._push()):
             self.bundle = await self._read_bundle()
         return head
 
@@ -253,7 +259,7 @@ async def open_remote(
         raise TransientError("the sandbox did not say where its home is")
     if used:
         head, known = _pair(await _run(sandbox, "find the work branch", _REUSE, branch))
-        return RemoteWorkspace(path, branch, head, sandbox, remote, known)
+        return RemoteWorkspace(path, branch, head, sandbox, remote, known, target_branch)
     settings = [part for setting in AUTHOR for part in ("--config", setting)]
     try:
         async with remote.credentials_in(sandbox, path):
@@ -274,7 +280,7 @@ async def open_remote(
                 raise PermanentError("the repository is empty: it has no branch to start from") from error
         raise GitError(error.code, error.said).explain("cannot find where to start") from error
     base, known = _pair(start)
-    return RemoteWorkspace(path, branch, base, sandbox, remote, known)
+    return RemoteWorkspace(path, branch, base, sandbox, remote, known, target_branch)
 
 
 async def sweep(sandbox: Sandbox) -> None:

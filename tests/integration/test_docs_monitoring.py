@@ -1,5 +1,6 @@
 """docs/monitoring.md: the old failure, replayed, and each place where it shows."""
 
+import asyncio
 import json
 import re
 import sys
@@ -63,13 +64,20 @@ def _command(
             case ["worker", "&"]:
                 await stack.enter_async_context(running("worker", env=env))
                 await until(
-                    await conn(),
-                    "SELECT NOT EXISTS (SELECT FROM outbox WHERE topic = 'session.run' AND state = 'ready')",
+                    await conn(), "SELECT NOT EXISTS (SELECT FROM outbox WHERE state IN ('ready', 'running'))"
                 )
+                await _present(url)
                 return ""
         raise AssertionError(f"the page has a command nobody knows: {line}")
 
     return run
+
+
+async def _present(url: str) -> None:
+    """The API has noticed the worker: what it says of workers may be a second old (app/presence.py)."""
+    async with asyncio.timeout(TIMEOUT), httpx.AsyncClient(timeout=TIMEOUT) as client:
+        while not (await client.get(f"{url}/readyz")).json()["worker_present"]:  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(0.05)
 
 
 def _wanted(pattern: str, line: str) -> bool:

@@ -8,7 +8,7 @@ the worker dies before it can say so.
 
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,16 @@ async def test_a_crash_at_every_step_leaks_nothing_outside_the_window(
     credentials.write_text("https://user:planted-git-token@git.test\n")
     env = parts.environment(database, SENDOFF_GIT_CREDENTIALS=str(credentials), SENDOFF_GIT_PUSH="true")
     leaked: Counter[str] = Counter()
+    workers: list[Process] = []
     async with (
         AsyncExitStack() as stack,
         serving(database, SENDOFF_ALLOW_FILE_REPOS=True) as api,
+        _explained(conn, parts, workers),
     ):
 
         async def start() -> Process:
-            return await stack.enter_async_context(running("worker", "--concurrency", "1", env=env))
+            workers.append(await stack.enter_async_context(running("worker", "--concurrency", "1", env=env)))
+            return workers[-1]
 
         worker = await start()
         await worker.event("parked")
@@ -98,6 +101,27 @@ async def test_a_crash_at_every_step_leaks_nothing_outside_the_window(
     )
     assert leaked["elsewhere"] == 0
     assert leaked["in the window"] == 2
+
+
+@asynccontextmanager
+async def _explained(conn: Any, parts: Production, workers: list[Process]) -> AsyncIterator[None]:
+    """A failure prints what was met, the logs, and the rows, as they are before the workers are stopped."""
+    try:
+        yield
+    except BaseException:
+        print("steps:", *parts.steps.met[-40:])
+        for worker in workers[-2:]:
+            print(f"worker {worker.pid}:", *worker.stderr[-100:], sep="\n")
+        for query in (
+            "SELECT id, topic, state, blocked, attempt, failures, available_at, worker_id, errors FROM outbox"
+            " ORDER BY id DESC LIMIT 10",
+            "SELECT * FROM worker ORDER BY started_at DESC LIMIT 3",
+            "SELECT id, inbox_status, sandbox FROM session ORDER BY created_at DESC LIMIT 2",
+            "SELECT status, reason, result FROM prompt ORDER BY created_at DESC LIMIT 2",
+            "SELECT * FROM sandbox_borrow",
+        ):
+            print(query, *await rows(conn, query), sep="\n")
+        raise
 
 
 def _points(met: list[str]) -> list[Point]:

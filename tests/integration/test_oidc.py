@@ -103,7 +103,9 @@ async def test_a_withdrawn_key_ends_once_the_keys_are_renewed(
 
 
 @pytest.mark.parametrize(
-    "answer", [Response(status_code=500), PlainTextResponse("[]"), PlainTextResponse("{" * 10)], ids=str
+    "answer",
+    [Response(status_code=500), PlainTextResponse("[]"), PlainTextResponse("{" * 10)],
+    ids=["500", "a list", "no JSON"],
 )
 async def test_keys_outlast_an_issuer_that_fails_but_not_for_ever(
     stand_in: StandIn, issuer: Issuer, clock: Clock, answer: Response

@@ -302,6 +302,23 @@ async def test_the_work_branch_is_pushed(
     assert (await rows(conn, "SELECT bundle IS NOT NULL FROM session_memory")) == [(True,)]
 
 
+@pytest.mark.parametrize("push", [True, False])
+async def test_a_branch_is_saved_though_the_repository_has_its_commits_under_another_name(
+    parts: Production, database: str, api: Api, push: bool
+) -> None:
+    feature = parts.git("commit-tree", "-p", "main", "-m", "Feature", "main^{tree}")
+    parts.git("update-ref", "refs/heads/feature", feature)
+    async with running("worker", env=parts.environment(database, SENDOFF_GIT_PUSH=str(push))) as worker:
+        created = await api.create(
+            repo=parts.repo, branch="work", prompt="tool: cd {repo} && git merge -q --ff-only origin/feature"
+        )
+        await ended(worker, status="succeeded")
+        assert parts.branches().get("work") == (feature if push else None)
+        await follow_up(api, created, "tool: cd {repo} && git log --format=%s")
+        await worker.event("sandbox_returned", after=await worker.event("sandbox_returned"))
+    assert (await said(api, created))[-1] == "Feature\nBegin\n"
+
+
 async def test_an_agent_that_fails_says_why(parts: Production, database: str, api: Api) -> None:
     async with running("worker", env=parts.environment(database)) as worker:
         created = await api.create(repo=parts.repo, prompt="fail")

@@ -58,7 +58,8 @@ async def check(
             assert command is not None
             said = await command(part["asked"])
         if not WRITE:
-            assert still(said) == still(part["said"]), part["asked"]
+            is_now, was = still(said), still(part["said"])
+            assert is_now == was, f"{part['asked']}\n--- it says\n{is_now}\n--- the page has\n{was}"
         written += text[end : part.start("said")] + said
         end = part.end("said")
     if WRITE:
