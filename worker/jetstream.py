@@ -81,12 +81,16 @@ class JetStream:
         return await asyncio.shield(opened)
 
     async def _open(self) -> "_Client":
+        try:
+            credentials = read_credentials(self._credentials) if self._credentials else None
+        except ConfigurationError as error:
+            raise Unreachable(str(error)) from error
         client = _Client()
         try:
             await client.connect(
                 self._servers,
                 name="sendoff worker",
-                user_credentials=read_credentials(self._credentials) if self._credentials else None,
+                user_credentials=credentials,
                 error_cb=client.failed,
                 closed_cb=client.lost,
                 allow_reconnect=False,
@@ -97,7 +101,7 @@ class JetStream:
                 ping_interval=_PING,
                 max_outstanding_pings=1,
             )
-        except (OSError, Error, ConfigurationError) as error:
+        except Exception as error:  # of the network, the server, TLS, a key that is none
             cause = client.cause or error
             await _close(client)
             raise Unreachable(str(cause) or type(cause).__name__) from error

@@ -1,16 +1,20 @@
 """The relay: real workers, a real nats-server with JetStream."""
 
 import asyncio
+import base64
 import json
 import re
+import secrets
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import nkeys
 import pytest
 
 from outbox import enqueue
@@ -320,6 +324,74 @@ async def test_a_token_is_sent_and_never_shown(database: str, connect: Connect, 
                     ended = await worker.event("ended", outbox_id=row_id, state=state)
                     assert "Authorization Violation" in ended["reason"]
             assert SECRET not in "\n".join([*worker.stdout, *worker.stderr])
+
+
+def signed(signer: bytes, subject: bytes, kind: str, **nats: Any) -> str:
+    """A NATS JWT: who holds the seed `signer` vouches for the public key of the seed `subject`."""
+    keys = nkeys.from_seed(bytearray(signer)), nkeys.from_seed(bytearray(subject))
+    claims = {
+        "jti": secrets.token_hex(8),
+        "iat": int(time.time()),
+        "iss": keys[0].public_key.decode(),
+        "sub": keys[1].public_key.decode(),
+        "nats": {"type": kind, "version": 2, **nats},
+    }
+    parts = [json.dumps(part).encode() for part in ({"typ": "JWT", "alg": "ed25519-nkey"}, claims)]
+    text = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+    return f"{text}.{base64.urlsafe_b64encode(keys[0].sign(text.encode())).decode().rstrip('=')}"
+
+
+async def test_a_credentials_file_is_read_for_each_connection(
+    database: str, connect: Connect, tmp_path: Path
+) -> None:
+    operator, system, account, user, other = (
+        bytes(nkeys.encode_seed(secrets.token_bytes(32), kind))
+        for kind in (
+            nkeys.PREFIX_BYTE_OPERATOR,
+            nkeys.PREFIX_BYTE_ACCOUNT,
+            nkeys.PREFIX_BYTE_ACCOUNT,
+            nkeys.PREFIX_BYTE_USER,
+            nkeys.PREFIX_BYTE_USER,
+        )
+    )
+    no_limit = dict.fromkeys(("subs", "data", "payload", "conn", "leaf"), -1)
+    storage = dict.fromkeys(("mem_storage", "disk_storage", "streams", "consumer"), -1)
+    user_jwt = signed(account, user, "user", **dict.fromkeys(("subs", "data", "payload"), -1))
+    accounts = {
+        nkeys.from_seed(bytearray(seed)).public_key.decode(): signed(operator, seed, "account", limits=limits)
+        for seed, limits in ((system, no_limit), (account, {**no_limit, **storage}))
+    }
+    preload = "\n".join(f"{name}: {jwt}" for name, jwt in accounts.items())
+    (tmp_path / "nats.conf").write_text(
+        f"operator: {signed(operator, operator, 'operator')}\n"
+        f"system_account: {next(iter(accounts))}\n"
+        f"resolver: MEMORY\nresolver_preload: {{\n{preload}\n}}\n"
+    )
+    good, used = tmp_path / "good.creds", tmp_path / "used.creds"
+    form = (
+        "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n"
+        "-----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n"
+    )
+    good.write_text(form.format(user_jwt, user.decode()))
+    used.write_text(form.format(user_jwt, other.decode()))  # the key of somebody else
+    conn = await connect()
+    async with nats_server(tmp_path, "-c", tmp_path / "nats.conf") as nats:
+        await nats.add_stream({"user_credentials": str(good)})
+        row_id = await enqueue(conn, "billing.paid", {"n": 1})
+        async with relaying(database, nats.url, SENDOFF_RELAY_CREDENTIALS=str(used)) as worker:
+            ended = await worker.event("ended", outbox_id=row_id, state="handed back")
+            assert "Authorization Violation" in ended["reason"]
+            used.write_text("not now")
+            row_id = await enqueue(conn, "billing.paid", {"n": 2})
+            ended = await worker.event("ended", outbox_id=row_id, state="handed back", after=ended)
+            assert "has no 'BEGIN NATS USER JWT'" in ended["reason"]
+            used.write_text(form.format(user_jwt, "SUNOSEED"))
+            row_id = await enqueue(conn, "billing.paid", {"n": 3})
+            await worker.event("ended", outbox_id=row_id, state="handed back")
+            good.replace(used)
+            await completed(worker, {row_id - 2, row_id - 1, row_id})
+        printed = "\n".join(worker.stderr)
+    assert all(secret not in printed for secret in (user_jwt, user.decode(), other.decode()))
 
 
 async def test_what_the_server_forbids_is_told(database: str, connect: Connect, tmp_path: Path) -> None:
