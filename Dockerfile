@@ -9,7 +9,7 @@ COPY outbox outbox
 COPY sql sql
 COPY embedded embedded
 RUN python -m venv /opt/sendoff \
- && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel]'
+ && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel,relay]'
 
 # The agent of production, of the version that `make claude` tests; nothing else of Node's image is kept.
 FROM node:22-slim AS agent

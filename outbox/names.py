@@ -1,4 +1,4 @@
-"""Check what a user names: a repository, a branch, a title.
+"""Check what a user names: a repository, a branch, a title, topics.
 
 Everything here is an allow-list. A name that passes can be given to git as an argument: it never
 starts with a dash, never names another program (`ext::`), and holds no control character. Which
@@ -28,6 +28,7 @@ _FILE = re.compile(rf"file:///{_PATH}")
 _CREDENTIALS = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@|[^/@]*:[^/@]*@", re.IGNORECASE)
 
 _BRANCH = re.compile(r"[A-Za-z0-9._/+@#=,()-]+")
+_TOPIC = re.compile(r"(?=.{1,100}$)[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 
 
 class InvalidNameError(ValueError):
@@ -109,3 +110,17 @@ def check_title(title: str) -> str:
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in title):
         raise InvalidNameError("the title must not contain control characters or line breaks")
     return title
+
+
+def check_topics(text: str) -> tuple[str, ...]:
+    """The topics of a list with commas, each once; raises InvalidNameError.
+
+    A topic as outbox.topic has it that is a NATS subject too: no dot at its end, no two in a row.
+    """
+    topics = [word.strip() for word in text.split(",") if word.strip()]
+    for topic in topics:
+        if "*" in topic or ">" in topic:
+            raise InvalidNameError(f"name each topic, without wildcards: {topic}")
+        if not _TOPIC.fullmatch(topic):
+            raise InvalidNameError(f"not a topic that a subject can be made from: {topic}")
+    return tuple(dict.fromkeys(topics))

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from outbox.callback import parse_networks, parse_secrets
 from outbox.errors import ConfigurationError
+from outbox.names import check_topics
 
 
 def _variable(name: str) -> str:
@@ -24,6 +26,26 @@ def _checked_secrets(text: SecretStr | None) -> SecretStr | None:
     if text is None or not text.get_secret_value():
         return None
     parse_secrets(text.get_secret_value())
+    return text
+
+
+def _checked_topics(text: str) -> str:
+    check_topics(text)
+    return text
+
+
+def _checked_servers(text: SecretStr | None) -> SecretStr | None:
+    """The message never shows the value: a token can be part of it."""
+    if text is None or not text.get_secret_value():
+        return None
+    for server in text.get_secret_value().split(","):
+        try:
+            url = urlsplit(server.strip())
+            known = url.scheme in ("nats", "tls") and url.hostname and url.port != 0
+        except ValueError:  # of the port
+            known = False
+        if not known or url.path.strip("/") or url.query or url.fragment:
+            raise ValueError("must be nats://host:port or tls://host:port, or several, separated by commas")
     return text
 
 
@@ -159,6 +181,20 @@ class Settings(BaseSettings):
     webhook_allow: Annotated[str, AfterValidator(_checked_networks)] = ""
     """Networks, separated by commas, that webhooks may reach although they are not public, also by plain
     http: `10.1.0.0/16,127.0.0.1`."""
+
+    relay_url: Annotated[SecretStr | None, AfterValidator(_checked_servers)] = None
+    """NATS, for the topics of SENDOFF_RELAY_TOPICS: `nats://host:4222`, or `tls://`, with user and password
+    or a token before the host. Several servers of one cluster are separated by commas."""
+
+    relay_topics: Annotated[str, AfterValidator(_checked_topics)] = ""
+    """Topics, separated by commas, whose rows are published to JetStream (docs/relay.md). Needs the extra
+    `relay`."""
+
+    relay_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "sendoff"
+    """What stands before the topic in a subject, with a dot between them."""
+
+    relay_credentials: Path | None = None
+    """A NATS credentials file (a JWT and its key). Read anew for each connection."""
 
     log_level: str = "info"
     """debug, info, warning or error. debug tells of every row."""

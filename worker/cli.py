@@ -6,6 +6,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -16,6 +17,9 @@ from outbox.settings import Settings, load
 from worker import health
 from worker.loop import Worker
 from worker.processes import Link, Parent
+
+if TYPE_CHECKING:
+    from worker.handlers.relay import Relay
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +68,8 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -> int:
-    handlers = _choose(installed_handlers(), arguments.topics)
+    relay = _relay(settings)
+    handlers = _choose(_all_handlers(relay), arguments.topics)
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))
         return uvloop.run(_supervise(settings, children))
@@ -72,7 +77,7 @@ def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -
     # With Python's default the collector took 20 % of the time of a drain.
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    uvloop.run(_work(settings, handlers, arguments.concurrency, arguments.parent))
+    uvloop.run(_work(settings, handlers, relay, arguments.concurrency, arguments.parent))
     return 0
 
 
@@ -83,6 +88,27 @@ def _check(settings: Settings) -> int:
         print(f"worker: {problem}", file=sys.stderr)
         return 1
     return 0
+
+
+def _relay(settings: Settings) -> "Relay | None":
+    """Imported only when it is asked for: the client takes memory, and is an extra."""
+    if not settings.relay_topics:
+        return None
+    try:
+        from worker.handlers.relay import Relay
+    except ImportError as error:
+        raise ConfigurationError(
+            f"SENDOFF_RELAY_TOPICS is set, but {error.name} is missing: pip install 'sendoff[relay]'"
+        ) from None
+    return Relay(settings)
+
+
+def _all_handlers(relay: "Relay | None") -> Mapping[str, Handler]:
+    installed = installed_handlers()
+    relayed = {} if relay is None else relay.handlers
+    if taken := sorted(installed.keys() & relayed.keys()):
+        raise ConfigurationError(f"SENDOFF_RELAY_TOPICS: {taken[0]} has a handler already")
+    return {**installed, **relayed}
 
 
 def _choose(installed: Mapping[str, Handler], topics: str | None) -> Mapping[str, Handler]:
@@ -108,7 +134,11 @@ def _without_processes(argv: list[str]) -> list[str]:
 
 
 async def _work(
-    settings: Settings, handlers: Mapping[str, Handler], concurrency: int, parent: int | None
+    settings: Settings,
+    handlers: Mapping[str, Handler],
+    relay: "Relay | None",
+    concurrency: int,
+    parent: int | None,
 ) -> None:
     worker = Worker(settings, handlers, concurrency)
     _on_signals(worker.drain)
@@ -122,6 +152,8 @@ async def _work(
     try:
         await worker.run()
     finally:
+        if relay is not None:
+            await relay.close()
         if server is not None:
             server.close()
         if link is not None:
