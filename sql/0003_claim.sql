@@ -1,6 +1,8 @@
 -- Claim, complete, fail, hand back, renew, rescue.
 --
--- Lock order everywhere: the worker's row, then outbox rows by id, then session, then prompt.
+-- Lock order everywhere: the worker's row, then outbox rows by id, then session, then prompt. A claim
+-- that completes nothing takes its rows, for which it never waits, before its worker's. It can meet a rescue
+-- of that worker in a deadlock, over an ordering_key that both hold rows of: one of them is then tried again.
 -- Every write to a running row is fenced by (id, attempt, worker_id, state running): it changes nothing
 -- when the row was rescued, cancelled or claimed again meanwhile, and its row lock makes a rescue come
 -- wholly before or wholly after it.
@@ -111,6 +113,34 @@ COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
     'Ends claimed rows as done, fenced by attempt; returns the ids it ended.';
 
 
+-- The row of a worker that claims. to_write: locked, as a rescue locks it before it ends the lease: that comes
+-- before what the caller writes, which is then undone by the error here, or after it is committed, and sees it.
+CREATE FUNCTION outbox_myself(turner uuid, connection integer, to_write boolean) RETURNS worker
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    me worker;
+BEGIN
+    IF to_write THEN
+        SELECT w.* INTO me FROM worker AS w WHERE w.id = turner FOR NO KEY UPDATE;
+    ELSE
+        SELECT w.* INTO me FROM worker AS w WHERE w.id = turner;
+    END IF;
+    IF me.id IS NULL OR me.ended_at IS NOT NULL THEN
+        RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'SO001';
+    END IF;
+    -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
+    -- and come back on another: nobody would hear of what it takes.
+    IF connection <> me.presence THEN
+        RAISE EXCEPTION 'connection % of worker % was given up', connection, turner;
+    END IF;
+    RETURN me;
+END
+$$;
+COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
+    'The row of a worker that has not ended, locked if it is to write. For the claim.';
+
+
 -- The worker's turn: ends what was completed and claims the next rows, in one commit and one round trip. Rows
 -- of the result without a topic are completions that were fenced.
 --
@@ -136,21 +166,8 @@ BEGIN
         RAISE EXCEPTION 'a claim needs READ COMMITTED' USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
 
-    -- A rescue locks this row before it ends the lease: it comes before this claim, which then fails,
-    -- or after it, and then sees the rows claimed here.
-    SELECT w.* INTO me FROM worker AS w
-    WHERE w.id = turner AND w.ended_at IS NULL
-    FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'SO001';
-    END IF;
-    -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
-    -- and come back on another: nobody would hear of what it takes.
-    IF connection <> me.presence THEN
-        RAISE EXCEPTION 'connection % of worker % was given up', connection, turner;
-    END IF;
-
     IF ids <> '{}' THEN
+        me := outbox_myself(turner, connection, to_write => true);
         ended := ARRAY(SELECT outbox_complete(turner, ids, attempts));
         IF cardinality(ended) < cardinality(ids) THEN
             RETURN QUERY
@@ -231,6 +248,11 @@ BEGIN
         o.traceparent::text, a.timeout, moment - o.available_at;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
+    -- Nothing to be done is found out without a lock, and so without a transaction id and a commit on disk: one
+    -- row that is committed wakes every worker asleep, and one finds it.
+    IF ids = '{}' THEN
+        me := outbox_myself(turner, connection, to_write => claimed > 0);
+    END IF;
     IF claimed = 0 THEN
         RETURN;
     END IF;

@@ -42,6 +42,22 @@ async def test_claim_locks_no_more_rows_than_it_claims(rule: Rule, connect: Conn
     assert len(free) == (95 if rule == "kept" else 0)
 
 
+@with_and_without
+async def test_a_look_in_vain_costs_no_commit(rule: Rule, connect: Connect) -> None:
+    """One row wakes every worker asleep: those that find nothing take no lock, so that nothing is written.
+
+    Taken out: the worker's row is locked all the same, which takes a transaction id and a commit on disk.
+    """
+    psql = await connect()
+    worker = await new_worker(psql)
+    if rule == "taken out":
+        await take_out(psql, "outbox_complete_and_claim", "to_write => claimed > 0", "to_write => true")
+    await psql.execute("BEGIN")
+    assert await claim(psql, worker, 5) == []
+    written = await one(psql, "SELECT pg_current_xact_id_if_assigned()")
+    assert (written is None) == (rule == "kept")
+
+
 async def test_claim_locks_no_more_rows_on_a_planner_led_astray(connect: Connect) -> None:
     """The selection is MATERIALIZED: statistics that make a nested loop look cheap change nothing.
 

@@ -82,7 +82,7 @@ async def test_claim_waits_for_the_rescue_that_is_first(rule: Rule, connect: Con
     lost = await new_worker(psql)
     row = await add(psql)
     if rule == "taken out":
-        await take_out(psql, "outbox_complete_and_claim", " FOR NO KEY UPDATE;", ";")
+        await take_out(psql, "outbox_myself", " FOR NO KEY UPDATE;", ";")
     await r.execute("BEGIN")
     await r.execute("SELECT outbox_end_worker(%s, 'died')", (lost,))
     query = "SELECT id FROM outbox_claim(%s, '{t}', 1, '1 h')"
