@@ -18,7 +18,11 @@ from bench.server import SETTINGS, STATE, Server
 Results = dict[str, dict[str, list[float]]]
 """By figure, by contestant: one value a round."""
 
-QUICK = ["sendoff c10", "sendoff c500", "floor b10", "floor b100", "graphile best"]
+QUICK = {
+    "latency": ["sendoff c10", "floor b10", "graphile best"],
+    "drain": ["sendoff c500", "floor b100", "graphile best"],
+}
+"""Graphile-worker has been the best peer in every run of all."""
 
 
 def main() -> None:
@@ -66,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     add(
         "--only",
         type=lambda text: text.split(","),
-        help="of latency,drain1,drain2,enqueue,http,workers,claim,idle,held",
+        help="of latency,drain1,drain2,enqueue,library,http,workers,claim,idle,held",
     )
     add("--json", type=Path, default=STATE / "result.json", help="where the result goes")
     found = parser.parse_args()
@@ -84,8 +88,9 @@ def _arguments() -> argparse.Namespace:
     return found
 
 
-def _chosen(arguments: argparse.Namespace) -> list[Contestant]:
-    chosen = [by_name(name) for name in QUICK] if arguments.extent == "quick" else list(CONTESTANTS)
+def _chosen(arguments: argparse.Namespace, workload: str = "drain") -> list[Contestant]:
+    quick = arguments.extent == "quick"
+    chosen = [by_name(name) for name in QUICK[workload]] if quick else list(CONTESTANTS)
     random.shuffle(chosen)  # whoever comes first would meet another machine than whoever comes last
     return chosen
 
@@ -95,7 +100,7 @@ def _best() -> Contestant:
 
 
 def _latency(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    for contestant in _chosen(arguments):
+    for contestant in _chosen(arguments, "latency"):
         # A default that polls every second or two needs no hundred samples to be known as slow.
         slow = contestant.name in ("dbos default", "pgboss default")
         _measure(
@@ -129,13 +134,26 @@ def _enqueue(server: Server, figures: Results, arguments: argparse.Namespace) ->
             _measure(figures, name, workloads.enqueue, server, contestant, clients, arguments.seconds, mode)
 
 
+def _library(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+    if arguments.extent == "quick" and arguments.only is None:
+        return
+    for clients in (8, 32):
+        runs = [(_best(), "plain"), (_best(), "working")]
+        runs += [(c, "working") for c in _chosen(arguments) if c.peer and c.notifies and c.variant == "best"]
+        random.shuffle(runs)
+        for contestant, mode in runs:
+            name = contestant.name if contestant.peer else f"sendoff, {mode}"
+            measure = workloads.enqueue_by_library
+            _measure(figures, name, measure, server, contestant, clients, arguments.seconds, mode)
+
+
 def _http(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
     for name in random.sample(["sendoff", "bare"], 2):
         _measure(figures, name, post_sessions, server, name, arguments.seconds)
 
 
 def _workers(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    if arguments.extent == "quick":
+    if arguments.extent == "quick" and arguments.only is None:
         return
     for workers in (10, 50):
         _measure(figures, "sendoff c10", workloads.many_workers, server, workers, arguments.rows)
@@ -146,18 +164,21 @@ _ROUNDS = {
     "drain1": _drain(1),
     "drain2": _drain(2),
     "enqueue": _enqueue,
+    "library": _library,
     "http": _http,
     "workers": _workers,
 }
 
 
 def _claims(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    for finished, ready, name in [
-        (10, 0, "10 finished"),
-        (arguments.finished, 0, f"{arguments.finished} finished"),
-        (10, arguments.finished // 10, f"{arguments.finished // 10} ready"),
-    ]:
-        figures["claim_ms"][name].append(workloads.claim_cost(server, finished, ready, 60))
+    finished = arguments.finished
+    sizes = {
+        "10 finished": (10, 2000),
+        f"{finished} finished": (finished, 2000),
+        f"{finished // 10} ready": (10, finished // 10),
+    }
+    for name, milliseconds in workloads.claim_cost(server, sizes, 160).items():
+        figures["claim_ms"][name].append(milliseconds)
 
 
 def _measure(figures: Results, who: Contestant | str, measure: Any, *arguments: Any) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,8 +214,8 @@ def _command(contestant: Contestant, *arguments: str) -> list[str]:
     return [python, str(SCRIPTS / script), *arguments]
 
 
-def run(contestant: Contestant, url: str, *arguments: str) -> None:
-    """Run one of the script's commands to its end."""
+def run(contestant: Contestant, url: str, *arguments: str) -> str:
+    """Run one of the script's commands to its end; what it prints."""
     done = subprocess.run(
         _command(contestant, *arguments),
         env=_environment(contestant, url, tell=False),
@@ -226,16 +226,20 @@ def run(contestant: Contestant, url: str, *arguments: str) -> None:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{contestant.name} {arguments}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 @contextmanager
-def working(contestant: Contestant, url: str, *, tell: bool = False) -> Iterator[Process]:
-    """A worker, until the block ends."""
+def working(
+    contestant: Contestant, url: str, *, tell: bool = False, options: Sequence[str] = (), **environment: str
+) -> Iterator[Process]:
+    """A worker, until the block ends. options, environment: more of the `worker` command's."""
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
         command = [sys.executable, "-m", "worker", "--topics", "bench.noop"]
-        command += ["--concurrency", str(contestant.concurrency)]
-    process = Process(command, _environment(contestant, url, tell=tell), STATE / "workers.log")
+        command += ["--concurrency", str(contestant.concurrency), *options]
+    environment = {**_environment(contestant, url, tell=tell), **environment}
+    process = Process(command, environment, STATE / "workers.log")
     try:
         yield process
     finally:

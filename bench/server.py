@@ -34,10 +34,14 @@ class Server:
 
     def fresh(self, database: str) -> str:
         """An empty database; its URL."""
+        self.drop(database)
         with self.connect("postgres") as conn:
-            conn.execute(f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
             conn.execute(f'CREATE DATABASE "{database}"')
         return self.url(database)
+
+    def drop(self, database: str) -> None:
+        with self.connect("postgres") as conn:
+            conn.execute(f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
 
     def connect(self, database: str) -> psycopg.Connection[Any]:
         return psycopg.connect(self.url(database), autocommit=True)

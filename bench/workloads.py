@@ -2,10 +2,15 @@
 
 import random
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
+from urllib.request import urlopen
+
+from psycopg import Connection
 
 from bench.contestant import Contestant, Process, producing, run, wait_until, working
 from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
@@ -88,6 +93,29 @@ def enqueue(server: Server, contestant: Contestant, clients: int, seconds: int, 
     return {f"enqueue{clients}_per_s": rate}
 
 
+def enqueue_by_library(
+    server: Server, contestant: Contestant, clients: int, seconds: int, mode: str
+) -> Figures:
+    """Inserts a second by the system's own library, from one process with so many connections.
+
+    `plain`: one INSERT without the trigger, by psycopg alone. `working`: a worker takes the rows meanwhile.
+    """
+    url = server.fresh("bench")
+    run(contestant, url, "setup")
+    figure = f"library{clients}_per_s"
+    with server.connect("bench") as conn:
+        if mode == "plain":
+            conn.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
+            settle(conn)
+            return {figure: float(run(contestant, url, "flood-plain", str(clients), str(seconds)))}
+        settle(conn)
+        with working(contestant, url):
+            time.sleep(1.5)
+            rate = float(run(contestant, url, "flood", str(clients), str(seconds)))
+            wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
+    return {figure: rate}
+
+
 def pgbench(server: Server, url: str, statement: str, clients: int, seconds: int) -> float:
     """Transactions a second."""
     script = STATE / "statement.sql"
@@ -117,39 +145,51 @@ def pgbench(server: Server, url: str, statement: str, clients: int, seconds: int
     return float(found[1])
 
 
-def claim_cost(server: Server, finished: int, ready: int, claims: int) -> float:
-    """Milliseconds of one claim of 10 rows, median, beside so many finished and ready rows."""
-    url = server.fresh("bench")
-    run(SENDOFF, url, "setup")
-    with server.connect("bench") as conn:
-        conn.execute("SET synchronous_commit = off")
-        conn.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
-        conn.execute(
-            "INSERT INTO outbox (topic, state, attempt, worker_id, finished_at)"
-            " SELECT 'bench.noop', 'done', 1, gen_random_uuid(), clock_timestamp()"
-            " FROM generate_series(1, %s)",
-            (finished,),
-        )
-        conn.execute(
-            "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)",
-            (max(ready, 11 * claims),),
-        )
-        conn.execute("ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_inserted")
-        conn.execute("RESET synchronous_commit")
-        settle(conn)
-        worker = conn.execute(
-            "INSERT INTO worker (host, pid, version, topics, concurrency)"
-            " VALUES ('bench', 1, '1', '{bench.noop}', 10) RETURNING id"
-        ).fetchone()
-        assert worker is not None
-        taken = []
-        for _ in range(claims):
+def claim_cost(server: Server, sizes: dict[str, tuple[int, int]], claims: int) -> dict[str, float]:
+    """Milliseconds of one claim of 10 rows, median, by the name of a size: finished and ready rows beside it.
+
+    One claim of each size after the other, so that a moment's noise meets all of them.
+    """
+    conns = {
+        name: _prepared(server, f"bench_claim_{n}", *size) for n, (name, size) in enumerate(sizes.items())
+    }
+    taken: dict[str, list[float]] = {name: [] for name in sizes}
+    for _ in range(claims):
+        for name, (conn, worker) in conns.items():
             start = time.perf_counter()
             conn.execute(
                 "SELECT count(*) FROM outbox_claim(%s, '{bench.noop}', 10, '1 minute', false)", worker
             )
-            taken.append((time.perf_counter() - start) * 1e3)
-    return median(taken[10:])
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    for number, (conn, _) in enumerate(conns.values()):
+        conn.close()
+        server.drop(f"bench_claim_{number}")
+    return {name: median(times[10:]) for name, times in taken.items()}
+
+
+def _prepared(
+    server: Server, database: str, finished: int, ready: int
+) -> tuple[Connection[Any], tuple[Any, ...]]:
+    """A connection to a database with these rows, and the worker that claims there."""
+    run(SENDOFF, server.fresh(database), "setup")
+    conn = server.connect(database)
+    conn.execute("SET synchronous_commit = off")
+    conn.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
+    conn.execute(
+        "INSERT INTO outbox (topic, state, attempt, worker_id, finished_at)"
+        " SELECT 'bench.noop', 'done', 1, gen_random_uuid(), clock_timestamp() FROM generate_series(1, %s)",
+        (finished,),
+    )
+    conn.execute("INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)", (ready,))
+    conn.execute("ALTER TABLE outbox ENABLE TRIGGER USER")
+    conn.execute("RESET synchronous_commit")
+    settle(conn)
+    worker = conn.execute(
+        "INSERT INTO worker (host, pid, version, topics, concurrency)"
+        " VALUES ('bench', 1, '1', '{bench.noop}', 10) RETURNING id"
+    ).fetchone()
+    assert worker is not None
+    return conn, worker
 
 
 def idle(server: Server, seconds: float) -> Figures:
@@ -232,9 +272,45 @@ def held_snapshot(server: Server, contestant: Contestant, seconds: float) -> Fig
 
 
 def many_workers(server: Server, workers: int, count: int) -> Figures:
-    """Jobs a second with so many worker processes of 10 slots each."""
-    contestant = SENDOFF
-    return {f"workers{workers}_per_s": drain(server, contestant, count, workers)[f"drain{workers}_per_s"]}
+    """Jobs a second with so many worker processes of 10 slots each, and then, with all of them asleep, their
+    wake-ups in vain for each of 200 rows that come one by one.
+    """
+    url = server.fresh("bench")
+    run(SENDOFF, url, "setup")
+    run(SENDOFF, url, "fill", str(count))
+    with server.connect("bench") as conn, socket.create_server(("127.0.0.1", 0)) as probe:
+        settle(conn)
+        port = probe.getsockname()[1]
+        probe.close()
+        options = ("--processes", str(workers))
+        with working(SENDOFF, url, options=options, SENDOFF_HEALTH_PORT=str(port)):
+            wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None, timeout=180)
+            span = conn.execute(
+                "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8 FROM outbox"
+            ).fetchone()
+            asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
+            wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
+            time.sleep(1)
+            before = _in_vain(port)
+            for _ in range(200):
+                conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
+                time.sleep(0.02)
+            wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None)
+            time.sleep(1)
+            vain = _in_vain(port) - before
+    assert span is not None
+    return {f"workers{workers}_per_s": count / span[0], f"workers{workers}_in_vain_per_row": vain / 200}
+
+
+def _in_vain(port: int) -> float:
+    """Wake-ups that found no row so far, of all the processes under one parent."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith("sendoff_worker_wakeups_in_vain_total")
+    )
 
 
 SENDOFF = Contestant(

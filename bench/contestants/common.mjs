@@ -16,6 +16,16 @@ export function mark() {
 
 export const stopped = () => new Promise((resolve) => process.once('SIGTERM', resolve))
 
+async function flood(one, clients, seconds) {
+  const started = performance.now()
+  let done = 0
+  const client = async () => {
+    for (; performance.now() < started + seconds * 1e3; done++) await one()
+  }
+  await Promise.all(Array.from({ length: clients }, client))
+  console.log((done / (performance.now() - started)) * 1e3)
+}
+
 async function produce(one) {
   for await (const line of createInterface({ input: process.stdin })) {
     await one()
@@ -24,11 +34,12 @@ async function produce(one) {
 }
 
 export async function main({ setup, fill, work, enqueue, close }) {
-  const [command, first] = process.argv.slice(2)
+  const [command, first, second] = process.argv.slice(2)
   if (command === 'setup') await setup()
   else if (command === 'fill') await fill(Number(first))
   else if (command === 'work') await work(first)
   else if (command === 'produce') await produce(enqueue)
+  else if (command === 'flood') await flood(enqueue, Number(first), Number(second))
   if (close) await close()
   process.exit(0)
 }

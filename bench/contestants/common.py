@@ -1,10 +1,10 @@
 """What every contestant's script does, whatever library it drives.
 
-    SCRIPT setup | fill N | work VARIANT | produce
+    SCRIPT setup | fill N | work VARIANT | produce | flood CLIENTS SECONDS
 
 `work` runs a worker until SIGTERM and tells on stdout: `first NS` when the first handler starts, or, if
 BENCH_TELL is set, `start NS` for each. `produce` enqueues a job for each line of stdin and tells `committed
-NS`.
+NS`. `flood` enqueues as fast as so many clients can, and tells how many a second.
 All times are of the machine's monotonic clock, so that those of two processes can be compared.
 """
 
@@ -30,11 +30,32 @@ def mark() -> None:
         print("first", time.monotonic_ns(), flush=True)
 
 
+CLIENTS = int(sys.argv[2]) if sys.argv[1:2] and sys.argv[1].startswith("flood") else 1
+"""Connections that `produce` needs."""
+
+
 async def produce(one: Callable[[], Awaitable[object]]) -> None:
-    """Enqueue and commit a job for each line of stdin."""
+    """Enqueue and commit a job for each line of stdin, or flood."""
+    if sys.argv[1].startswith("flood"):
+        print(await _flood(one, float(sys.argv[3])))
+        return
     while await asyncio.to_thread(sys.stdin.readline):
         await one()
         print("committed", time.monotonic_ns(), flush=True)
+
+
+async def _flood(one: Callable[[], Awaitable[object]], seconds: float) -> float:
+    done = 0
+    started = time.monotonic()
+
+    async def client() -> None:
+        nonlocal done
+        while time.monotonic() < started + seconds:
+            await one()
+            done += 1
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return done / (time.monotonic() - started)
 
 
 async def stopped() -> None:
@@ -58,7 +79,7 @@ def main(
             asyncio.run(_ignore(fill(int(n))))
         case ["work", variant]:
             asyncio.run(_ignore(work(variant)))
-        case ["produce"]:
+        case ["produce"] | ["flood" | "flood-plain", _, _]:
             asyncio.run(_ignore(enqueue()))
         case _:
             sys.exit(__doc__)

@@ -7,7 +7,8 @@ const BEST = {
   concurrentJobs: 24, localQueue: { size: 500 }, completeJobBatchDelay: 0, failJobBatchDelay: 0,
 }
 let utils
-const open = async () => (utils ??= await makeWorkerUtils({ connectionString: URL, logger }))
+const maxPoolSize = 32
+const open = async () => (utils ??= await makeWorkerUtils({ connectionString: URL, maxPoolSize, logger }))
 
 await main({
   setup: async () => (await open()).migrate(),

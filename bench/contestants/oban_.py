@@ -18,7 +18,7 @@ class Noop:
 
 
 def pool() -> AsyncConnectionPool:
-    return AsyncConnectionPool(common.URL, min_size=2, max_size=10, open=False)
+    return AsyncConnectionPool(common.URL, min_size=2, max_size=max(10, common.CLIENTS), open=False)
 
 
 async def setup() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import asyncpg
 import common
 from pgqueuer import PgQueuer
-from pgqueuer.db import AsyncpgDriver
+from pgqueuer.db import AsyncpgDriver, AsyncpgPoolDriver
 from pgqueuer.queries import Queries
 
 
@@ -35,7 +35,8 @@ async def work(variant: str) -> None:
 
 
 async def enqueue() -> None:
-    queries = Queries(AsyncpgDriver(await asyncpg.connect(common.URL)))
+    pool = await asyncpg.create_pool(common.URL, min_size=common.CLIENTS, max_size=common.CLIENTS)
+    queries = Queries(AsyncpgPoolDriver(pool))
     await common.produce(lambda: queries.enqueue("noop", None, 0))
 
 

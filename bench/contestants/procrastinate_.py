@@ -3,7 +3,10 @@
 import common
 import procrastinate
 
-app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=common.URL, min_size=4, max_size=7))
+SIZE = max(7, common.CLIENTS)
+app = procrastinate.App(
+    connector=procrastinate.PsycopgConnector(conninfo=common.URL, min_size=4, max_size=SIZE)
+)
 
 
 @app.task(name="noop")

@@ -4,6 +4,7 @@ import sys
 
 import common
 import psycopg
+from psycopg_pool import AsyncConnectionPool
 
 from outbox import Handler, Job, enqueue
 from outbox.migrate import migrate
@@ -30,8 +31,18 @@ async def work(variant: str) -> None:
 
 
 async def produce() -> None:
-    conn = await psycopg.AsyncConnection.connect(common.URL, autocommit=True)
-    await common.produce(lambda: enqueue(conn, "bench.noop"))
+    settings = {"autocommit": True, "prepare_threshold": 1}
+    async with AsyncConnectionPool(common.URL, kwargs=settings, min_size=common.CLIENTS, open=False) as pool:
+
+        async def by_library() -> None:
+            async with pool.connection() as conn:
+                await enqueue(conn, "bench.noop")
+
+        async def plain() -> None:
+            async with pool.connection() as conn:
+                await conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
+
+        await common.produce(plain if "flood-plain" in sys.argv else by_library)
 
 
 if __name__ == "__main__":
