@@ -277,18 +277,19 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
     """
     url = server.fresh("bench")
     run(SENDOFF, url, "setup")
-    run(SENDOFF, url, "fill", str(count))
+    asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
     with server.connect("bench") as conn, socket.create_server(("127.0.0.1", 0)) as probe:
         settle(conn)
         port = probe.getsockname()[1]
         probe.close()
         options = ("--processes", str(workers))
         with working(SENDOFF, url, options=options, SENDOFF_HEALTH_PORT=str(port)):
+            wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
+            run(SENDOFF, url, "fill", str(count))
             wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None, timeout=180)
             span = conn.execute(
                 "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8 FROM outbox"
             ).fetchone()
-            asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
             wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
             time.sleep(1)
             before = _in_vain(port)

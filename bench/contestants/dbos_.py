@@ -14,7 +14,7 @@ def noop() -> None:
     common.mark()
 
 
-def launch() -> None:
+async def launch() -> None:
     DBOS(
         config={
             "name": "bench",
@@ -25,11 +25,11 @@ def launch() -> None:
         }
     )
     DBOS.launch()
-    DBOS.register_queue("bench", **BEST)
+    await DBOS.register_queue_async("bench", **BEST)
 
 
 async def setup() -> None:
-    launch()
+    await launch()
     DBOS.destroy()
 
 
@@ -44,7 +44,7 @@ async def fill(count: int) -> None:
 
 
 async def work(variant: str) -> None:
-    launch()
+    await launch()
     await common.stopped()
     DBOS.destroy()
 
