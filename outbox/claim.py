@@ -7,7 +7,7 @@ The connection is the caller's: in autocommit each call is a transaction, inside
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -39,6 +39,8 @@ class Claimed(NamedTuple):
     timeout: timedelta | None
     waited: timedelta
     """How long it had been due."""
+    priority: int
+    available_at: datetime
 
 
 async def register(
@@ -110,25 +112,30 @@ async def complete_and_claim(
     lease: timedelta = LEASE,
     stay_parked: bool = False,
     connection: int | None = None,
+    levels: Sequence[tuple[str, int, datetime]] | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
-    `completed` that were fenced.
+    `completed` that were fenced. With `levels` only rows of these topics and priorities are looked for,
+    due from then on.
 
     Raises WorkerEnded if a rescue came first.
     """
+    names, priorities, since = map(list, zip(*levels, strict=True)) if levels else (list(topics), None, None)
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
                 "SELECT * FROM outbox_complete_and_claim("
-                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s)",
+                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s, %s::smallint[], %s::timestamptz[])",
                 (
                     worker_id,
                     *arrays(completed),
-                    list(topics),
+                    names,
                     slots,
                     lease,
                     stay_parked,
                     connection,
+                    priorities,
+                    since,
                 ),
                 binary=True,
             )

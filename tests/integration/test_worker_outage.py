@@ -4,7 +4,7 @@ afterwards, by the same attempt.
 
 import asyncio
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -154,7 +154,7 @@ class Away:
 async def test_output_beyond_the_bound_makes_the_agent_wait() -> None:
     """At most 16 MiB wait in memory: `put` returns once there is room."""
     away = Away()
-    row = Claimed(1, "session.run", None, {}, 1, 0, 10, None, None, timedelta(0))
+    row = Claimed(1, "session.run", None, {}, 1, 0, 10, None, None, timedelta(0), 0, datetime.now(UTC))
     job = Job(row, uuid4(), Lease(LEASE, 0, lambda: None), lambda: away)  # type: ignore[arg-type,return-value]
     batch = [{"text": "x" * 2**20}]
     with pytest.raises(RuntimeError, match="it is back"):
