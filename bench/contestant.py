@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from bench.server import STATE
 
@@ -229,13 +230,21 @@ def run(contestant: Contestant, url: str, *arguments: str) -> None:
 
 
 @contextmanager
-def working(contestant: Contestant, url: str, *, tell: bool = False) -> Iterator[Process]:
-    """A worker, until the block ends."""
+def working(
+    contestant: Contestant,
+    url: str,
+    *,
+    tell: bool = False,
+    topics: str = "bench.noop",
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Process]:
+    """A worker, until the block ends. `topics` and `settings` (environment variables) are for Sendoff."""
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
-        command = [sys.executable, "-m", "worker", "--topics", "bench.noop"]
+        command = [sys.executable, "-m", "worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency)]
-    process = Process(command, _environment(contestant, url, tell=tell), STATE / "workers.log")
+    environment = {**_environment(contestant, url, tell=tell), **settings}
+    process = Process(command, environment, STATE / "workers.log")
     try:
         yield process
     finally:
