@@ -119,6 +119,10 @@ bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/ben
 bench-quick: .venv/.bench ## The main ratios in a few minutes
 	@$(BIN)/python -m bench quick
 
+.PHONY: bench-soak
+bench-soak: .venv/.bench ## A steady load for 75 minutes, a snapshot held in its midst; writes docs/soak.md
+	@$(BIN)/python -m bench.soak $(if $(MINUTES),--minutes '$(MINUTES)')
+
 .PHONY: chaos
 chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md
 	@$(BIN)/python -m tests.chaos --seconds '$(or $(SECONDS),60)' $(if $(SEED),--seed '$(SEED)') $(if $(BREAK),--break '$(BREAK)')

@@ -231,14 +231,20 @@ def run(contestant: Contestant, url: str, *arguments: str) -> str:
 
 @contextmanager
 def working(
-    contestant: Contestant, url: str, *, tell: bool = False, options: Sequence[str] = (), **environment: str
+    contestant: Contestant,
+    url: str,
+    *,
+    tell: bool = False,
+    topics: str = "bench.noop",
+    options: Sequence[str] = (),
+    **settings: str,
 ) -> Iterator[Process]:
-    """A worker, until the block ends. options, environment: more of the `worker` command's."""
+    """A worker, until the block ends. topics, options and settings (environment variables) are for Sendoff."""
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
-        command = [sys.executable, "-m", "worker", "--topics", "bench.noop"]
+        command = [sys.executable, "-m", "worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency), *options]
-    environment = {**_environment(contestant, url, tell=tell), **environment}
+    environment = {**_environment(contestant, url, tell=tell), **settings}
     process = Process(command, environment, STATE / "workers.log")
     try:
         yield process

@@ -10,7 +10,8 @@ import psycopg
 
 from embedded.postgres import EmbeddedPostgres
 
-STATE = Path(".state/bench").absolute()
+STATE = Path(os.environ.get("BENCH_STATE", ".state/bench")).absolute()
+"""Where servers, peers and results are kept; two benchmarks at once need two."""
 SETTINGS: dict[str, str | int] = {"shared_buffers": "512MB", "max_connections": 300, "max_wal_size": "4GB"}
 """All else is PostgreSQL's default: fsync and synchronous_commit are on."""
 

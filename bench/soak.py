@@ -1,0 +1,312 @@
+"""The soak: `python -m bench.soak`. A steady load, and a foreign snapshot that is held in its midst.
+
+1. The peak: the median of five drains of 20,000 rows. The sustained peak: as many rows as producer, worker
+   and server together get through when there is always a backlog. The load is a share of that.
+2. A producer in a process of its own inserts a batch every 20 ms, whether the worker keeps up or not. Only
+   a backlog of BACKLOG rows makes it skip batches, so that a collapse ends when its cause does.
+3. Every minute all rows inserted since are read by id, before they can be pruned: each must be done, at its
+   first attempt. What is not done yet is read again the next minute. So no row is lost or runs twice unseen.
+4. Every five minutes, every minute under the held snapshot, and six times in the minute after it, the
+   producer pauses for a burst of 20,000 rows: their rate is the peak in the state that the tables are in.
+5. Rows are kept for five minutes: the worker's own outbox.prune is made due every minute.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psycopg
+
+from bench.contestant import Process, by_name, run, working
+from bench.server import STATE, Server, resident_mb, settle
+from bench.soak_report import report
+
+BURST = 20_000
+BURST_SECONDS = 10.0
+"""A burst that is not drained by then counts with what was."""
+BACKLOG = 50_000
+TICK = 0.02
+LOG = STATE / "workers.log"
+RETENTION = 300
+
+FILL = "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)"
+
+# Every row since the frontier, the lowest id that was not seen done. Latencies are of every tenth row.
+OBSERVE = """
+SELECT count(*) FILTER (WHERE state IN ('ready', 'running')),
+       min(id) FILTER (WHERE state IN ('ready', 'running')),
+       max(id),
+       percentile_disc(ARRAY[0.5, 0.99]) WITHIN GROUP (
+           ORDER BY extract(epoch FROM started_at - available_at)::float8 * 1000
+       ) FILTER (WHERE id > %(timed_from)s AND id %% 10 = 0 AND started_at IS NOT NULL),
+       count(*),
+       count(*) FILTER (WHERE state NOT IN ('ready', 'running', 'done') OR attempt > 1)
+FROM outbox
+WHERE id >= %(frontier)s AND topic = 'bench.noop'
+"""
+# Of these, those that the next minute reads again.
+AGAIN = """
+SELECT count(*), count(*) FILTER (WHERE state NOT IN ('ready', 'running', 'done') OR attempt > 1)
+FROM outbox WHERE id >= %s AND topic = 'bench.noop'
+"""
+SIZES = """
+SELECT pg_table_size('outbox') / 1e6, s.n_dead_tup, s.autovacuum_count,
+       (SELECT json_object_agg(indexrelname, round(pg_relation_size(indexrelid) / 1e6, 1))
+        FROM pg_stat_user_indexes WHERE relname = 'outbox')
+FROM pg_stat_user_tables AS s WHERE s.relname = 'outbox'
+"""
+
+
+def _produce(
+    url: str, rate: "Synchronized[float]", made: "Synchronized[int]", skipped: "Synchronized[int]"
+) -> None:
+    """Insert `rate` rows a second in batches until it is negative. 0 pauses, and forgets what was due."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        due, last_id = time.monotonic(), 0
+        while (now_rate := rate.value) >= 0:
+            due = max(due + TICK, time.monotonic() - 1) if now_rate else time.monotonic() + TICK
+            time.sleep(max(0.0, due - time.monotonic()))
+            count = round(now_rate * TICK)
+            if count == 0:
+                continue
+            # The state is no condition: the planner would read a partial index, dead entries and all.
+            far = conn.execute("SELECT state FROM outbox WHERE id = %s", (last_id - BACKLOG,)).fetchone()
+            if far is not None and far[0] in ("ready", "running"):
+                skipped.value += count
+                continue
+            last_id = conn.execute(
+                f"WITH made AS ({FILL} RETURNING id) SELECT max(id) FROM made", (count,)
+            ).fetchone()[0]  # type: ignore[index]
+            made.value += count
+
+
+class Soak:
+    """One run: its connections, its producer, and what has been seen so far."""
+
+    def __init__(self, server: Server, url: str, worker: Process) -> None:
+        self.minutes: list[dict[str, Any]] = []
+        self.bursts: list[dict[str, Any]] = []
+        self.done = self.odd = 0
+        self.burst_rows = BURST  # there from the start
+        self._worker = worker
+        self._conn = server.connect("bench")
+        self._conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        # By id, whatever the statistics say of a table that changes so fast.
+        self._conn.execute("SET enable_seqscan = off")
+        self._conn.execute("SET enable_bitmapscan = off")
+        self._conn.execute("SET max_parallel_workers_per_gather = 0")
+        self._foreign = server.connect("bench")
+        self.held = False
+        self._frontier, self._timed_from = 0, 0
+        spawn = get_context("spawn")
+        self._rate, self._made, self._skipped = (
+            spawn.Value("d", 0.0),
+            spawn.Value("q", 0),
+            spawn.Value("q", 0),
+        )
+        self._producer = spawn.Process(target=_produce, args=(url, self._rate, self._made, self._skipped))
+        self._producer.start()
+        self.started = time.monotonic()
+
+    @property
+    def produced(self) -> int:
+        return int(self._made.value) + self.burst_rows
+
+    def load(self, rate: float) -> None:
+        self._rate.value = rate
+
+    def close(self) -> None:
+        self._rate.value = -1
+        self._producer.join(30)
+
+    def hold(self) -> None:
+        self._foreign.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        self._foreign.execute("SELECT 1 FROM pg_class LIMIT 1")
+        self.held = True
+
+    def release(self) -> None:
+        self._foreign.execute("COMMIT")
+        self.held = False
+
+    def burst(self, phase: str) -> float:
+        """Insert the rows at once; the rate at which they, and what waited before them, are finished."""
+        paused, self._rate.value = self._rate.value, 0.0
+        time.sleep(5 * TICK)
+        row = self._conn.execute(
+            f"WITH made AS ({FILL} RETURNING id) SELECT max(id), clock_timestamp() FROM made", (BURST,)
+        ).fetchone()
+        assert row is not None
+        last, began = row
+        self.burst_rows += BURST
+        end = time.monotonic() + BURST_SECONDS
+        while time.monotonic() < end and self._state(last) in ("ready", "running"):
+            time.sleep(0.005)
+        drained = self._state(last) == "done"
+        row = self._conn.execute(
+            "SELECT count(*), extract(epoch FROM max(finished_at) - %(began)s)::float8 FROM outbox"
+            " WHERE id > %(from)s AND finished_at >= %(began)s",
+            {"began": began, "from": last - BACKLOG - 3 * BURST},
+        ).fetchone()
+        assert row is not None
+        rate = row[0] / row[1] if row[0] else 0.0
+        self.bursts.append(
+            {"at_s": time.monotonic() - self.started, "phase": phase, "per_s": rate, "drained": drained}
+        )
+        self._timed_from = last
+        self._rate.value = paused
+        return rate
+
+    def _state(self, row_id: int) -> str | None:
+        found = self._conn.execute("SELECT state FROM outbox WHERE id = %s", (row_id,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def observe(self) -> dict[str, Any]:
+        """Read all rows that were not seen done yet; the minute's record."""
+        with self._conn.transaction():  # one snapshot for both
+            row = self._conn.execute(
+                OBSERVE, {"frontier": self._frontier, "timed_from": self._timed_from}
+            ).fetchone()
+            assert row is not None
+            left, lowest, highest, taken, rows, odd = row
+            again = self._conn.execute(AGAIN, (lowest,)).fetchone() if lowest is not None else (0, 0)
+            assert again is not None
+        sizes = self._conn.execute(SIZES).fetchone()
+        assert sizes is not None
+        self.done += rows - again[0]
+        self.odd += odd - again[1]
+        if highest is not None:
+            self._frontier = highest + 1 if lowest is None else lowest
+            self._timed_from = highest
+        table, dead, vacuums, indexes = sizes
+        record = {
+            "at_s": round(time.monotonic() - self.started, 1),
+            "produced": self.produced,
+            "skipped": self._skipped.value,
+            "done": self.done,
+            "odd": self.odd,
+            "backlog": left,
+            "p50_ms": taken and round(taken[0], 2),
+            "p99_ms": taken and round(taken[1], 2),
+            "table_mb": round(float(table), 1),
+            "index_mb": round(sum(indexes.values()), 1),
+            "indexes": indexes,
+            "dead_tuples": dead,
+            "autovacuums": vacuums,
+            "worker_mb": round(resident_mb(self._worker.pid), 1),
+            "held": self.held,
+        }
+        self.minutes.append(record)
+        return record
+
+    def make_prune_due(self) -> None:
+        self._conn.execute(
+            "UPDATE outbox SET available_at = clock_timestamp()"
+            " WHERE unique_key = 'outbox.prune' AND state = 'ready'"
+        )
+
+    def pruned(self) -> dict[str, Any]:
+        """The other way to count: what the worker says it deleted, and what is left, of all topics."""
+        kept = self._conn.execute("SELECT count(*), max(id) FROM outbox").fetchone()
+        assert kept is not None
+        log = (json.loads(line) for line in LOG.read_text().splitlines() if line.startswith("{"))
+        lines = [line for line in log if line.get("level") != "info" or line["event"] == "pruned"]
+        pruned = sum(line["rows"] for line in lines if line["event"] == "pruned")
+        warnings = Counter(line["event"] for line in lines if line["event"] != "pruned")
+        return {"pruned": pruned, "kept": kept[0], "last_id": kept[1], "worker_warnings": dict(warnings)}
+
+    def settled(self, timeout: float) -> None:
+        """Until nothing is left to do."""
+        end = time.monotonic() + timeout
+        while self.observe()["backlog"] and time.monotonic() < end:
+            time.sleep(1)
+
+
+@contextmanager
+def _soaking(server: Server) -> Iterator[Soak]:
+    contestant = by_name("sendoff c100")
+    url = server.fresh("bench")
+    run(contestant, url, "setup")
+    run(contestant, url, "fill", str(BURST))
+    with server.connect("bench") as conn:
+        settle(conn)
+    settings = {"SENDOFF_RETENTION": str(RETENTION), "SENDOFF_LOG_LEVEL": "info"}
+    with working(contestant, url, topics="bench.noop,outbox.prune", **settings) as worker:
+        soak = Soak(server, url, worker)
+        try:
+            yield soak
+        finally:
+            soak.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("--minutes", type=int, default=75)
+    parser.add_argument("--held-from", type=int, default=25, help="minute; 0: no snapshot is held")
+    parser.add_argument("--held-until", type=int, default=55)
+    parser.add_argument("--share", type=float, default=0.6, help="of the sustained peak")
+    parser.add_argument("--json", type=Path, default=STATE / "soak.json")
+    arguments = parser.parse_args()
+    LOG.unlink(missing_ok=True)
+    result: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k != "json"}
+    result |= {"at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "retention_s": RETENTION}
+    with Server.running() as server, _soaking(server) as soak:
+        result |= {"server": server.version(), "cores": len(os.sched_getaffinity(0))}
+        soak.settled(120)
+        soak.burst("warm")
+        result["peak_per_s"] = round(median(soak.burst("peak") for _ in range(5)))
+        soak.load(100_000)
+        time.sleep(5)
+        before, began = soak.observe()["done"], time.monotonic()
+        time.sleep(20)
+        result["sustained_per_s"] = round((soak.observe()["done"] - before) / (time.monotonic() - began))
+        soak.load(0)
+        soak.settled(120)
+        result["skipped_before"] = soak.minutes[-1]["skipped"]
+        soak.minutes.clear()
+        result["rate_per_s"] = round(arguments.share * result["sustained_per_s"])
+        print(json.dumps(result), flush=True)
+        soak.started = time.monotonic()
+        soak.load(result["rate_per_s"])
+        for minute in range(arguments.minutes):
+            _minute(soak, minute, arguments)
+            result |= {"minutes_seen": soak.minutes, "bursts": soak.bursts, "produced": soak.produced}
+            arguments.json.write_text(json.dumps(result, indent=1))
+            print(json.dumps({k: v for k, v in soak.minutes[-1].items() if k != "indexes"}), flush=True)
+        soak.load(0)
+        soak.settled(300)
+        last = soak.minutes.pop()
+        result |= {"produced": soak.produced, "done": soak.done, "odd": soak.odd, "left": last["backlog"]}
+        result |= soak.pruned()
+    arguments.json.write_text(json.dumps(result, indent=1))
+    report(result)
+
+
+def _minute(soak: Soak, minute: int, arguments: argparse.Namespace) -> None:
+    end = soak.started + 60 * (minute + 1)
+    holds = arguments.held_from > 0
+    phase = "held" if soak.held else "after" if holds and minute >= arguments.held_until else "before"
+    if minute % 5 == 0 or soak.held:
+        soak.burst(phase)
+    if holds and minute == arguments.held_from:
+        soak.hold()
+    soak.make_prune_due()
+    if holds and minute == arguments.held_until:
+        soak.release()
+        for _ in range(6):
+            soak.burst("recovery")
+            time.sleep(max(0.0, min(4.0, end - time.monotonic() - 5)))
+    time.sleep(max(0.0, end - time.monotonic()))
+    soak.observe()
+
+
+if __name__ == "__main__":
+    main()
