@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from bench.server import STATE
 
@@ -237,9 +238,9 @@ def working(
     tell: bool = False,
     topics: str = "bench.noop",
     options: Sequence[str] = (),
-    **settings: str,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Process]:
-    """A worker, until the block ends. topics, options and settings (environment variables) are for Sendoff."""
+    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables."""
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
         command = [sys.executable, "-m", "worker", "--topics", topics]

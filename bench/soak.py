@@ -239,7 +239,7 @@ def _soaking(server: Server) -> Iterator[Soak]:
     with server.connect("bench") as conn:
         settle(conn)
     settings = {"SENDOFF_RETENTION": str(RETENTION), "SENDOFF_LOG_LEVEL": "info"}
-    with working(contestant, url, topics="bench.noop,outbox.prune", **settings) as worker:
+    with working(contestant, url, topics="bench.noop,outbox.prune", settings=settings) as worker:
         soak = Soak(server, url, worker)
         try:
             yield soak

@@ -283,7 +283,7 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
         port = probe.getsockname()[1]
         probe.close()
         options = ("--processes", str(workers))
-        with working(SENDOFF, url, options=options, SENDOFF_HEALTH_PORT=str(port)):
+        with working(SENDOFF, url, options=options, settings={"SENDOFF_HEALTH_PORT": str(port)}):
             wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
             run(SENDOFF, url, "fill", str(count))
             wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None, timeout=180)
