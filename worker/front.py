@@ -10,7 +10,7 @@ throughput fell from 6,400 to 400 rows/s within 90 s. So, under load:
 3. What they miss is found from the front: rows of other priorities and topics, and those that lie before,
    committed late, handed back, or freed by the end of another of their key. That look comes again after
    twenty times what it took, so that it takes a twentieth of the time.
-4. If looks that begin later are slow as well, the front is not to blame, and all is as in 1.
+4. If looks that begin later take as long, the front is not to blame, and all is as in 1.
 
 A worker on its way to sleep, or woken, always looks from the front (worker/park.py).
 """
@@ -21,7 +21,7 @@ from datetime import datetime
 
 from outbox.claim import Claimed
 
-SLOW = 0.1  # seconds
+SLOW = 0.01  # seconds
 _SHARE = 20
 
 Levels = list[tuple[str, int, datetime]]
@@ -49,7 +49,7 @@ class Front:
             self._took = took
             self._ends.clear()
             self._again = ended + took * _SHARE if took > SLOW else -math.inf
-        elif took > self._took / 4:
+        elif took > self._took * 0.8:
             self._again = -math.inf
         if self._again > ended:
             for row in rows:  # in the order of available_at within a level: the last is the end

@@ -111,7 +111,7 @@ async def test_off_unless_configured(database: str, connect: Connect) -> None:
             await client.post(f"http://127.0.0.1:{port}/sessions", json=asked, headers={"traceparent": given})
         assert (await api.event("request", trace_id=TRACE))["status"] == 201
     conn = await connect()
-    stored = "SELECT array_agg(traceparent ORDER BY id) FROM outbox WHERE topic = 'session.run'"
+    stored = "SELECT array_agg(traceparent::text ORDER BY id) FROM outbox WHERE topic = 'session.run'"
     assert await one(conn, stored) == [TRACEPARENT, None]
 
 
