@@ -18,8 +18,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TextIO, cast
 
-import structlog
-from structlog.typing import EventDict, Processor
+from outbox.lean import without
+
+with without("rich", "greenlet"):  # for tracebacks in colours, and greenlets: 2 MB of a worker
+    import structlog
+    from structlog.contextvars import bound_contextvars as bound_contextvars
+    from structlog.typing import EventDict, Processor
 
 HIDDEN = "***"
 
