@@ -1,6 +1,6 @@
 """What is kept of a request: one log line, never with its body, its query or its headers, and the metrics.
 
-One middleware for both: each layer around a request costs it 4 us of some 350.
+One middleware for both: each layer around a request costs it 1 to 2 us.
 """
 
 import time

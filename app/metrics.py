@@ -48,7 +48,7 @@ def count(method: str, route: str | None, status: int, seconds: float) -> None:
 
 @cache
 def _counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    """To find them by their labels each time took 4 us more."""
+    """To find them by their labels each time took 3 us more."""
     return _REQUESTS.labels(method, route, str(status)), _SECONDS.labels(method, route)
 
 

@@ -16,7 +16,7 @@ class Tracing:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-        if not given and not trace.exporting():  # a span of nothing: 7 us
+        if not given and not trace.exporting():  # a span of nothing: 4 us
             await self._app(scope, receive, send)
             return
         method = scope["method"]
