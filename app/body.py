@@ -43,19 +43,22 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
 
 async def read_bytes(request: Request, limit: int) -> bytes:
     """The body, refused as soon as it is known to be too large; the rest is not read."""
-    too_large = Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
-        raise too_large
+        raise _too_large(limit)
     read = bytearray()
     try:
         async for chunk in request.stream():
             read += chunk
             if len(read) > limit:
-                raise too_large
+                raise _too_large(limit)
     except ClientDisconnect:
         raise Problem("malformed", "The body ended early.") from None
     return bytes(read)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
 
 
 def read_query(request: Request, model: type[Model]) -> Model:

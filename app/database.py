@@ -25,7 +25,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from app.problems import unavailable
-from outbox.connect import bounded, conninfo
+from outbox.connect import bounded, conninfo, cut_after
 from outbox.log import get_logger
 from outbox.settings import Settings
 
@@ -106,13 +106,19 @@ class Database:
         Raises Problem (unavailable) or psycopg.Error, which app.problems turns into one.
         """
         for attempt in range(3):
+            conn = await self._take()
+            # Without the generators of `connection` and `bounded`, and `description`, which makes an object
+            # for each column: 25 us of 230.
+            timer = cut_after(conn, ANSWER_TIMEOUT)
             try:
-                async with self.connection() as conn:
-                    cursor = await conn.execute(query, params)
-                    return await cursor.fetchall() if cursor.description else []
+                cursor = await conn.execute(query, params)
+                return await cursor.fetchall() if cursor.pgresult and cursor.pgresult.nfields else []
             except pg.DeadlockDetected:
                 if attempt == 2:
                     raise
+            finally:
+                timer.cancel()
+                await self._give_back(conn)
         raise AssertionError
 
     @asynccontextmanager
@@ -123,9 +129,7 @@ class Database:
             with bounded(conn, ANSWER_TIMEOUT):
                 yield conn
         finally:
-            if conn.closed:
-                self._suspect()
-            await self._pool.putconn(conn)
+            await self._give_back(conn)
 
     async def _take(self) -> AsyncConnection:
         while True:
@@ -145,6 +149,11 @@ class Database:
             await conn.close()
             await self._pool.putconn(conn)
             self._suspect()
+
+    async def _give_back(self, conn: AsyncConnection) -> None:
+        if conn.closed:
+            self._suspect()
+        await self._pool.putconn(conn)
 
     def _not_replaced(self, pool: AsyncConnectionPool[AsyncConnection]) -> None:
         if pool.get_stats()["pool_size"] == 0:

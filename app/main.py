@@ -12,13 +12,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from app import dashboard, problems, reference
-from app.access import AccessLog
+from app.access import Access
 from app.context import Context
 from app.database import Database
 from app.hub import Hub
 from app.identity import Authenticator, check_host
 from app.limits import Limits
-from app.metrics import CountRequests
 from app.oidc import check_issuer
 from app.presence import WorkerPresence
 from app.routes import routes
@@ -72,7 +71,7 @@ def create_app(settings: Settings) -> Starlette:
 
     app = Starlette(
         routes=[*routes(), *reference.routes(), *dashboard.routes()],
-        middleware=[Middleware(Tracing), Middleware(CountRequests), Middleware(AccessLog)],
+        middleware=[Middleware(Tracing), Middleware(Access)],
         exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
     )

@@ -8,6 +8,8 @@
 3. An unknown `kid` fetches them anew (the issuer may have rotated), but not within PAUSE of the last try: a
    storm of invented ones costs the issuer one request each PAUSE, and us none.
 4. The signature, then `iss`, `aud`, `exp`, `nbf` and `iat`, with LEEWAY for clocks that differ.
+
+Who remembers a token that passed (app/identity.py) forgets it with the keys: `renewed` says which they are.
 """
 
 import asyncio
@@ -91,7 +93,7 @@ class Issuer:
             log.warning("issuer_by_http", issuer=self._issuer, warning="its keys can be forged on the way")
         self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT)  # follows no redirect
         self._keys: list[Key] = []
-        self._fetched_at = self._tried_at = float("-inf")
+        self.fetched_at = self._tried_at = float("-inf")
         self._fetching: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -139,15 +141,26 @@ class Issuer:
             raise Rejected("The token is malformed.") from None
         return claims
 
-    async def _find(self, kid: str | None, algorithm: str) -> Key:
+    async def renewed(self) -> float:
+        """`fetched_at` of the keys that count now, which tells them from those before. Raises Problem
+        (unavailable) if there are none.
+        """
+        await self._renew_in_time()
+        return self.fetched_at
+
+    async def _renew_in_time(self) -> None:
+        """Step 2."""
         now = self._clock()
-        if now - self._fetched_at > STALE:
+        if now - self.fetched_at > STALE:
             if self._busy or now - self._tried_at > FAILURE_PAUSE:
                 await self._fetch()
-            if self._clock() - self._fetched_at > STALE:
+            if self._clock() - self.fetched_at > STALE:
                 raise unavailable("The identity provider does not answer; try again.")
-        elif now - self._fetched_at > FRESH and now - self._tried_at > PAUSE:
+        elif now - self.fetched_at > FRESH and now - self._tried_at > PAUSE:
             self._start()
+
+    async def _find(self, kid: str | None, algorithm: str) -> Key:
+        await self._renew_in_time()
         found = self._match(kid, algorithm)
         if found is None and (self._busy or self._clock() - self._tried_at > PAUSE):
             await self._fetch()
@@ -182,7 +195,7 @@ class Issuer:
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, _Unusable) as error:
             log.warning("issuer_keys_not_fetched", issuer=self._issuer, error=str(error) or repr(error))
             return
-        self._keys, self._fetched_at = keys, begun
+        self._keys, self.fetched_at = keys, begun
         log.info("issuer_keys", issuer=self._issuer, keys=[key.kid for key in keys])
 
     async def endpoint(self, name: str) -> str:

@@ -23,6 +23,7 @@ from app.problems import Problem
 JSON = ("application/json",)
 SESSION_RETRY = 30  # seconds: a turn takes minutes
 PATCH = ("application/merge-patch+json", "application/json")
+_NO_WORD = re.compile(r"[^a-z0-9]+")
 
 # One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
 # that may not be seen leaves `new` empty, so that nothing is called.
@@ -117,14 +118,14 @@ async def create_session(request: Request, identity: Identity) -> Response:
     here = context(request)
     title = asked.title or _first_line(asked.prompt or "") or asked.repo[-200:]
     values = {
-        **asked.model_dump(),
+        **vars(asked),
         "title": title,
         "branch_stem": f"sendoff/{_slug(title) or _slug(asked.repo) or 'session'}-",
         "user_id": identity.user_id,
         "scope": identity.scope,
         "worker_present": await here.presence.present(),
         "key": key,
-        "request_hash": _hash("POST /sessions", asked),
+        "request_hash": _hash("POST /sessions", asked) if key else None,
         "trace": traceparent(request),
         "most_sessions": None if identity.operator else here.settings.max_sessions,
     }
@@ -157,13 +158,14 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
     asked = await read_body(request, PromptCreate, JSON)
     here = context(request)
     session_id = str(request.path_params["id"])
+    key = idempotency_key(request)
     values = {
         "id": session_id,
         "scope": identity.scope,
         "prompt": asked.prompt,
         "worker_present": await here.presence.present(),
-        "key": idempotency_key(request),
-        "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked),
+        "key": key,
+        "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked) if key else None,
         "trace": traceparent(request),
         "user_id": identity.user_id,
         "most_sessions": None if identity.operator else here.settings.max_sessions,
@@ -282,8 +284,9 @@ def _hash(target: str, asked: BaseModel) -> bytes:
 def _first_line(prompt: str) -> str:
     """The first line with text, fit for a title, or nothing."""
     for line in prompt.splitlines():
-        kept = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
-        words = " ".join(kept.split())
+        if not line.isprintable():
+            line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+        words = " ".join(line.split())
         if words:
             return words if len(words) <= 80 else words[:79].rstrip() + "…"
     return ""
@@ -291,4 +294,4 @@ def _first_line(prompt: str) -> str:
 
 def _slug(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:40].strip("-")
+    return _NO_WORD.sub("-", plain)[:40].strip("-")

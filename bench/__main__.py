@@ -11,12 +11,16 @@ from typing import Any
 
 from bench import workloads
 from bench.contestant import CONTESTANTS, Contestant, by_name, install
-from bench.http import post_sessions
+from bench.http import APIS, post_sessions
 from bench.report import write
 from bench.server import SETTINGS, STATE, Server
+from bench.streams import streams
 
 Results = dict[str, dict[str, list[float]]]
 """By figure, by contestant: one value a round."""
+
+_ALONE = {"http", "claim", "idle", "streams", "costs"}
+"""Parts without peers."""
 
 QUICK = {
     "latency": ["sendoff c10", "floor b10", "graphile best"],
@@ -31,7 +35,8 @@ ONE_A_POLL = ("dbos default", "pgboss default")
 
 def main() -> None:
     arguments = _arguments()
-    install()
+    if arguments.only is None or not set(arguments.only) <= _ALONE:
+        install()
     figures: Results = defaultdict(lambda: defaultdict(list))
     one: dict[str, Any] = {}
     with Server.running() as server:
@@ -45,6 +50,8 @@ def main() -> None:
             _claims(server, figures, arguments)
         if arguments.only is None or "idle" in arguments.only:
             one["idle"] = workloads.idle(server, arguments.idle)
+        if arguments.streams and (arguments.only is None or "streams" in arguments.only):
+            one["streams"] = streams(server, arguments.streams, arguments.stream_seconds)
         if arguments.held and (arguments.only is None or "held" in arguments.only):
             for contestant in (_best(), by_name("floor b100")):
                 one[f"held {contestant.name}"] = workloads.held_snapshot(server, contestant, arguments.held)
@@ -70,11 +77,13 @@ def _arguments() -> argparse.Namespace:
     add("--seconds", type=int, help="of each enqueue run (quick 3, all 10)")
     add("--finished", type=int, help="finished rows beside a claim (quick 500000, all 10000000)")
     add("--held", type=float, help="seconds of the phases around a held snapshot (quick 0: none, all 180)")
+    add("--streams", type=int, help="event streams at once (quick 200, all 2000)")
+    add("--stream-seconds", type=int, help="of a message a second in each (quick 5, all 30)")
     add("--idle", type=float, help="seconds that an idle worker is watched (quick 10, all 600)")
     add(
         "--only",
         type=lambda text: text.split(","),
-        help="of latency,drain1,drain2,enqueue,library,http,workers,claim,idle,held",
+        help="of latency,drain1,drain2,enqueue,library,http,workers,claim,idle,streams,held",
     )
     add("--json", type=Path, default=STATE / "result.json", help="where the result goes")
     found = parser.parse_args()
@@ -86,6 +95,8 @@ def _arguments() -> argparse.Namespace:
         ("finished", 500_000, 10_000_000),
         ("held", 0, 180),
         ("idle", 10, 600),
+        ("streams", 200, 2000),
+        ("stream_seconds", 5, 30),
     ]:
         if getattr(found, name) is None:
             setattr(found, name, short if quick else full)
@@ -153,7 +164,7 @@ def _library(server: Server, figures: Results, arguments: argparse.Namespace) ->
 
 
 def _http(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    for name in random.sample(["sendoff", "bare"], 2):
+    for name in random.sample(APIS, len(APIS)):
         _measure(figures, name, post_sessions, server, name, arguments.seconds)
 
 

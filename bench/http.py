@@ -1,116 +1,216 @@
-"""`POST /sessions` through uvicorn, one API process, 16 kept-alive connections, beside a bare route."""
+"""`POST /sessions` through uvicorn, one API process, 16 kept-alive connections, beside a bare route.
+
+Who asks: the development identity, a user by a token of an OpenID Connect issuer (RS256; a real issuer on
+loopback, its keys found by discovery), or a user by an API token. All settings are the defaults, so that no
+user may have more than a hundred unfinished sessions: the load comes from many users, SESSIONS of each.
+"""
 
 import asyncio
-import http.client
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import cast
 
 from bench.contestant import ROOT, run, wait_until
-from bench.server import STATE, Server, settle
+from bench.server import STATE, Server, cpu_seconds, settle
 from bench.workloads import SENDOFF
 
 CONNECTIONS = 16
+SESSIONS = 50  # of a user
+FASTEST = 3000  # requests a second that there are users for
+
+APIS = ("bare", "development", "bearer", "api token")
 
 
 def post_sessions(server: Server, name: str, seconds: int) -> dict[str, float]:
-    """Requests answered 201 a second. The load comes from another process, with plain sockets."""
+    """Requests answered 201 a second, and the CPU time that one costs the API and the load generator, which
+    is another process. `name`: one of APIS.
+    """
     url = server.fresh("bench")
     run(SENDOFF, url, "setup")
-    with server.connect("bench") as conn:
-        settle(conn)
+    users = (seconds + 1) * FASTEST // SESSIONS
+    with _askers(server, name, users) as (environment, tokens):
+        with server.connect("bench") as conn:
+            settle(conn)
+        with api(url, environment, bare=name == "bare") as (process, port):
+            warm_up = FASTEST // SESSIONS  # users; a second fills the pool of connections and prepares
+            _loaded(port, 1, tokens[:warm_up])
+            before = cpu_seconds(process.pid)
+            count, took, load = _loaded(port, seconds, tokens[warm_up:])
+            spent = cpu_seconds(process.pid) - before
+    return {
+        "post_sessions_per_s": count / took,
+        "post_sessions_cpu_us": spent / count * 1e6,
+        "post_sessions_load_cpu_us": load / count * 1e6,
+    }
+
+
+@contextmanager
+def api(
+    url: str, environment: dict[str, str], *, bare: bool = False
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process of the API, or of the bare route, and its port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "DATABASE_URL": url,
         "SENDOFF_PORT": str(port),
-        "SENDOFF_DEV_IDENTITY": "1",
         "SENDOFF_LOG_LEVEL": "warning",
         "PYTHONPATH": str(ROOT),
+        **environment,
     }
-    command = {
-        "sendoff": ["-c", "from outbox.cli import main; main(['api'])"],
-        "bare": [
-            "-m",
-            "uvicorn",
-            "bench.bare:app",
-            "--port",
-            str(port),
-            "--loop",
-            "uvloop",
-            "--http",
-            "httptools",
-            "--no-access-log",
-            "--log-level",
-            "warning",
-        ],
-    }[name]
+    options = f"--port {port} --loop uvloop --http httptools --no-access-log --log-level warning"
+    command = (
+        ["-m", "uvicorn", "bench.bare:app", *options.split()]
+        if bare
+        else ["-c", "from outbox.cli import main; main(['api'])"]
+    )
     with (STATE / "api.log").open("ab") as log:
-        api = subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, stderr=log, stdout=log)
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, cwd=ROOT, stderr=log, stdout=log
+        )
         try:
             wait_until(lambda: _accepts(port), timeout=30)
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.http", str(port), str(seconds)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=seconds + 60,
-            )
+            yield process, port
         finally:
-            api.terminate()
-            api.wait(30)
-    return {"post_sessions_per_s": float(done.stdout)}
+            process.terminate()
+            process.wait(30)
+
+
+@contextmanager
+def _askers(server: Server, name: str, users: int) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Settings of the API, and a token for each user; without authentication empty ones."""
+    names = [f"user-{number}" for number in range(users)]
+    if name == "bearer":
+        from anyio.from_thread import start_blocking_portal
+
+        from tests.support.issuer import issuing
+
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(issuing()) as issuer:
+            exp = int(time.time()) + 3600
+            yield {"SENDOFF_OIDC_ISSUER": issuer.url}, [issuer.token(user, exp=exp) for user in names]
+    elif name == "api token":
+        yield {"SENDOFF_REQUIRE_TOKEN": "1"}, _api_tokens(server, names)
+    else:
+        yield {"SENDOFF_DEV_IDENTITY": "1"}, [""] * users
+
+
+def _api_tokens(server: Server, names: list[str]) -> list[str]:
+    import psycopg
+
+    from outbox.token import create
+
+    async def made() -> list[str]:
+        async with await psycopg.AsyncConnection.connect(server.url("bench")) as conn:
+            return [(await create(conn, name, "bench"))[1] for name in names]
+
+    return asyncio.run(made())
 
 
 def _accepts(port: int) -> bool:
-    with suppress(OSError, http.client.HTTPException):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        body = json.dumps({"repo": "octo/tools", "target_branch": "main", "prompt": "x"})
-        connection.request("POST", "/sessions", body, {"Content-Type": "application/json"})
-        return connection.getresponse().status == 201
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        return True
     return False
 
 
-async def _load(port: int, seconds: float) -> float:
-    body = json.dumps(
-        {"repo": "octo/tools", "target_branch": "main", "prompt": "Fix the date parser"}
-    ).encode()
-    request = (
-        b"POST /sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+def _loaded(port: int, seconds: int, tokens: list[str]) -> tuple[float, float, float]:
+    """Requests answered, how long it took, and the generator's CPU time."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.http", str(port), str(seconds)],
+        cwd=ROOT,
+        input=json.dumps(tokens),
+        capture_output=True,
+        text=True,
+        timeout=seconds + 60,
     )
-    answered = 0
-    end = time.monotonic() + seconds
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    count, took, cpu = map(float, done.stdout.split())
+    return count, took, cpu
 
-    async def client() -> None:
-        nonlocal answered
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while time.monotonic() < end:
-            writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 201"):
-                raise RuntimeError(head.decode())
-            length = next(
-                int(line.partition(b":")[2])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")
-            )
-            await reader.readexactly(length)
-            answered += 1
-        writer.close()
 
+BODY = b'{"repo": "octo/tools", "target_branch": "main", "prompt": "Fix the date parser"}'
+
+
+class _Client(asyncio.Protocol):
+    """One connection: the next request as soon as an answer is there. As little as can be: the load must
+    not be what is measured.
+    """
+
+    def __init__(self, requests: Iterator[bytes], end: float) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.answered = 0
+        self._requests = requests
+        self._end = end
+        self._buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._transport.write(next(self._requests))
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, found, body = self._buffer.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        if len(body) < length:
+            return
+        self._buffer = b""
+        if not head.startswith(b"HTTP/1.1 201"):
+            self.done.set_exception(RuntimeError(f"{head!r} {body!r}"))
+            self._transport.close()
+            return
+        self.answered += 1
+        if time.monotonic() < self._end:
+            self._transport.write(next(self._requests))
+        else:
+            self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def _requests(tokens: list[str]) -> Iterator[bytes]:
+    """SESSIONS requests of each user. Raises StopIteration when all have asked."""
+    for token in tokens:
+        lines = [b"POST /sessions HTTP/1.1", b"Host: localhost", b"Content-Type: application/json"]
+        lines.append(b"Content-Length: %d" % len(BODY))
+        if token:
+            lines.append(b"Authorization: Bearer " + token.encode())
+        request = b"\r\n".join(lines) + b"\r\n\r\n" + BODY
+        for _ in range(SESSIONS):
+            yield request
+
+
+async def _load(port: int, seconds: float, tokens: list[str]) -> tuple[int, float]:
+    loop = asyncio.get_running_loop()
     started = time.monotonic()
-    await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
-    return answered / (time.monotonic() - started)
+    end = started + seconds
+    clients = []
+    for number in range(CONNECTIONS):
+        mine = _requests(tokens[number::CONNECTIONS])
+        _, client = await loop.create_connection(
+            lambda mine=mine: _Client(mine, end),  # type: ignore[misc]
+            "127.0.0.1",
+            port,
+        )
+        clients.append(client)
+    await asyncio.gather(*(client.done for client in clients))
+    return sum(client.answered for client in clients), time.monotonic() - started
 
 
 if __name__ == "__main__":
     import uvloop
 
-    print(uvloop.run(_load(int(sys.argv[1]), float(sys.argv[2]))))
+    cpu = time.process_time()
+    count, took = uvloop.run(_load(int(sys.argv[1]), float(sys.argv[2]), json.load(sys.stdin)))
+    print(count, took, time.process_time() - cpu)

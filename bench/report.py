@@ -31,6 +31,8 @@ def write(result: dict[str, Any], path: Path) -> None:
         print(f"ratio {name} {value:.2f}")
     if idle := result["once"].get("idle"):
         print(f"idle queries {idle['queries']} cpu_s {idle['cpu_s']} rss_mb {idle['rss_mb']}")
+    if found := result["once"].get("streams"):
+        print("streams", *(f"{name} {value}" for name, value in found.items()))
     if result["arguments"]["extent"] == "all":
         (DOCS / "benchmarks.md").write_text(_page(result, _plots(result["figures"])))
 
@@ -80,7 +82,9 @@ def _ratios(figures: dict[str, Table]) -> dict[str, float]:
         add(f"library{clients}_vs_plain_insert", mine, _of(table, "sendoff, plain"))
         add(f"library{clients}_vs_best_peer", mine, _best(table, PEERS))
     table = of("post_sessions_per_s")
-    add("post_sessions_vs_bare_route", _of(table, "sendoff"), _of(table, "bare"))
+    add("post_sessions_vs_bare_route", _of(table, "bearer"), _of(table, "bare"))
+    for name in ("development", "api token"):
+        add(f"post_sessions_{name.replace(' ', '_')}_vs_bare_route", _of(table, name), _of(table, "bare"))
     table = of("claim_ms")
     finished = [name for name in table if name.endswith("finished")]
     ready = [name for name in table if name.endswith("ready")]
@@ -106,6 +110,7 @@ TITLES = {
     "library8_per_s": "Inserts a second by the system's own library, 8 connections, a worker at work",
     "library32_per_s": "Inserts a second by the system's own library, 32 connections, a worker at work",
     "post_sessions_per_s": "POST /sessions a second, one API process",
+    "post_sessions_cpu_us": "CPU time of the API for a POST /sessions, us",
     "claim_ms": "One claim of 10 rows, ms",
     "workers10_per_s": "Jobs drained a second, 10 worker processes of 10 slots",
     "workers50_per_s": "Jobs drained a second, 50 worker processes of 10 slots",
@@ -137,6 +142,15 @@ def _page(result: dict[str, Any], plots: dict[str, str]) -> str:
             f"An idle worker sent {idle['queries']} queries in {idle['seconds']:.0f} s, "
             f"used {idle['cpu_s']} s of CPU time, and held {idle['rss_mb']} MB.",
         ]
+    if found := result["once"].get("streams"):
+        lines += [
+            "",
+            f"{found['count']} event streams, {found['messages_per_s']} messages a second in all: "
+            f"{found['lost']} lost, {found['twice']} delivered twice, from commit to arrival "
+            f"{found['p50_ms']} ms (p50) and {found['p99_ms']} ms (p99); {found['cpu_us_per_message']} us of "
+            f"the API's CPU time a message, {found['kb_per_stream']} kB a stream, "
+            f"{found['listen_connections']} LISTEN connection.",
+        ]
     for name, phases in result["once"].items():
         if name.startswith("held "):
             lines += [
@@ -149,7 +163,7 @@ def _page(result: dict[str, Any], plots: dict[str, str]) -> str:
         if not table:
             continue
         lines += ["", f"## {TITLES.get(figure, figure)}", "", "| | median | range |", "|---|---|---|"]
-        ascending = figure.endswith("_ms")
+        ascending = figure.endswith(("_ms", "_us"))
         for name, values in sorted(table.items(), key=lambda item: median(item[1]), reverse=not ascending):
             lines.append(
                 f"| {name} | {_number(median(values))} | {_number(min(values))} to {_number(max(values))} |"

@@ -63,11 +63,16 @@ def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None
     A cancelled task would not do: psycopg asks the server to cancel and waits for its answer, which a
     path gone silent never brings.
     """
-    timer = asyncio.get_running_loop().call_later(seconds, _cut, conn)
+    timer = cut_after(conn, seconds)
     try:
         yield
     finally:
         timer.cancel()
+
+
+def cut_after(conn: psycopg.AsyncConnection[Any], seconds: float) -> asyncio.TimerHandle:
+    """What `bounded` sets and cancels."""
+    return asyncio.get_running_loop().call_later(seconds, _cut, conn)
 
 
 def _cut(conn: psycopg.AsyncConnection[Any]) -> None:

@@ -15,10 +15,15 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TextIO, cast
 
-import structlog
-from structlog.typing import EventDict, Processor
+from outbox.lean import without
+
+with without("rich", "greenlet"):  # for tracebacks in colours, and greenlets: 2 MB of a worker
+    import structlog
+    from structlog.contextvars import bound_contextvars as bound_contextvars
+    from structlog.typing import EventDict, Processor
 
 HIDDEN = "***"
 
@@ -39,6 +44,9 @@ _SECRET_TEXTS = [
         re.IGNORECASE,
     ),
 ]
+
+# One of these is in whatever those find.
+_SUSPECT = re.compile(r"://|bearer|basic|token|passw|secret|key", re.IGNORECASE)
 
 
 def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
@@ -88,10 +96,15 @@ def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:
 
 
 def _redact_field(name: object, value: Any) -> Any:
-    if isinstance(name, str) and _SECRET_NAME.search(name):
+    if isinstance(name, str) and _is_secret(name):
         is_count = isinstance(value, int) and _COUNT_NAME.search(name)
         return value if value is None or is_count else HIDDEN
     return _redact_value(value)
+
+
+@lru_cache
+def _is_secret(name: str) -> bool:
+    return bool(_SECRET_NAME.search(name))
 
 
 def _redact_value(value: Any) -> Any:
@@ -108,6 +121,8 @@ def _redact_value(value: Any) -> Any:
 
 def redact_text(text: str) -> str:
     """The text without passwords in URLs, bearer tokens and `token=…` pairs."""
+    if not _SUSPECT.search(text):  # most texts: 60 us less of 90 that a line took
+        return text
     for pattern in _SECRET_TEXTS:
         text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
     return text

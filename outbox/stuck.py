@@ -21,11 +21,14 @@ from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
 
-import httpx
 import psycopg
 
+from outbox.lean import without
 from outbox.log import get_logger
 from outbox.settings import Settings
+
+with without("rich", "click"):  # for its own command line: 4 MB of a worker
+    import httpx
 
 log = get_logger(__name__)
 

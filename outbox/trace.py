@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
-from structlog.contextvars import bound_contextvars
-
 from outbox.errors import ConfigurationError
+from outbox.log import bound_contextvars
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

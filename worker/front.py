@@ -42,6 +42,11 @@ class Front:
             return None
         return [(topic, priority, end) for (topic, priority), end in self._ends.items()]
 
+    def gave_up(self, levels: Levels | None, began: float, now: float) -> None:
+        """A look was cut off, after a lease at the latest. If it was from the front, others come first."""
+        if levels is None and self._ends:
+            self._again = now + (now - began) * _SHARE
+
     def looked(self, levels: Levels | None, rows: Iterable[Claimed], began: float, ended: float) -> None:
         """What a look found, and how long it took."""
         took = ended - began

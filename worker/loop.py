@@ -184,7 +184,6 @@ class Worker:
         """Make this life known, under the presence of this LISTEN connection; read the marks we missed."""
         await check_schema(self._control)
         self._parking.wake()
-        self._front = Front()
         self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
         self._probe_sent, self._probe_at = None, self._next_probe()
         if self.id is None:
@@ -427,17 +426,21 @@ class Worker:
         # Only a worker that is awake and does not mean to park may begin elsewhere than at the front.
         levels = self._front.levels(asked_at) if self._parking.stage is Stage.AWAKE else None
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
-        rows, refused = await complete_and_claim(
-            self._control,
-            self.id,
-            [o.job.token for o in completed],
-            self._topics,
-            wants,
-            lease=self._lease_time,
-            stay_parked=stay_parked,
-            connection=self._listener.presence,
-            levels=levels,
-        )
+        try:
+            rows, refused = await complete_and_claim(
+                self._control,
+                self.id,
+                [o.job.token for o in completed],
+                self._topics,
+                wants,
+                lease=self._lease_time,
+                stay_parked=stay_parked,
+                connection=self._listener.presence,
+                levels=levels,
+            )
+        except (psycopg.Error, OSError):
+            self._front.gave_up(levels, asked_at, time.monotonic())
+            raise
         self._front.looked(levels, rows, asked_at, time.monotonic())
         if completed:
             self._completed(completed, refused)

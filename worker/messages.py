@@ -28,7 +28,7 @@ Event = dict[str, Any]
 _BOUND = 16 * 2**20
 _RETRY_FIRST, _RETRY_LAST = 0.1, 2.0
 
-_APPEND = "SELECT fenced, cancel, last_seq FROM message_append(%s, %s, %s, %s, %s, %s, %s)"
+_APPEND = "SELECT fenced, cancel, last_seq, watched FROM message_append(%s, %s, %s, %s, %s, %s, %s, true)"
 
 
 class Messages(AbstractAsyncContextManager["Messages"]):
@@ -102,8 +102,10 @@ class Messages(AbstractAsyncContextManager["Messages"]):
                     (*ids, [Jsonb(event) for event in batch], self._last_seq),
                 )
                 row = await cursor.fetchone()
-            assert row is not None
-            fenced, cancel, last_seq = row
+                assert row is not None
+                fenced, cancel, last_seq, watched = row
+                if watched and not fenced:  # once that has committed: sql/0005_events.sql
+                    await conn.execute("SELECT session_notify(%s)", (self._ids[0],))
             if fenced:
                 raise Fenced(*self._job.token)
             if cancel:

@@ -484,3 +484,36 @@ async def test_many_streams_are_read_by_few_statements(api: Api, hand: Hand, rea
     for stream in streams:
         hub.leave(stream)
     await watched(api, reads)
+
+
+async def test_a_worker_notifies_after_its_commit_and_only_who_watches(
+    database: str, connect: Connect
+) -> None:
+    async with serving(database) as api:
+        hand = Hand(await connect())
+        await hand.register()
+        session_id = await begun(api, hand)
+    listener = await connect()
+    await listener.execute("LISTEN sendoff_session")
+
+    async def heard() -> list[str]:
+        """What was notified until now: another transaction's notification comes after it."""
+        await hand.conn.execute("NOTIFY sendoff_session, 'now'")
+        found = []
+        async for notification in listener.notifies(timeout=60):
+            if notification.payload == "now":
+                break
+            found.append(notification.payload)
+        return found
+
+    assert await hand.say_later("nobody watches") is False
+    assert await heard() == []
+    await hand.conn.execute("INSERT INTO watcher (session_id, presence) VALUES (%s, 1)", (session_id,))
+    assert await hand.say_later("watched") is True
+    assert await heard() == []
+    await hand.conn.execute("SELECT session_notify(%s)", (session_id,))
+    assert await heard() == [session_id]
+    async with hand.conn.transaction():  # what was put off does not put off others
+        await hand.say_later("watched")
+        await hand.say("at once")
+    assert await heard() == [session_id]

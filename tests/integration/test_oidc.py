@@ -1,13 +1,17 @@
 """Tokens of an issuer: whose they are, and what is asked of the issuer, when."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from app import oidc
+from app import identity, oidc
+from app.database import Database
+from app.identity import Authenticator
 from app.oidc import Issuer, Rejected, check_issuer, has_role
 from app.problems import Problem
 from outbox.errors import ConfigurationError
@@ -189,3 +193,63 @@ def test_an_issuer_that_is_no_url_is_refused(url: str) -> None:
 )
 def test_roles(claims: dict[str, Any], claim: str, holds: bool) -> None:
     assert has_role(claims, claim, "op") is holds
+
+
+@pytest.fixture
+async def authenticator(stand_in: StandIn, clock: Clock) -> AsyncIterator[Authenticator]:
+    found = Authenticator(settings(stand_in.url), database=cast(Database, None))  # of no API token is asked
+    assert found.issuer is not None
+    found.issuer._clock = clock
+    yield found
+    await found.close()
+
+
+async def test_a_token_is_verified_once_while_the_same_keys_count(
+    stand_in: StandIn, authenticator: Authenticator, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = stand_in.token()
+    first = await authenticator.by_token(token)
+    with monkeypatch.context() as patched:
+        patched.setattr(Issuer, "verify", None)
+        assert await authenticator.by_token(token) is first
+    with pytest.raises(Problem):  # the same claims, another signature
+        await authenticator.by_token(token[:-8] + "AAAAAAAA")
+
+    stand_in.key = SigningKey("second")
+    stand_in.published = [stand_in.key.jwk]
+    clock.now += oidc.FRESH + 1
+    await authenticator.by_token(token)  # renews the keys meanwhile
+    assert authenticator.issuer is not None
+    assert authenticator.issuer._fetching is not None
+    await authenticator.issuer._fetching
+    with pytest.raises(Problem, match="does not publish"):
+        await authenticator.by_token(token)
+
+
+async def test_a_token_that_was_verified_expires(stand_in: StandIn, authenticator: Authenticator) -> None:
+    token = stand_in.token()
+    found = await authenticator.by_token(token)
+    ((key, (_, keys)),) = authenticator._verified.items()
+    authenticator._verified[key] = (replace(found, user_id="past", until=time.monotonic()), keys)
+    assert (await authenticator.by_token(token)).user_id == "alice"  # is verified anew
+
+
+async def test_only_so_many_verified_tokens_are_remembered(
+    stand_in: StandIn, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "REMEMBERED", 2)
+    for user in ("alice", "bob", "carol"):
+        await authenticator.by_token(stand_in.token(user))
+    assert [known.user_id for known, _ in authenticator._verified.values()] == ["bob", "carol"]
+
+
+async def test_without_keys_a_verified_token_is_not_believed(
+    stand_in: StandIn, authenticator: Authenticator, clock: Clock
+) -> None:
+    token = stand_in.token()
+    await authenticator.by_token(token)
+    stand_in.broken = Response(status_code=500)
+    clock.now += oidc.STALE + 1
+    with pytest.raises(Problem) as raised:
+        await authenticator.by_token(token)
+    assert raised.value.kind == "unavailable"

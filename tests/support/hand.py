@@ -58,6 +58,23 @@ class Hand:
         assert not found[0], "fenced"
         return int(found[1])
 
+    async def say_later(self, text: str) -> bool:
+        """Store a message as the worker does, and return whether it is to notify then."""
+        cursor = await self.conn.execute(
+            "SELECT watched FROM message_append(%s, %s, %s, %s, %s, %s, notify_later => true)",
+            (
+                self.id,
+                self.row,
+                self.attempt,
+                UUID(self.payload["session_id"]),
+                UUID(self.payload["prompt_id"]),
+                [Jsonb({"type": "assistant", "text": text})],
+            ),
+        )
+        found = await cursor.fetchone()
+        assert found is not None
+        return bool(found[0])
+
     async def complete(self) -> None:
         await self.conn.execute("SELECT outbox_complete(%s, %s, %s)", (self.id, [self.row], [self.attempt]))
 

@@ -48,3 +48,12 @@ def test_a_front_that_is_quick_again_is_used_again() -> None:
     front.looked(None, [row(1)], began=0, ended=1)
     front.looked(None, [row(2)], began=21, ended=21.001)
     assert front.levels(21.001) is None
+
+
+def test_a_look_that_was_cut_off_is_not_taken_again_at_once() -> None:
+    """It took a whole lease, and would take one again: the worker would do nothing else."""
+    front = Front()
+    front.looked(None, [row(1)], began=0, ended=1)
+    front.gave_up(None, began=21, now=27)
+    assert front.levels(27) == [("t", 0, T + timedelta(seconds=1))]
+    assert front.levels(27 + 120) is None
