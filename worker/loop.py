@@ -59,10 +59,9 @@ _BUSY = 0.005
 
 _NAP_FIRST, _NAP_LAST, _AWAKE = 0.002, 0.008, 0.25
 """Seconds that an awake worker naps when it has taken all there was, before it looks again: 2 ms, 4 ms, then
-8. Rows that come meanwhile are claimed together, and nobody needs to notify. It parks when it has found none
-for 250 ms. Each time it parks and wakes leaves two versions of its row behind, which every producer's look
-at the flags reads past while somebody holds an old snapshot: when it parked after 14 ms, load in bursts left
-a hundred a second."""
+8. Rows that come meanwhile are claimed together, and nobody needs to notify. It parks when three naps
+brought none, and 250 ms after its slots were last full. Each time it parks and wakes leaves two versions of
+its row behind, which every producer's look at the flags reads past while somebody holds an old snapshot."""
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
@@ -116,7 +115,7 @@ class Worker:
         self._look_again = _LOOK_FIRST
         self._woken_at = -math.inf
         self._nap = 0.0
-        self._found_at = -math.inf
+        self._filled_at = -math.inf
         self._clock_offset = 0.0
         self._pool = AsyncConnectionPool[Connection](
             conninfo(settings.database_url, "sendoff worker job", self._lease_time, pooled=settings.pooled),
@@ -393,10 +392,13 @@ class Worker:
             # All slots are taken, or rows keep coming: nobody needs to tell us.
             parking.wake()
             self._look = True
-            self._found_at = time.monotonic()
             if len(rows) < wants:
                 self._nap = _NAP_FIRST
-        elif parking.stage is Stage.AWAKE and time.monotonic() < self._found_at + _AWAKE:
+            else:
+                self._filled_at = time.monotonic()
+        elif parking.stage is Stage.AWAKE and (
+            0 < napped < _NAP_LAST or time.monotonic() < self._filled_at + _AWAKE
+        ):
             self._nap = min(max(napped * 2, _NAP_FIRST), _NAP_LAST)
         elif parking.stage is Stage.AWAKE:
             await self._control.execute("SELECT outbox_park(%s)", (self.id,))
