@@ -19,6 +19,7 @@ from typing import cast
 from bench.contestant import ROOT, run, wait_until
 from bench.server import STATE, Server, cpu_seconds, settle
 from bench.workloads import SENDOFF
+from embedded.postgres import free_port
 
 CONNECTIONS = 16
 SESSIONS = 50  # of a user
@@ -55,8 +56,7 @@ def api(
     url: str, environment: dict[str, str], *, bare: bool = False
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A process of the API, or of the bare route, and its port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "DATABASE_URL": url,

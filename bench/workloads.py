@@ -2,7 +2,6 @@
 
 import random
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from psycopg import Connection
 
 from bench.contestant import Contestant, Process, producing, run, wait_until, working
 from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
+from embedded.postgres import free_port
 
 Figures = dict[str, float]
 
@@ -278,10 +278,9 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
     url = server.fresh("bench")
     run(SENDOFF, url, "setup")
     asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
-    with server.connect("bench") as conn, socket.create_server(("127.0.0.1", 0)) as probe:
+    port = free_port()
+    with server.connect("bench") as conn:
         settle(conn)
-        port = probe.getsockname()[1]
-        probe.close()
         options = ("--processes", str(workers))
         with working(SENDOFF, url, options=options, settings={"SENDOFF_HEALTH_PORT": str(port)}):
             wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())

@@ -188,7 +188,7 @@ class EmbeddedPostgres:
     def _try_start(self, deadline: float) -> bool:
         """One attempt. False: something that passes was in the way, try again."""
         if self._any_port:
-            self.port = _free_port()
+            self.port = free_port()
         # The path behind our link: `nobody` can't follow one that starts in a 0700 home.
         data = self.data_dir.resolve()
         settings = {
@@ -338,7 +338,7 @@ def _port_is_free(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below the ephemeral range (from 32768 on Linux, 49152 elsewhere).
 
     Inside it, a client that keeps calling a stopped server can be given the server's own port and

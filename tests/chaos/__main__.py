@@ -14,7 +14,6 @@ import logging
 import random
 import secrets
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from embedded.postgres import EmbeddedPostgres
+from embedded.postgres import EmbeddedPostgres, free_port
 from outbox.migrate import migrate
 from tests.chaos import history
 from tests.chaos.broken import BREAKS, break_rule
@@ -167,7 +166,7 @@ class Chaos:
                 {**environment, "PYTHONPATH": f"{installed}:{self._mark['PYTHONPATH']}"},
             )
             self._places.append(place)
-        self._port = _free_port()
+        self._port = free_port()
         self._api = await self._make_place(
             "api",
             [*command_line("sendoff"), "api"],
@@ -354,13 +353,6 @@ class Chaos:
             with suppress(psutil.Error):
                 if process.environ().get("CHAOS_RUN") == self._mark["CHAOS_RUN"]:
                     process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _database(place: str) -> str:

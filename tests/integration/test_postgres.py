@@ -17,8 +17,8 @@ from embedded.postgres import (
     INSTALL,
     EmbeddedPostgres,
     EmbeddedPostgresError,
-    _free_port,
     _shared_copy,
+    free_port,
 )
 
 OWNER = """
@@ -160,7 +160,7 @@ def test_a_second_server_on_the_same_data_is_refused(postgres: EmbeddedPostgres)
 
 
 def test_free_ports_are_not_ephemeral_ones() -> None:
-    assert 15000 <= _free_port() <= 32000
+    assert 15000 <= free_port() <= 32000
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")

