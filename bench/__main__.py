@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench.streams import streams
 Results = dict[str, dict[str, list[float]]]
 """By figure, by contestant: one value a round."""
 
-_ALONE = {"http", "claim", "idle", "streams", "costs"}
+_ALONE = {"http", "claim", "idle", "streams"}
 """Parts without peers."""
 
 QUICK = {
@@ -41,7 +42,8 @@ def main() -> None:
     one: dict[str, Any] = {}
     with Server.running() as server:
         started = time.monotonic()
-        rounds = [name for name in arguments.only or _ROUNDS if name in _ROUNDS]
+        usual = [n for n in _ROUNDS if arguments.extent == "all" or n not in _NOT_QUICK]
+        rounds = [name for name in arguments.only or usual if name in _ROUNDS]
         for number in range(arguments.rounds):
             for name in rounds:
                 _ROUNDS[name](server, figures, arguments)
@@ -140,27 +142,21 @@ def _drain(workers: int) -> Any:
     return drain
 
 
-def _enqueue(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    for clients in (8, 32):
-        runs = [(_best(), mode) for mode in ("plain", "busy", "working", "always")]
-        runs += [(c, "working") for c in _chosen(arguments) if c.peer and c.insert and c.variant == "best"]
-        random.shuffle(runs)
-        for contestant, mode in runs:
-            name = contestant.name if contestant.peer else f"sendoff, {mode}"
-            _measure(figures, name, workloads.enqueue, server, contestant, clients, arguments.seconds, mode)
+def _inserts(measure: Any, modes: tuple[str, ...], counts: Callable[[Contestant], bool]) -> Any:
+    """`counts`: which peers, each at its best, are measured too."""
 
+    def inserts(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
+        for clients in (8, 32):
+            runs = [(_best(), mode) for mode in modes]
+            runs += [
+                (c, "working") for c in _chosen(arguments) if c.peer and c.variant == "best" and counts(c)
+            ]
+            random.shuffle(runs)
+            for contestant, mode in runs:
+                name = contestant.name if contestant.peer else f"sendoff, {mode}"
+                _measure(figures, name, measure, server, contestant, clients, arguments.seconds, mode)
 
-def _library(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    if arguments.extent == "quick" and arguments.only is None:
-        return
-    for clients in (8, 32):
-        runs = [(_best(), "plain"), (_best(), "working")]
-        runs += [(c, "working") for c in _chosen(arguments) if c.peer and c.notifies and c.variant == "best"]
-        random.shuffle(runs)
-        for contestant, mode in runs:
-            name = contestant.name if contestant.peer else f"sendoff, {mode}"
-            measure = workloads.enqueue_by_library
-            _measure(figures, name, measure, server, contestant, clients, arguments.seconds, mode)
+    return inserts
 
 
 def _http(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
@@ -169,8 +165,6 @@ def _http(server: Server, figures: Results, arguments: argparse.Namespace) -> No
 
 
 def _workers(server: Server, figures: Results, arguments: argparse.Namespace) -> None:
-    if arguments.extent == "quick" and arguments.only is None:
-        return
     for workers in (10, 50):
         _measure(figures, "sendoff c10", workloads.many_workers, server, workers, arguments.rows)
 
@@ -179,11 +173,15 @@ _ROUNDS = {
     "latency": _latency,
     "drain1": _drain(1),
     "drain2": _drain(2),
-    "enqueue": _enqueue,
-    "library": _library,
+    "enqueue": _inserts(
+        workloads.enqueue, ("plain", "busy", "working", "always"), lambda c: c.insert is not None
+    ),
+    "library": _inserts(workloads.enqueue_by_library, ("plain", "working"), lambda c: c.notifies),
     "http": _http,
     "workers": _workers,
 }
+_NOT_QUICK = {"library", "workers"}
+"""Left out of the quick run, unless asked for by --only."""
 
 
 def _claims(server: Server, figures: Results, arguments: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,6 @@ class Server:
     def connect(self, database: str) -> psycopg.Connection[Any]:
         return psycopg.connect(self.url(database), autocommit=True)
 
-    def cpu_seconds(self) -> float:
-        """User and system time of all the server's processes so far, also of those that have ended."""
-        postmaster = int((STATE / "server" / "postmaster.pid").read_text().split()[0])
-        ticks = sum(map(int, _fields(postmaster)[11:15]))  # its own, and that of ended children
-        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        for child in children:
-            with suppress(OSError):  # ended meanwhile: it will be counted as ended the next time
-                ticks += sum(map(int, _fields(int(child))[11:13]))
-        return ticks / os.sysconf("SC_CLK_TCK")
-
     def version(self) -> str:
         with self.connect("postgres") as conn:
             return str(conn.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]
@@ -70,12 +60,8 @@ def settle(conn: psycopg.Connection[Any]) -> None:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far."""
-    return sum(map(int, _fields(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
-def _fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat, from the state on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mb(pid: int) -> float:

@@ -75,21 +75,8 @@ def enqueue(server: Server, contestant: Contestant, clients: int, seconds: int, 
     `plain`: without the trigger, nobody awake. `busy`: with it, a worker awake, its slots taken. `working`:
     a worker takes and runs the rows meanwhile. `always`: a trigger that always notifies.
     """
-    url = server.fresh("bench")
-    run(contestant, url, "setup")
     statement = contestant.insert or INSERT
-    with server.connect("bench") as conn:
-        if mode in ("plain", "always"):
-            conn.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
-        if mode == "always":
-            conn.execute(ALWAYS)
-        settle(conn)
-        if mode != "working":
-            return {f"enqueue{clients}_per_s": pgbench(server, url, statement, clients, seconds)}
-        with working(contestant, url):
-            time.sleep(1.5)
-            rate = pgbench(server, url, statement, clients, seconds)
-            wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
+    rate = _inserted(server, contestant, mode, lambda url: pgbench(server, url, statement, clients, seconds))
     return {f"enqueue{clients}_per_s": rate}
 
 
@@ -100,20 +87,28 @@ def enqueue_by_library(
 
     `plain`: one INSERT without the trigger, by psycopg alone. `working`: a worker takes the rows meanwhile.
     """
+    flood = ("flood-plain" if mode == "plain" else "flood", str(clients), str(seconds))
+    rate = _inserted(server, contestant, mode, lambda url: float(run(contestant, url, *flood)))
+    return {f"library{clients}_per_s": rate}
+
+
+def _inserted(server: Server, contestant: Contestant, mode: str, rate: Callable[[str], float]) -> float:
+    """`rate` of a new database, given its URL, in one of the modes of `enqueue`."""
     url = server.fresh("bench")
     run(contestant, url, "setup")
-    figure = f"library{clients}_per_s"
     with server.connect("bench") as conn:
-        if mode == "plain":
+        if mode in ("plain", "always"):
             conn.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
-            settle(conn)
-            return {figure: float(run(contestant, url, "flood-plain", str(clients), str(seconds)))}
+        if mode == "always":
+            conn.execute(ALWAYS)
         settle(conn)
+        if mode != "working":
+            return rate(url)
         with working(contestant, url):
             time.sleep(1.5)
-            rate = float(run(contestant, url, "flood", str(clients), str(seconds)))
+            found = rate(url)
             wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
-    return {figure: rate}
+    return found
 
 
 def pgbench(server: Server, url: str, statement: str, clients: int, seconds: int) -> float:
@@ -320,5 +315,3 @@ SENDOFF = Contestant(
     "SELECT 1 FROM outbox WHERE topic = 'bench.noop' AND state IN ('ready', 'running') LIMIT 1",
     concurrency=10,
 )
-
-Measure = Callable[[], Figures]
