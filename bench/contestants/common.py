@@ -24,10 +24,16 @@ def mark() -> None:
     """A handler has started."""
     global _seen
     if _TELL:
-        print("start", time.monotonic_ns(), flush=True)
+        _tell("start")
     elif not _seen:
         _seen = True
-        print("first", time.monotonic_ns(), flush=True)
+        _tell("first")
+
+
+def _tell(what: str) -> None:
+    """In one write: the processes under one parent share its stdout."""
+    sys.stdout.write(f"{what} {time.monotonic_ns()}\n")
+    sys.stdout.flush()
 
 
 CLIENTS = int(sys.argv[2]) if sys.argv[1:2] and sys.argv[1].startswith("flood") else 1
@@ -41,7 +47,7 @@ async def produce(one: Callable[[], Awaitable[object]]) -> None:
         return
     while await asyncio.to_thread(sys.stdin.readline):
         await one()
-        print("committed", time.monotonic_ns(), flush=True)
+        _tell("committed")
 
 
 async def _flood(one: Callable[[], Awaitable[object]], seconds: float) -> float:
