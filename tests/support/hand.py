@@ -1,5 +1,6 @@
 """Plays a worker by calling the SQL functions a worker calls."""
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -42,8 +43,21 @@ class Hand:
         return await self.store(*({"type": "assistant", "text": text} for text in texts), conn=conn)
 
     async def store(self, *bodies: dict[str, Any], conn: AsyncConnection[Any] | None = None) -> int:
-        cursor = await (conn or self.conn).execute(
-            "SELECT fenced, last_seq FROM message_append(%s, %s, %s, %s, %s, %s)",
+        last_seq, _ = await self._append(conn or self.conn, bodies, later=False)
+        return last_seq
+
+    async def say_later(self, text: str) -> bool:
+        """Store a message as the worker does, and return whether it is to notify then."""
+        _, watched = await self._append(self.conn, [{"type": "assistant", "text": text}], later=True)
+        return watched
+
+    async def _append(
+        self, conn: AsyncConnection[Any], bodies: Sequence[dict[str, Any]], *, later: bool
+    ) -> tuple[int, bool]:
+        """The last message's seq, and whether anybody may be streaming the session."""
+        cursor = await conn.execute(
+            "SELECT fenced, last_seq, watched"
+            " FROM message_append(%s, %s, %s, %s, %s, %s, notify_later => %s)",
             (
                 self.id,
                 self.row,
@@ -51,29 +65,13 @@ class Hand:
                 UUID(self.payload["session_id"]),
                 UUID(self.payload["prompt_id"]),
                 [Jsonb(body) for body in bodies],
+                later,
             ),
         )
         found = await cursor.fetchone()
         assert found is not None
         assert not found[0], "fenced"
-        return int(found[1])
-
-    async def say_later(self, text: str) -> bool:
-        """Store a message as the worker does, and return whether it is to notify then."""
-        cursor = await self.conn.execute(
-            "SELECT watched FROM message_append(%s, %s, %s, %s, %s, %s, notify_later => true)",
-            (
-                self.id,
-                self.row,
-                self.attempt,
-                UUID(self.payload["session_id"]),
-                UUID(self.payload["prompt_id"]),
-                [Jsonb({"type": "assistant", "text": text})],
-            ),
-        )
-        found = await cursor.fetchone()
-        assert found is not None
-        return bool(found[0])
+        return int(found[1]), bool(found[2])
 
     async def complete(self) -> None:
         await self.conn.execute("SELECT outbox_complete(%s, %s, %s)", (self.id, [self.row], [self.attempt]))
