@@ -13,7 +13,6 @@ an outage, however long, kills none and keeps the order of their keys. What was 
 a failure, retried by backoff; dead at once is only what no retry can help, a message too large.
 """
 
-import random
 from datetime import timedelta
 from urllib.parse import quote
 
@@ -25,9 +24,10 @@ from outbox.handler import Handler, Job
 from outbox.log import get_logger
 from outbox.names import check_topics
 from outbox.settings import Settings
+from worker.backoff import backoff
 from worker.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
 
-LAST_PAUSE = 60.0  # seconds; doubled from one
+FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds
 
 _STREAM_TAKES_NO_SUCH_SIZE = 10054
 """JSStreamMessageExceedsMaximumErr, in nats-server's server/errors.json."""
@@ -71,7 +71,8 @@ class Relay:
         try:
             ack = await self._jetstream.publish(subject, body, headers)
         except Unreachable as error:
-            raise HandBack(f"NATS cannot be reached: {error}", _pause(job)) from error
+            pause = backoff(FIRST_PAUSE, LAST_PAUSE, job.row.attempt - 1)
+            raise HandBack(f"NATS cannot be reached: {error}", pause) from error
         except TooLarge as error:
             raise Permanent(f"the message is too large: {error}") from error
         except NoStreamResponseError as error:
@@ -111,9 +112,3 @@ async def _message(job: Job) -> tuple[bytes, dict[str, str]]:
     if job.traceparent is not None:
         headers["traceparent"] = job.traceparent
     return payload.encode(), headers
-
-
-def _pause(job: Job) -> timedelta:
-    """Doubled with each attempt, in half of it at random."""
-    pause = min(LAST_PAUSE, 2.0 ** min(job.row.attempt - 1, 20))
-    return timedelta(seconds=pause * random.uniform(0.5, 1))  # noqa: S311 - jitter

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import hmac
 import json
-import random
 import re
 import time
 from datetime import timedelta
@@ -24,6 +23,7 @@ from outbox.errors import Permanent, Retry
 from outbox.handler import Handler, Job
 from outbox.log import get_logger
 from outbox.settings import Settings, load
+from worker.backoff import backoff
 from worker.callback import CallbackTransport, Resolve
 
 TOPIC = "webhook.deliver"
@@ -39,19 +39,20 @@ async def deliver(job: Job) -> None:
     """One try. Raises Permanent or Retry."""
     settings = load()
     payload = job.payload
+    pause = backoff(FIRST_PAUSE, LAST_PAUSE, job.row.failures)
     body = json.dumps(payload["event"], separators=(",", ":"), ensure_ascii=False).encode()
     try:
         status, retry_after = await post(payload["url"], payload["id"], body, job.traceparent, settings)
     except CallbackError as error:
         raise Permanent(str(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        raise Retry(f"not delivered: {type(error).__name__}", _pause(job)) from error
+        raise Retry(f"not delivered: {type(error).__name__}", pause) from error
     log.info("webhook_answered", status=status)
     if status == 410:
         await _forget(job)
         raise Permanent("answered 410: its owner wants no more")
     if not 200 <= status < 300:
-        raise Retry(f"answered {status}", max(_pause(job), retry_after))
+        raise Retry(f"answered {status}", max(pause, retry_after))
 
 
 async def post(
@@ -93,12 +94,6 @@ def sign(keys: list[bytes], message_id: str, at: int, body: bytes) -> str:
     text = f"{message_id}.{at}.".encode() + body
     made = (hmac.digest(key, text, hashlib.sha256) for key in keys)
     return " ".join(f"v1,{base64.b64encode(signature).decode()}" for signature in made)
-
-
-def _pause(job: Job) -> timedelta:
-    """Doubled each time, in half of it at random."""
-    pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(job.row.failures, 20))
-    return timedelta(seconds=pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
 
 
 def _retry_after(response: httpx.Response) -> timedelta:
