@@ -3,8 +3,9 @@
 --
 -- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
 -- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
--- brings its timer forward. "#ID@0" is for worker ID alone: its life was ended. Channel sendoff_cancel
--- carries the id of a running row to be stopped.
+-- brings its timer forward. "TOPIC@0#ID": that is the row ID, without an ordering_key, the only one that
+-- its statement inserted of TOPIC. "#ID@0" is for worker ID alone: its life was ended. Channel
+-- sendoff_cancel carries the id of a running row to be stopped.
 --
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
@@ -26,7 +27,8 @@ COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN conn
 
 
 -- VOLATILE, so that in READ COMMITTED each look has a snapshot of its own, taken after the caller's write.
-CREATE FUNCTION outbox_notify(row_topic text, due timestamptz) RETURNS void
+-- `lone`: the row's id, if it is one that a sleeper may take by itself.
+CREATE FUNCTION outbox_notify(row_topic text, due timestamptz, lone bigint DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
@@ -34,13 +36,13 @@ BEGIN
         OR EXISTS (SELECT FROM worker WHERE parked AND (row_topic = '*' OR row_topic = ANY (topics)))
     THEN
         PERFORM pg_notify('sendoff_wake', row_topic || '@' || CASE
-            WHEN due <= clock_timestamp() THEN 0
-            ELSE ceil(extract(epoch FROM due) * 1000)::bigint
+            WHEN due <= clock_timestamp() THEN 0 || coalesce('#' || lone, '')
+            ELSE ceil(extract(epoch FROM due) * 1000)::bigint::text
         END);
     END IF;
 END
 $$;
-COMMENT ON FUNCTION outbox_notify(text, timestamptz) IS
+COMMENT ON FUNCTION outbox_notify(text, timestamptz, bigint) IS
     'Tells the parked workers, if there are any, that a row of this topic may be claimed from then on.';
 
 
@@ -64,7 +66,9 @@ BEGIN
     THEN
         RETURN NULL;
     END IF;
-    PERFORM outbox_notify(i.topic, min(i.available_at))
+    PERFORM outbox_notify(
+        i.topic, min(i.available_at), CASE WHEN count(*) = 1 AND max(i.ordering_key) IS NULL THEN min(i.id) END
+    )
     FROM inserted AS i
     WHERE i.state = 'ready'
     GROUP BY i.topic;
@@ -91,6 +95,7 @@ BEGIN
     IF NOT NEW.blocked
         AND (OLD.state <> 'ready' OR OLD.blocked OR NEW.available_at < OLD.available_at OR NEW.topic <> OLD.topic)
     THEN
+        -- Without its id: of an UPDATE of many rows, NOTIFY sends what is the same once.
         PERFORM outbox_notify(NEW.topic, NEW.available_at);
     END IF;
     RETURN NULL;

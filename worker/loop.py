@@ -280,7 +280,7 @@ class Worker:
             topic, _, due = payload.rpartition("@")
             if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
                 return
-            if due == "0":
+            if due.partition("#")[0] == "0":
                 self._woken("notify")
                 self._look = True
                 self._event.set()

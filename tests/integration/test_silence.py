@@ -100,12 +100,37 @@ async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect
     insert = "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, %s)"
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == []
-    await conn.execute(
-        "INSERT INTO worker (host, pid, version, topics, concurrency, parked)"
-        " VALUES ('h', 1, '0', '{t}', 1, true)"
-    )
+    await conn.execute(PARKED)
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == (["t@0"] if rows else [])
+
+
+PARKED = """
+INSERT INTO worker (host, pid, version, topics, concurrency, parked) VALUES ('h', 1, '0', '{t,u}', 1, true)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "payloads"),
+    [
+        ("('t', NULL, 'ready', 'now')", ["t@0#1"]),
+        ("('t', NULL, 'ready', 'now'), ('u', NULL, 'ready', 'now')", ["t@0#1", "u@0#2"]),
+        ("('t', NULL, 'done', 'now'), ('t', NULL, 'ready', 'now')", ["t@0#2"]),
+        ("('t', NULL, 'ready', 'now'), ('t', NULL, 'ready', 'now')", ["t@0"]),
+        ("('t', 'k', 'ready', 'now')", ["t@0"]),
+        ("('t', NULL, 'ready', '2100-01-01 00:00:00.001Z')", ["t@4102444800001"]),
+        ("('t', NULL, 'ready', '2100-01-01Z'), ('t', NULL, 'ready', 'now')", ["t@0"]),
+        ("('t', NULL, 'done', 'now')", []),
+    ],
+)
+async def test_notification_names_the_lone_row(rows: str, payloads: list[str], connect: Connect) -> None:
+    """Its id only if a sleeper may take it by itself: alone of its topic, due, and of no key."""
+    conn, listener = await connect(), await connect()
+    await listener.execute("LISTEN sendoff_wake")
+    await conn.execute(PARKED)
+    values = f"SELECT topic, key, state, due::timestamptz FROM (VALUES {rows}) AS r(topic, key, state, due)"
+    await conn.execute(f"INSERT INTO outbox (topic, ordering_key, state, available_at) {values}".encode())
+    assert sorted(await heard(conn, listener)) == payloads
 
 
 async def heard(conn: Connection, listener: Connection) -> list[str]:
