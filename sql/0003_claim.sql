@@ -143,6 +143,27 @@ COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
     'The row of a worker that has not ended, locked if it is to write. For the claim.';
 
 
+-- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due.
+CREATE FUNCTION outbox_keep_lease(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF me.lease_until IS NULL OR me.lease_until < moment THEN
+        -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
+        -- had run out is news; an extended one is found when the known end passes.
+        PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);
+    END IF;
+    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked) THEN
+        UPDATE worker
+        SET lease_until = greatest(lease_until, clock_timestamp() + lease), parked = parked AND stay_parked
+        WHERE id = me.id;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION outbox_keep_lease(worker, timestamptz, interval, boolean) IS
+    'Extends the lease of a worker that has claimed, when it must, and takes its flag down unless it stays parked. For the claim.';
+
+
 -- The worker's turn: ends what was completed and claims the next rows, in one commit and one round trip. Rows
 -- of the result without a topic are completions that were fenced.
 --
@@ -261,26 +282,58 @@ BEGIN
     IF ids = '{}' THEN
         me := outbox_myself(turner, connection, to_write => claimed > 0);
     END IF;
-    IF claimed = 0 THEN
-        RETURN;
-    END IF;
-    IF me.lease_until IS NULL OR me.lease_until < moment THEN
-        -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
-        -- had run out is news; an extended one is found when the known end passes.
-        PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);
-    END IF;
-    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5
-        OR (me.parked AND (claimed = slots OR NOT stay_parked))
-    THEN
-        UPDATE worker
-        SET lease_until = greatest(lease_until, clock_timestamp() + lease),
-            parked = parked AND stay_parked AND claimed < slots
-        WHERE id = turner;
+    IF claimed > 0 THEN
+        PERFORM outbox_keep_lease(me, moment, lease, stay_parked AND claimed < slots);
     END IF;
 END
 $$;
 COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer, smallint[], timestamptz[]) IS
     'Ends completed rows and claims up to slots due rows of these topics in one commit: by priority, then in the order of topics given, then by age; extends the lease when it must. A worker whose slots are full is no longer parked. Rows without a topic are completions that were fenced.';
+
+
+-- One row, of which a notification told: what a worker asleep does first. It takes only a row that no rule of the
+-- claim above has anything to say about; any other is left to that. Of the server's time it takes 0.2 ms, a claim
+-- of one row in general 0.35.
+-- 1. Lock the row, without waiting, if it is due, of no ordering_key, and of a topic without limit or timeout.
+-- 2. Else say whether somebody has to look for it: it may be locked by one who rolls back. If it is not ready it
+--    was taken, and nobody has to: of N workers that are told of a row, N - 1 find that out.
+-- 3. Lock the worker's row, as every claim does, and take the row.
+CREATE FUNCTION outbox_claim_row(
+    claimer uuid, row_id bigint, lease interval, stay_parked boolean DEFAULT true, connection integer DEFAULT NULL
+) RETURNS SETOF outbox_claimed
+LANGUAGE plpgsql VOLATILE ROWS 1
+SET enable_seqscan = off -- its plans are made when the tables may be empty
+AS $$
+DECLARE
+    me      worker;
+    moment  timestamptz := clock_timestamp();
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a claim needs READ COMMITTED' USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    PERFORM FROM outbox AS o
+    WHERE o.id = row_id AND o.state || '' = 'ready' AND NOT o.blocked AND o.available_at <= moment
+      AND o.ordering_key IS NULL AND NOT EXISTS (SELECT FROM topic AS t WHERE t.name = o.topic)
+    FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN QUERY
+        SELECT o.id, NULL::text, NULL::text, NULL::jsonb, o.attempt, 0, 0, NULL::text, NULL::interval,
+            NULL::interval, NULL::smallint, NULL::timestamptz
+        FROM outbox AS o WHERE o.id = row_id AND o.state || '' = 'ready';
+        RETURN;
+    END IF;
+    me := outbox_myself(claimer, connection, to_write => true);
+    RETURN QUERY
+    UPDATE outbox AS o
+    SET state = 'running', attempt = o.attempt + 1, worker_id = claimer, started_at = moment, limited = false
+    WHERE o.id = row_id
+    RETURNING o.id, o.topic::text, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
+        o.traceparent::text, NULL::interval, moment - o.available_at, o.priority, o.available_at::timestamptz;
+    PERFORM outbox_keep_lease(me, moment, lease, stay_parked);
+END
+$$;
+COMMENT ON FUNCTION outbox_claim_row(uuid, bigint, interval, boolean, integer) IS
+    'Claims one row that a notification told of. No row: it was taken; a row without a topic: it is to be looked for by outbox_claim.';
 
 
 CREATE FUNCTION outbox_claim(

@@ -355,8 +355,8 @@ async def test_lease_born_while_others_sleep(rule: Rule, connect: Connect, datab
     if rule == "taken out":
         await take_out(
             psql,
-            "outbox_complete_and_claim",
-            "PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);",
+            "outbox_keep_lease",
+            "PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);",
         )
     async with watched(database, lease=0.5) as worker:
         row = await add(psql, "other")
