@@ -237,8 +237,8 @@ async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Co
     psql, producer = await connect(), await connect()
     if rule == "taken out":
         text = "current_setting('transaction_isolation')"
-        for function in ("outbox_inserted", "outbox_notify"):
-            await take_out(psql, function, text, "'read committed'")
+        await take_out(psql, "outbox_inserted", f"pg_catalog.{text}", "'read committed'")
+        await take_out(psql, "outbox_notify", text, "'read committed'")
     await producer.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
     await producer.execute("SELECT count(*) FROM worker")
     async with watched(database) as worker:
