@@ -103,7 +103,7 @@ async def enqueue(
         if row := await cursor.fetchone():
             return int(row[0])
         assert unique_key is not None
-        cursor = await conn.execute(_UNFINISHED, (unique_key,))
+        cursor = await conn.execute(_UNFINISHED, (unique_key,), prepare=False)
         # None: the other row ended between the two statements, so that the key is free again.
         if row := await cursor.fetchone():
             if on_duplicate == "keep":

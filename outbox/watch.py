@@ -123,7 +123,7 @@ async def _settle(settings: Settings, news: asyncio.Event) -> None:
 
 async def _state(conn: psycopg.AsyncConnection[Any], session_id: UUID) -> Record:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(_STATUS, (session_id,))
+        await cursor.execute(_STATUS, (session_id,), prepare=False)
         found: Record | None = await cursor.fetchone()
     if found is None:
         raise NoSession(str(session_id))
@@ -132,5 +132,5 @@ async def _state(conn: psycopg.AsyncConnection[Any], session_id: UUID) -> Record
 
 async def _messages(conn: psycopg.AsyncConnection[Any], session_id: UUID, after: int) -> list[Record]:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(_MESSAGES, (session_id, after, _PAGE))
+        await cursor.execute(_MESSAGES, (session_id, after, _PAGE), prepare=False)
         return await cursor.fetchall()

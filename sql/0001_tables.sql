@@ -267,7 +267,7 @@ CREATE TABLE idempotency (
     user_id      text NOT NULL,
     key          text NOT NULL,
     request_hash bytea NOT NULL,
-    session_id   uuid NOT NULL REFERENCES session (id) ON DELETE CASCADE DEFERRABLE INITIALLY DEFERRED,
+    session_id   uuid NOT NULL REFERENCES session (id) ON DELETE CASCADE,
     answer       jsonb NOT NULL,
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (user_id, key),

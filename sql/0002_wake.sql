@@ -162,7 +162,7 @@ ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
 -- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
 -- missed the mark.
 CREATE FUNCTION outbox_free_key() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
 AS $$
 BEGIN
     IF OLD.state NOT IN ('ready', 'running')
