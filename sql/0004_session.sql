@@ -60,19 +60,21 @@ COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API 
 
 
 -- Counts under a lock of the user's, in a statement of its own: of two that are admitted at once the second
--- sees the first. No limit, no lock.
+-- sees the first. No limit, no lock. Without seqscan: a plan made while the table is empty would stay.
 CREATE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET enable_seqscan = off
 AS $$
+DECLARE
+    locked text;
 BEGIN
     IF most_sessions IS NULL THEN
         RETURN true;
     END IF;
-    PERFORM pg_advisory_xact_lock(1397048892, hashtext(of_user));
+    locked := pg_advisory_xact_lock(1397048892, hashtext(of_user)); -- PERFORM is a query: 15 us more of 350
     RETURN (
         SELECT count(*) < most_sessions FROM session AS s
-        WHERE s.user_id = of_user AND s.inbox_status IN ('active', 'pending'));
+        WHERE s.user_id = of_user AND (s.inbox_status IN ('active', 'pending')) IS TRUE);
 END
 $$;
 COMMENT ON FUNCTION session_admit(text, integer) IS 'Whether the user may have another unfinished session.';
@@ -141,9 +143,13 @@ BEGIN
         END IF;
     END IF;
 
-    IF prompt_text IS NOT NULL THEN
-        INSERT INTO prompt SELECT new_prompt.*;
-    END IF;
+    -- As three statements 15 us more of 350.
+    WITH s AS (
+        INSERT INTO session SELECT new_session.*
+    ),
+    p AS (
+        INSERT INTO prompt SELECT new_prompt.* WHERE prompt_text IS NOT NULL
+    )
     INSERT INTO outbox (topic, ordering_key, payload, traceparent)
     VALUES (
         'session.run', 'session:' || new_session.id,

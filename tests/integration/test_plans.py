@@ -150,3 +150,24 @@ def test_cancel_finds_the_rows_of_a_session(filled: psycopg.Connection[Any]) -> 
     indexes, pages = explain(filled, query, (SESSION,))
     assert indexes == {"outbox_key"}
     assert pages < 20
+
+
+@pytest.mark.parametrize("finished", [0, 2000])
+def test_count_of_a_users_sessions_reads_those_alone(database: str, finished: int) -> None:
+    """Whatever the statistics say: here that nobody has any that is not finished."""
+    insert = """
+        INSERT INTO session (user_id, repo, target_branch, branch, title, inbox_status)
+        SELECT 'user' || n / 50, 'octo/tools', 'main', %s || n, 't', %s FROM generate_series(1, %s) AS n
+    """
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute(insert, ("old", "completed", finished))
+        conn.execute("VACUUM ANALYZE session")
+        pages = []
+        for part in range(8):  # a plan is made by the first of them, and kept from the sixth on
+            conn.execute(insert, (f"new{part}-", "active", 500))
+            statement = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT session_admit('user1', 1000)"
+            row = conn.execute(statement).fetchone()
+            assert row is not None
+            plan = row[0][0]["Plan"]
+            pages.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+        assert max(pages[1:]) < 30, pages  # the first reads catalogs
