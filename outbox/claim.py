@@ -43,6 +43,17 @@ class Claimed(NamedTuple):
     available_at: datetime
 
 
+class Level(NamedTuple):
+    """Where a look begins in a topic and priority: at this place, in the order of available_at and id."""
+
+    topic: str
+    priority: int
+    available_at: datetime
+    id: int
+    alone: bool
+    """The one row there is looked for, nothing after it."""
+
+
 async def register(
     conn: psycopg.AsyncConnection[Any],
     topics: Sequence[str],
@@ -112,30 +123,32 @@ async def complete_and_claim(
     lease: timedelta = LEASE,
     stay_parked: bool = False,
     connection: int | None = None,
-    levels: Sequence[tuple[str, int, datetime]] | None = None,
+    levels: Sequence[Level] | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the rows claimed, and those of
-    `completed` that were fenced. With `levels` only rows of these topics and priorities are looked for,
-    due from then on.
+    `completed` that were fenced. With `levels` only rows of these are looked for.
 
     Raises WorkerEnded if a rescue came first.
     """
-    names, priorities, since = map(list, zip(*levels, strict=True)) if levels else (list(topics), None, None)
+    if levels is None:
+        where: Sequence[Sequence[Any] | None] = (list(topics), None, None, None, None)
+    else:
+        where = [list(column) for column in zip(*levels, strict=True)] or [[]] * len(Level._fields)
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
                 "SELECT * FROM outbox_complete_and_claim("
-                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s, %s::smallint[], %s::timestamptz[])",
+                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s,"
+                " %s::smallint[], %s::timestamptz[], %s::bigint[], %s::boolean[])",
                 (
                     worker_id,
                     *arrays(completed),
-                    names,
+                    where[0],
                     slots,
                     lease,
                     stay_parked,
                     connection,
-                    priorities,
-                    since,
+                    *where[1:],
                 ),
                 binary=True,
             )

@@ -51,6 +51,7 @@ from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.metrics import STATS, Snapshot
 from worker.park import Parking, Stage
+from worker.scout import Scout
 
 log = get_logger(__name__)
 
@@ -99,6 +100,9 @@ class Worker:
         self._front = Front()
         self._event = asyncio.Event()
         self._look = True
+        self._asked_at = -math.inf
+        """When `_look` was last raised; a scout's return does not raise it, or each would demand the next."""
+        self._scouted = False
         self._told_draining = False
         self._stats = STATS
         self._stats.topics = sorted(handlers)
@@ -121,10 +125,11 @@ class Worker:
             conninfo(settings.database_url, "sendoff worker job", self._lease_time, pooled=settings.pooled),
             kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
             min_size=0,
-            max_size=min(concurrency, 20) + 1,
+            max_size=min(concurrency, 20) + 2,
             open=False,
         )
         self._stuck = StuckWatch(settings, self._pool.connection)
+        self._scout = Scout(self._front, self._pool.connection, self._scout_is_back)
 
     # The life of the worker.
 
@@ -156,6 +161,7 @@ class Worker:
             finally:
                 self._lease.close()
                 await self._stuck.close()
+                await self._scout.close()
 
     async def _while_connected(self) -> None:
         settings = self._settings
@@ -300,6 +306,10 @@ class Worker:
             self._look_at = self._rescue_at = at
             self._event.set()
 
+    def _scout_is_back(self) -> None:
+        self._scouted = True
+        self._event.set()
+
     def _woken(self, cause: str) -> None:
         if self._parking.stage is not Stage.AWAKE:
             self._stats.woken(cause)
@@ -373,7 +383,7 @@ class Worker:
         """Step 3: end what was completed and claim, then park or learn the deadline."""
         parking = self._parking
         napped, self._nap = self._nap, 0.0
-        wants = self._free() if self._look or parking.stage is Stage.AWAKE else 0
+        wants = self._free() if self._look or self._scouted or parking.stage is Stage.AWAKE else 0
         if parking.stage is Stage.AWAKE:
             # Half of all slots at most, so that the server works on one half of the rows while the
             # handlers of the other half run.
@@ -383,11 +393,15 @@ class Worker:
             if completed:
                 self._completed(completed, await self._complete([o.job.token for o in completed]))
             return
-        self._look = False  # from here on a notification raises it again
+        asked, self._look = self._look, False  # from here on a notification raises it again
+        self._scouted = False
         settling = parking.stage is Stage.SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
+        if asked:
+            self._asked_at = time.monotonic()
         stay_parked = self._stay_parked()
         rows = await self._claim(completed, wants, stay_parked)
+        self._scout.send(self._topics)
         if len(rows) == wants or (rows and (parking.stage is Stage.AWAKE or not stay_parked)):
             # All slots are taken, or rows keep coming: nobody needs to tell us.
             parking.wake()
@@ -407,10 +421,10 @@ class Worker:
         else:
             await asyncio.sleep(0)  # what was claimed starts first: the next wait cost it 0.9 ms
             await self._schedule()
-            if settling and writers_ended:
+            if settling and writers_ended and self._front.is_clear(self._asked_at):
                 parking.settled()
                 log.debug("parked", worker_id=str(self.id))
-            elif settling:
+            elif settling and not writers_ended:
                 self._repeat_look()
 
     def _stay_parked(self) -> bool:
@@ -425,9 +439,8 @@ class Worker:
     async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> list[Claimed]:
         assert self.id is not None
         asked_at = time.monotonic()
-        # Only a worker that is awake and does not mean to park may begin elsewhere than at the front.
-        levels = self._front.levels(asked_at) if self._parking.stage is Stage.AWAKE else None
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
+        look = self._front.look(self._topics, wants, asked_at)
         try:
             rows, refused = await complete_and_claim(
                 self._control,
@@ -438,12 +451,12 @@ class Worker:
                 lease=self._lease_time,
                 stay_parked=stay_parked,
                 connection=self._listener.presence,
-                levels=levels,
+                levels=look.levels,
             )
         except (psycopg.Error, OSError):
-            self._front.gave_up(levels, asked_at, time.monotonic())
+            self._front.gave_up(look, asked_at, time.monotonic())
             raise
-        self._front.looked(levels, rows, asked_at, time.monotonic())
+        self._front.looked(look, rows, asked_at, time.monotonic())
         if completed:
             self._completed(completed, refused)
         self._stats.looked(len(rows))
@@ -507,7 +520,12 @@ class Worker:
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
             " extract(epoch FROM server_time)::float8"
             " FROM outbox_next_deadline(%s, %s, %s, %s)",
-            (self.id, list(self._topics), self._lease_time, timedelta(seconds=connected)),
+            (
+                self.id,
+                [] if self._front.far else list(self._topics),
+                self._lease_time,
+                timedelta(seconds=connected),
+            ),
         )
         found = await cursor.fetchone()
         assert found is not None
@@ -518,8 +536,17 @@ class Worker:
         self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
         if row_due is not None and row_due <= 0:
             self._repeat_look()  # parking, step 5
+        if self._front.far:
+            self._look_at = self._far_look_at()
         self._look_at = min(self._look_at, self._announced)
         self._rescue_at = min(self._rescue_at, self._announced)
+
+    def _far_look_at(self) -> float:
+        """When the front is far: as soon as a scout may go, or a row that one saw is due."""
+        front = self._front
+        if not front.is_clear(self._asked_at):
+            return math.inf if self._scout.under_way and not front.missed else front.scout_at
+        return math.inf if front.next_due is None else front.next_due.timestamp() - self._clock_offset
 
     def _repeat_look(self) -> None:
         self._stats.count("sendoff_worker_repeated_looks")
