@@ -6,8 +6,9 @@ not at all. Every look from the front of a topic then reads past all rows claime
 throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entries take 3.5 s. So:
 
 1. Looks from the front are timed. While they are quick, every look is one.
-2. After a slow one the loop reads nothing from the front any more: the front is far. Looks begin at the end
-   of the last one, by topic and priority: at the last row claimed there, by available_at and id.
+2. After two slow ones in a row, or one that took a second, the loop reads nothing from the front any more:
+   the front is far. (The first of a connection is slow for another reason: it is planned.) Looks begin at
+   the end of the last one, by topic and priority: at the last row claimed there, by available_at and id.
 3. Every now and then such a look begins a second earlier (NEAR). Most of what it would miss lies there: rows
    committed a moment after a later one, or locked by somebody when it passed.
 4. The rest is found by a scout, which reads the front on a connection of its own (worker/scout.py), so that
@@ -36,7 +37,7 @@ from typing import NamedTuple
 
 from outbox.claim import Claimed, Level
 
-SLOW, QUICK = 0.01, 0.003  # seconds
+SLOW, VERY_SLOW, QUICK = 0.02, 1.0, 0.003  # seconds
 NEAR = timedelta(seconds=1)
 NEAR_SHARE = 10
 """At 10,000 rows/s a second is 10,000 entries or 3 ms, as long as a look; it comes every 30 ms then."""
@@ -83,6 +84,7 @@ class Front:
         self._near_at = -math.inf
         self._trusted_until = -math.inf
         self._clear = -math.inf
+        self._slow = False
 
     def look(self, topics: Iterable[str], slots: int, now: float) -> Look:
         """What to look for now: of one priority, the topics in this order."""
@@ -98,8 +100,10 @@ class Front:
     def looked(self, look: Look, rows: Iterable[Claimed], began: float, ended: float) -> None:
         """What a look found, and how long it took."""
         took = ended - began
-        if look.levels is None and took > SLOW and ended > self._trusted_until:
-            self._go_far(ended)
+        if look.levels is None:
+            again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
+            if self._slow and (again or took > VERY_SLOW):
+                self._go_far(ended)
         if look.near:
             self._near_at = ended + took * NEAR_SHARE
         if self.far:
@@ -142,7 +146,7 @@ class Front:
         return not self.far or self._clear >= since
 
     def _go_far(self, now: float) -> None:
-        self.far, self.scout_at, self._clear = True, now, -math.inf
+        self.far, self._slow, self.scout_at, self._clear = True, False, now, -math.inf
         self.next_due = None
         self.ends.clear()
         self.missed.clear()

@@ -140,7 +140,7 @@ async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIter
     """Its front is far, it has claimed a row of topic t, and sleeps."""
     async with watched(database, *topics, concurrency=4) as worker:
         await worker.has_run(await add(psql))
-        await worker.asleep()
+        await worker.asleep_for(math.inf)
         assert worker._front.far
         assert worker._front.ends
         yield worker

@@ -33,17 +33,19 @@ def level(seconds: int, topic: str = "t", priority: int = 0, *, alone: bool = Fa
 
 
 def far(*rows: Claimed) -> Front:
-    """Its look from the front was slow and found these, at 0; no look begins earlier for long."""
+    """Its looks from the front were slow, the last found these, at 0; no look begins earlier for long."""
     front = Front()
-    front.looked(FRONT, rows, began=-1, ended=0)
+    front.looked(FRONT, [], began=-1, ended=-0.5)
+    front.looked(FRONT, rows, began=-0.5, ended=0)
     front.looked(Look([], near=True), [], began=-999, ended=1)
     return front
 
 
 def test_quick_looks_begin_at_the_front() -> None:
     front = Front()
-    front.looked(FRONT, [row(1)], began=0, ended=0.005)
-    assert front.look(TOPICS, 10, 0.005) == FRONT
+    for slow in (0.005, 0.5, 0.005, 0.5):
+        front.looked(FRONT, [row(1)], began=0, ended=slow)
+    assert front.look(TOPICS, 10, 0.5) == FRONT
     assert not front.scout_is_due(1)
 
 
@@ -64,7 +66,7 @@ def test_an_end_does_not_go_back() -> None:
 
 def test_now_and_then_a_look_begins_earlier() -> None:
     front = Front()
-    front.looked(FRONT, [row(5)], began=-1, ended=0)
+    front.looked(FRONT, [row(5)], began=-2, ended=0)
     look = front.look(TOPICS, 10, 0)
     assert look == Look([Level("t", 0, at(5) - NEAR, 5, alone=False)], near=True)
     front.looked(look, [], began=0, ended=1)
@@ -118,9 +120,11 @@ def test_a_quick_scout_takes_looks_back_to_the_front_and_is_trusted_for_a_while(
     front = far(row(5))
     front.scouted(dict(front.ends), [seen(3)], began=2, ended=2.001)
     assert front.look(TOPICS, 10, 2.001) == FRONT
-    front.looked(FRONT, [row(8)], began=2.1, ended=2.5)
+    for time in (2.1, 3.1):
+        front.looked(FRONT, [row(8)], began=time, ended=time + 0.5)
     assert not front.far
-    front.looked(FRONT, [row(9)], began=2.1 + module.TRUST, ended=2.5 + module.TRUST)
+    for time in (2.1, 3.1):
+        front.looked(FRONT, [row(9)], began=time + module.TRUST, ended=time + 0.5 + module.TRUST)
     assert front.look(TOPICS, 10, 5).levels == [level(9)]
 
 
