@@ -120,8 +120,12 @@ bench-quick: .venv/.bench ## The main ratios in a few minutes
 	@$(BIN)/python -m bench quick
 
 .PHONY: bench-soak
-bench-soak: .venv/.bench ## A steady load for 75 minutes, a snapshot held in its midst; writes docs/soak.md
+bench-soak: .venv/.bench ## A steady load for an hour; writes docs/soak.md
 	@$(BIN)/python -m bench.soak $(if $(MINUTES),--minutes '$(MINUTES)')
+
+.PHONY: bench-held
+bench-held: .venv/.bench ## A load while a foreign snapshot is held for 30 minutes; writes docs/held.md
+	@$(BIN)/python -m bench.soak --held $(or $(MINUTES),30)
 
 .PHONY: chaos
 chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md

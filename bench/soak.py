@@ -1,4 +1,5 @@
-"""The soak: `python -m bench.soak`. A steady load, and a foreign snapshot that is held in its midst.
+"""The soak: `python -m bench.soak`, a steady load for an hour. And `python -m bench.soak --held 30`: the same
+load, and a foreign transaction that holds its snapshot for so many minutes of it.
 
 1. The peak: the median of five drains of 20,000 rows. The sustained peak: as many rows as producer, worker
    and server together get through when there is always a backlog. The load is a share of that.
@@ -6,8 +7,12 @@
    a backlog of BACKLOG rows makes it skip batches, so that a collapse ends when its cause does.
 3. Every minute all rows inserted since are read by id, before they can be pruned: each must be done, at its
    first attempt. What is not done yet is read again the next minute. So no row is lost or runs twice unseen.
-4. Every five minutes, every minute under the held snapshot, and six times in the minute after it, the
-   producer pauses for a burst of 20,000 rows: their rate is the peak in the state that the tables are in.
+   With a snapshot held that would be work of its own, past three versions of each row: every tenth is read.
+   At the end all ids given are accounted for in either case: pruned, which only a finished row is, or there.
+4. Every five minutes the producer pauses for a burst of 20,000 rows: their rate is the peak in the state that
+   the tables are in. With a snapshot: three times a minute in the BEFORE minutes before and the AFTER minutes
+   after it, once a minute while it is held. Beside the rate stands the CPU time that the worker and its
+   session used for each row, which says more where neighbours use the machine.
 5. Rows are kept for five minutes: the worker's own outbox.prune is made due every minute.
 """
 
@@ -27,7 +32,7 @@ from typing import Any
 import psycopg
 
 from bench.contestant import Process, by_name, run, working
-from bench.server import STATE, Server, resident_mb, settle
+from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
 from bench.soak_report import report
 
 BURST = 20_000
@@ -35,29 +40,32 @@ BURST_SECONDS = 10.0
 """A burst that is not drained by then counts with what was."""
 BACKLOG = 50_000
 TICK = 0.02
+BEFORE, AFTER = 3, 5
+"""Minutes, with a burst every 20 seconds."""
 LOG = STATE / "workers.log"
 RETENTION = 300
 
 FILL = "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)"
 
-# Every row since the frontier, the lowest id that was not seen done. Latencies are of every tenth row.
+# The rows since the frontier, the lowest id that was not seen done: all, or every tenth.
+ALL = "outbox AS o WHERE o.id >= %(frontier)s AND o.topic = 'bench.noop'"
+TENTH = """generate_series((%(frontier)s + 9) / 10 * 10, (SELECT max(id) FROM outbox), 10) AS s (id)
+JOIN outbox AS o ON o.id = s.id WHERE o.topic = 'bench.noop'"""
+# Latencies are of every tenth row.
 OBSERVE = """
 SELECT count(*) FILTER (WHERE state IN ('ready', 'running')),
-       min(id) FILTER (WHERE state IN ('ready', 'running')),
-       max(id),
+       min(o.id) FILTER (WHERE state IN ('ready', 'running')),
+       max(o.id),
        percentile_disc(ARRAY[0.5, 0.99]) WITHIN GROUP (
            ORDER BY extract(epoch FROM started_at - available_at)::float8 * 1000
-       ) FILTER (WHERE id > %(timed_from)s AND id %% 10 = 0 AND started_at IS NOT NULL),
+       ) FILTER (WHERE o.id > %(timed_from)s AND o.id %% 10 = 0 AND started_at IS NOT NULL),
        count(*),
        count(*) FILTER (WHERE state NOT IN ('ready', 'running', 'done') OR attempt > 1)
-FROM outbox
-WHERE id >= %(frontier)s AND topic = 'bench.noop'
-"""
+FROM """
 # Of these, those that the next minute reads again.
 AGAIN = """
 SELECT count(*), count(*) FILTER (WHERE state NOT IN ('ready', 'running', 'done') OR attempt > 1)
-FROM outbox WHERE id >= %s AND topic = 'bench.noop'
-"""
+FROM """
 SIZES = """
 SELECT pg_table_size('outbox') / 1e6, s.n_dead_tup, s.autovacuum_count,
        (SELECT json_object_agg(indexrelname, round(pg_relation_size(indexrelid) / 1e6, 1))
@@ -92,12 +100,13 @@ def _produce(
 class Soak:
     """One run: its connections, its producer, and what has been seen so far."""
 
-    def __init__(self, server: Server, url: str, worker: Process) -> None:
+    def __init__(self, server: Server, url: str, worker: Process, rows: str) -> None:
         self.minutes: list[dict[str, Any]] = []
         self.bursts: list[dict[str, Any]] = []
         self.done = self.odd = 0
         self.burst_rows = BURST  # there from the start
         self._worker = worker
+        self._rows = rows
         self._conn = server.connect("bench")
         self._conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         # By id, whatever the statistics say of a table that changes so fast.
@@ -141,6 +150,7 @@ class Soak:
         """Insert the rows at once; the rate at which they, and what waited before them, are finished."""
         paused, self._rate.value = self._rate.value, 0.0
         time.sleep(5 * TICK)
+        used = self._worker_cpu()
         row = self._conn.execute(
             f"WITH made AS ({FILL} RETURNING id) SELECT max(id), clock_timestamp() FROM made", (BURST,)
         ).fetchone()
@@ -151,6 +161,7 @@ class Soak:
         while time.monotonic() < end and self._state(last) in ("ready", "running"):
             time.sleep(0.005)
         drained = self._state(last) == "done"
+        used = self._worker_cpu() - used
         row = self._conn.execute(
             "SELECT count(*), extract(epoch FROM max(finished_at) - %(began)s)::float8 FROM outbox"
             " WHERE id > %(from)s AND finished_at >= %(began)s",
@@ -159,11 +170,24 @@ class Soak:
         assert row is not None
         rate = row[0] / row[1] if row[0] else 0.0
         self.bursts.append(
-            {"at_s": time.monotonic() - self.started, "phase": phase, "per_s": rate, "drained": drained}
+            {
+                "at_s": time.monotonic() - self.started,
+                "phase": phase,
+                "per_s": rate,
+                "drained": drained,
+                "cpu_us": used / max(row[0], 1) * 1e6,
+            }
         )
         self._timed_from = last
         self._rate.value = paused
         return rate
+
+    def _worker_cpu(self) -> float:
+        """Of the worker and of the session that it claims with."""
+        sessions = self._conn.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = 'bench' AND application_name = 'sendoff worker'"
+        ).fetchall()
+        return sum(map(cpu_seconds, (self._worker.pid, *(pid for (pid,) in sessions))))
 
     def _state(self, row_id: int) -> str | None:
         found = self._conn.execute("SELECT state FROM outbox WHERE id = %s", (row_id,)).fetchone()
@@ -173,12 +197,13 @@ class Soak:
         """Read all rows that were not seen done yet; the minute's record."""
         with self._conn.transaction():  # one snapshot for both
             row = self._conn.execute(
-                OBSERVE, {"frontier": self._frontier, "timed_from": self._timed_from}
+                OBSERVE + self._rows, {"frontier": self._frontier, "timed_from": self._timed_from}
             ).fetchone()
             assert row is not None
             left, lowest, highest, taken, rows, odd = row
-            again = self._conn.execute(AGAIN, (lowest,)).fetchone() if lowest is not None else (0, 0)
-            assert again is not None
+            again = (0, 0)
+            if lowest is not None:
+                again = self._conn.execute(AGAIN + self._rows, {"frontier": lowest}).fetchone()  # type: ignore[assignment]
         sizes = self._conn.execute(SIZES).fetchone()
         assert sizes is not None
         self.done += rows - again[0]
@@ -231,7 +256,7 @@ class Soak:
 
 
 @contextmanager
-def _soaking(server: Server) -> Iterator[Soak]:
+def _soaking(server: Server, rows: str) -> Iterator[Soak]:
     contestant = by_name("sendoff c100")
     url = server.fresh("bench")
     run(contestant, url, "setup")
@@ -240,7 +265,7 @@ def _soaking(server: Server) -> Iterator[Soak]:
         settle(conn)
     settings = {"SENDOFF_RETENTION": str(RETENTION), "SENDOFF_LOG_LEVEL": "info"}
     with working(contestant, url, topics="bench.noop,outbox.prune", settings=settings) as worker:
-        soak = Soak(server, url, worker)
+        soak = Soak(server, url, worker, rows)
         try:
             yield soak
         finally:
@@ -249,16 +274,18 @@ def _soaking(server: Server) -> Iterator[Soak]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
-    parser.add_argument("--minutes", type=int, default=75)
-    parser.add_argument("--held-from", type=int, default=25, help="minute; 0: no snapshot is held")
-    parser.add_argument("--held-until", type=int, default=55)
+    parser.add_argument("--minutes", type=int, default=60, help="of the steady load")
+    parser.add_argument("--held", type=int, default=0, help="minutes for which a snapshot is held instead")
     parser.add_argument("--share", type=float, default=0.6, help="of the sustained peak")
-    parser.add_argument("--json", type=Path, default=STATE / "soak.json")
+    parser.add_argument("--json", type=Path, help="by default soak.json or held.json in BENCH_STATE")
     arguments = parser.parse_args()
+    if arguments.held:
+        arguments.minutes = BEFORE + arguments.held + AFTER
+    arguments.json = arguments.json or STATE / ("held.json" if arguments.held else "soak.json")
     LOG.unlink(missing_ok=True)
     result: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k != "json"}
     result |= {"at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "retention_s": RETENTION}
-    with Server.running() as server, _soaking(server) as soak:
+    with Server.running() as server, _soaking(server, TENTH if arguments.held else ALL) as soak:
         result |= {"server": server.version(), "cores": len(os.sched_getaffinity(0))}
         soak.settled(120)
         soak.burst("warm")
@@ -292,18 +319,19 @@ def main() -> None:
 
 def _minute(soak: Soak, minute: int, arguments: argparse.Namespace) -> None:
     end = soak.started + 60 * (minute + 1)
-    holds = arguments.held_from > 0
-    phase = "held" if soak.held else "after" if holds and minute >= arguments.held_until else "before"
-    if minute % 5 == 0 or soak.held:
-        soak.burst(phase)
-    if holds and minute == arguments.held_from:
-        soak.hold()
     soak.make_prune_due()
-    if holds and minute == arguments.held_until:
-        soak.release()
-        for _ in range(6):
-            soak.burst("recovery")
-            time.sleep(max(0.0, min(4.0, end - time.monotonic() - 5)))
+    if not arguments.held:
+        if minute % 5 == 0:
+            soak.burst("steady")
+    else:
+        if minute == BEFORE:
+            soak.hold()
+        if minute == BEFORE + arguments.held:
+            soak.release()
+        phase = "held" if soak.held else "before" if minute < BEFORE else "after"
+        for third in range(1 if soak.held else 3):
+            time.sleep(max(0.0, end - 60 + third * 20 - time.monotonic()))
+            soak.burst(phase)
     time.sleep(max(0.0, end - time.monotonic()))
     soak.observe()
 

@@ -1,27 +1,22 @@
-"""From the soak's result: summary lines, a plot over time, docs/soak.md."""
+"""From the soak's result: a summary line, a plot over time, docs/soak.md or docs/held.md."""
 
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
 DOCS = Path("docs")
-PLOT = DOCS / "benchmarks/soak.svg"
 
 
 def report(result: dict[str, Any]) -> None:
-    found = {"soak": _soak(result)}
-    if held := _held(result):
-        found["held"] = held
-    for name, figures in found.items():
-        print(name, " ".join(f"{key} {value}" for key, value in figures.items()), flush=True)
-    if _plot(result):
-        (DOCS / "soak.md").write_text(_page(result, found))
+    name, figures = ("held", _held(result)) if result["held"] else ("soak", _soak(result))
+    print(name, " ".join(f"{key} {value}" for key, value in figures.items()), flush=True)
+    if _plot(result, name):
+        (DOCS / f"{name}.md").write_text(_page(result, name, figures))
 
 
 def _soak(result: dict[str, Any]) -> dict[str, Any]:
-    """The first and the last ten minutes in which no snapshot is held, the first five left out: until then
-    nothing is pruned."""
-    calm = [m for m in result["minutes_seen"] if not m["held"]][5:] or result["minutes_seen"]
+    """The first and the last ten minutes, the first five left out: until then nothing is pruned."""
+    calm = result["minutes_seen"][5:] or result["minutes_seen"]
     first, last = calm[:10], calm[-10:]
 
     def ends(key: str) -> dict[str, float]:
@@ -47,62 +42,86 @@ def _soak(result: dict[str, Any]) -> dict[str, Any]:
 
 def _held(result: dict[str, Any]) -> dict[str, Any]:
     """Bursts before, while and after; the slope is of a line through those while, in percent of before."""
-    by_phase: dict[str, list[dict[str, Any]]] = {}
+    by_phase: dict[str, list[dict[str, Any]]] = {"before": [], "held": [], "after": []}
     for burst in result["bursts"]:
-        by_phase.setdefault(burst["phase"], []).append(burst)
-    held = by_phase.get("held", [])
-    if len(held) < 2:
-        return {}
+        by_phase.get(burst["phase"], []).append(burst)
+    held, after = by_phase["held"], by_phase["after"]
     before = median(b["per_s"] for b in by_phase["before"])
-    slope = linear_regression(
-        [b["at_s"] / 600 for b in held], [b["per_s"] / before * 100 for b in held]
-    ).slope
-    found = {
+    cpu_before = median(b["cpu_us"] for b in by_phase["before"])
+    found: dict[str, Any] = {
+        "minutes": result["held"],
+        "load": result["rate_per_s"],
         "before_per_s": round(before),
-        "held_first_per_s": round(held[0]["per_s"]),
-        "held_last_per_s": round(held[-1]["per_s"]),
-        "slope_percent_per_10min": round(slope, 1),
-        "ratio": round(held[-1]["per_s"] / before, 3),
+        "before_cpu_us": round(cpu_before, 1),
     }
-    if recovery := by_phase.get("recovery"):
-        found["after_first_per_s"] = round(recovery[0]["per_s"])
-        found["after_1min_per_s"] = round(recovery[-1]["per_s"])
-        found["after_ratio"] = round(recovery[-1]["per_s"] / before, 3)
-    if after := by_phase.get("after"):
-        found["after_end_per_s"] = round(median(b["per_s"] for b in after))
+
+    def ratio(name: str, bursts: list[dict[str, Any]]) -> None:
+        if bursts:
+            found[f"{name}_ratio"] = round(median(b["per_s"] for b in bursts) / before, 3)
+            found[f"{name}_ratio_cpu"] = round(cpu_before / median(b["cpu_us"] for b in bursts), 3)
+
+    ratio("held_end", held[-3:])
+    if len(held) > 1:
+        ratio("held_worst_minute", [min(held, key=lambda b: b["per_s"])])
+        times = [b["at_s"] / 600 for b in held]
+        slope = linear_regression(times, [b["per_s"] / before * 100 for b in held]).slope
+        found["slope_percent_per_10min"] = round(slope, 1)
+    if after:
+        first = after[0]["at_s"]
+        for minute in range(5):
+            ratio(
+                f"after_minute_{minute + 1}", [b for b in after if 0 <= b["at_s"] - first - 60 * minute < 59]
+            )
+    for name, minutes in (
+        ("before", [m for m in result["minutes_seen"] if not m["held"]][:3]),
+        ("held", [m for m in result["minutes_seen"] if m["held"]]),
+    ):
+        for key in ("p50_ms", "p99_ms"):
+            values = [m[key] for m in minutes if m[key] is not None]
+            if values:
+                found[f"{name}_{key}"] = round(median(values), 1)
+                found[f"{name}_worst_{key}"] = round(max(values), 1)
+    if "done" in result:
+        found |= {"rows": result["produced"], "left": result["left"], "odd_of_a_tenth": result["odd"]}
+        found["unaccounted"] = result["last_id"] - result["pruned"] - result["kept"]
     return found
 
 
-def _page(result: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+_NOTES = {
+    "soak": "`first` and `last`: medians of ten minutes. `lost`: rows inserted but never seen done; "
+    "`odd`: rows seen in another end than done, or with a second attempt; `unaccounted`: ids that "
+    "were given, less the rows that prune said it deleted, less those that are there.",
+    "held": "Ratios are to the median of the nine bursts before: `held_end` of the last three minutes of "
+    "the hold, `after_minute_N` of three bursts in that minute after its end. `ratio_cpu`: of the "
+    "CPU time that the worker and its session used for a row, before divided by then: what "
+    "neighbours do to the rate is not in it. Latencies: median and worst of the minutes. `left`: "
+    "not done in the end; `unaccounted`: ids that were given, less the rows that prune said it "
+    "deleted, less those that are there; `odd`: of every tenth row, those seen in another end "
+    "than done, or with a second attempt.",
+}
+
+
+def _page(result: dict[str, Any], name: str, figures: dict[str, Any]) -> str:
+    title, target = ("A snapshot that is held", "bench-held") if name == "held" else ("Soak", "bench-soak")
     lines = [
-        "# Soak",
+        f"# {title}",
         "",
-        "Written by `make bench-soak`; do not edit. How: the head of [bench/soak.py](../bench/soak.py).",
+        f"Written by `make {target}`; do not edit. How: the head of [bench/soak.py](../bench/soak.py).",
         "",
         f"{result['at']} UTC, PostgreSQL {result['server']}; server, worker and producer share"
         f" {result['cores']} core(s). Load: {result['rate_per_s']} rows/s, {result['share']:.0%} of the"
         f" {result['sustained_per_s']} rows/s that the three together sustain (a burst of 20,000 rows drains"
         f" at {result['peak_per_s']} rows/s). Rows are kept for {result['retention_s']} s.",
     ]
-    if result["held_from"]:
-        lines.append(
-            f"A foreign transaction held its snapshot from minute {result['held_from']} to"
-            f" {result['held_until']}."
-        )
-    lines += ["", "![Soak](benchmarks/soak.svg)"]
-    for name, figures in found.items():
-        lines += ["", f"## {name.capitalize()}", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in figures.items()]
-    lines += [
-        "",
-        "`first` and `last`: medians of ten minutes with no snapshot held. `lost`: rows inserted but never"
-        " seen done; `odd`: rows seen in another end than done, or with a second attempt; `unaccounted`: ids"
-        " that were given, less the rows that prune said it deleted, less those that are there.",
-    ]
+    if result["held"]:
+        lines.append(f"A foreign transaction held its snapshot for {result['held']} minutes.")
+    lines += ["", f"![{title}](benchmarks/{name}.svg)", "", "| figure | value |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in figures.items()]
+    lines += ["", _NOTES[name]]
     return "\n".join(lines) + "\n"
 
 
-def _plot(result: dict[str, Any]) -> bool:
+def _plot(result: dict[str, Any], name: str) -> bool:
     try:
         import matplotlib
     except ImportError:
@@ -130,11 +149,12 @@ def _plot(result: dict[str, Any]) -> bool:
     size.set_ylim(bottom=0)
     size.set_xlabel("minutes")
     for axes in (latency, rate, size):
-        if result["held_from"]:
-            axes.axvspan(result["held_from"], result["held_until"], color="#f2e8cf", label="snapshot held")
+        if held := [m["at_s"] / 60 for m in minutes if m["held"]]:
+            axes.axvspan(held[0] - 1, held[-1], color="#f2e8cf", label="snapshot held")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
-    PLOT.parent.mkdir(exist_ok=True)
-    fig.savefig(PLOT, metadata={"Date": None})
+    plot = DOCS / f"benchmarks/{name}.svg"
+    plot.parent.mkdir(exist_ok=True)
+    fig.savefig(plot, metadata={"Date": None})
     pyplot.close(fig)
     return True

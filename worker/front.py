@@ -3,59 +3,156 @@
 A claimed row leaves an entry in the claim's index. The server removes it when nobody can see the row as ready
 any more: as a rule at once, but while a foreign transaction holds its snapshot (a dump, a forgotten psql)
 not at all. Every look from the front of a topic then reads past all rows claimed since: on one core,
-throughput fell from 6,400 to 400 rows/s within 90 s. So, under load:
+throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entries take 3.5 s. So:
 
 1. Looks from the front are timed. While they are quick, every look is one.
-2. After a slow one, looks begin where the last one ended, in the topics and priorities it found rows of.
-3. What they miss is found from the front: rows of other priorities and topics, and those that lie before,
-   committed late, handed back, or freed by the end of another of their key. That look comes again after
-   twenty times what it took, so that it takes a twentieth of the time.
-4. If looks that begin later take as long, the front is not to blame, and all is as in 1.
-
-A worker on its way to sleep, or woken, always looks from the front (worker/park.py).
+2. After two slow ones in a row, or one that took a second, the loop reads nothing from the front any more:
+   the front is far. (The first of a connection is slow for another reason: it is planned.) Looks begin at
+   the end of the last one, by topic and priority: at the last row claimed there, by available_at and id.
+3. Every now and then such a look begins a second earlier (NEAR). Most of what it would miss lies there: rows
+   committed a moment after a later one, or locked by somebody when it passed.
+4. The rest is found by a scout, which reads the front on a connection of its own (worker/scout.py), so that
+   the loop goes on meanwhile. It locks nothing and reads each entry once (outbox_scout, sql/0003_claim.sql).
+   It finds topics and priorities that have no end yet, and rows before the ends, wherever they lie:
+   committed late, handed back, retried, freed by the end of another of their key. The next looks go to each
+   of those rows alone. Nothing is cut into slices: how rows are spread over time does not matter.
+5. It goes again SHARE times as long as it took after it is back. So what looks do not see is found within
+   SHARE + 2 times the duration of a scout; at 12 million entries, half a minute. If it brought as many rows
+   as it carries, it goes again as soon as they are taken.
+6. A scout that was quick says that the front is: all is as in 1. It is trusted for a while (TRUST), so that a
+   machine which is slow for other reasons does not send one after each look.
+7. A worker may sleep only if no row is due (worker/park.py, steps 4 and 5). That too a scout says, when the
+   front is far: one that began after the last reason to look, and saw none. It also says when the next row
+   is due, which outbox_next_deadline would read the front for. Until it is back the worker waits, its flag
+   up: who makes a row claimable notifies, and a look as in 2 and 3 is taken at once.
+8. A look from the front that was cut off, as is one that lasts longer than a lease, counts as slow. Else a
+   worker that starts behind 20 million entries would begin it again and again.
 """
 
 import math
-from collections.abc import Iterable
-from datetime import datetime
+from collections import deque
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
 
-from outbox.claim import Claimed
+from outbox.claim import Claimed, Level
 
-SLOW = 0.01  # seconds
-_SHARE = 20
+SLOW, VERY_SLOW, QUICK = 0.02, 1.0, 0.003  # seconds
+NEAR = timedelta(seconds=1)
+NEAR_SHARE = 10
+"""At 10,000 rows/s a second is 10,000 entries or 3 ms, as long as a look; it comes every 30 ms then."""
+SHARE = 5
+TRUST = 2.0  # seconds
+CARRIES = 5000
+"""Rows of one topic and priority that a scout brings."""
+_LEVELS = 100
+"""Topics and priorities that a look goes to, each a descent of 5 us; a scout finds the others."""
 
-Levels = list[tuple[str, int, datetime]]
-"""Topics and priorities, and from when on their rows are due."""
+Place = tuple[datetime, int]
+"""available_at and id, the order of a level's rows."""
+Ends = dict[tuple[str, int], Place]
+
+
+class Look(NamedTuple):
+    """What to look for; levels None: everything, from the front."""
+
+    levels: list[Level] | None
+    near: bool = False
+
+
+class Seen(NamedTuple):
+    """A claimable row that a scout saw, due in that many seconds."""
+
+    topic: str
+    priority: int
+    available_at: datetime
+    id: int
+    due_in: float
 
 
 class Front:
-    """The ends of the last looks, and when to look from the front again."""
+    """The ends of the last looks, and what the scout has seen."""
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[str, int], datetime] = {}
-        self._took = 0.0
-        self._again = -math.inf
+        self.far = False
+        self.scout_at = -math.inf
+        self.next_due: datetime | None = None
+        """As the last scout saw it."""
+        self.ends: Ends = {}
+        self.missed: deque[Level] = deque()
+        """Rows that the last scout saw and no look has gone to yet."""
+        self._near_at = -math.inf
+        self._trusted_until = -math.inf
+        self._clear = -math.inf
+        self._slow = False
 
-    def levels(self, now: float) -> Levels | None:
-        """What to look for; None: everything, from the front."""
-        if now >= self._again or not self._ends:
-            return None
-        return [(topic, priority, end) for (topic, priority), end in self._ends.items()]
+    def look(self, topics: Iterable[str], slots: int, now: float) -> Look:
+        """What to look for now: of one priority, the topics in this order."""
+        if not self.far:
+            return Look(None)
+        near = now >= self._near_at
+        levels = [self.missed.popleft() for _ in range(min(slots, len(self.missed)))]
+        turn = {topic: place for place, topic in enumerate(topics)}
+        for (topic, priority), (at, row_id) in sorted(self.ends.items(), key=lambda end: turn[end[0][0]]):
+            levels.append(Level(topic, priority, at - NEAR if near else at, row_id, alone=False))
+        return Look(levels, near)
 
-    def gave_up(self, levels: Levels | None, began: float, now: float) -> None:
-        """A look was cut off, after a lease at the latest. If it was from the front, others come first."""
-        if levels is None and self._ends:
-            self._again = now + (now - began) * _SHARE
-
-    def looked(self, levels: Levels | None, rows: Iterable[Claimed], began: float, ended: float) -> None:
+    def looked(self, look: Look, rows: Iterable[Claimed], began: float, ended: float) -> None:
         """What a look found, and how long it took."""
         took = ended - began
-        if levels is None:
-            self._took = took
-            self._ends.clear()
-            self._again = ended + took * _SHARE if took > SLOW else -math.inf
-        elif took > self._took * 0.8:
-            self._again = -math.inf
-        if self._again > ended:
-            for row in rows:  # in the order of available_at within a level: the last is the end
-                self._ends[row.topic, row.priority] = row.available_at
+        if look.levels is None:
+            again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
+            if self._slow and (again or took > VERY_SLOW):
+                self._go_far(ended)
+        if look.near:
+            self._near_at = ended + took * NEAR_SHARE
+        if self.far:
+            for row in rows:
+                self._reached((row.topic, row.priority), (row.available_at, row.id))
+
+    def gave_up(self, look: Look, began: float, now: float) -> None:
+        """A look failed, cut off after a lease at the latest."""
+        self.looked(look, (), began, now)
+
+    def scout_is_due(self, now: float) -> bool:
+        """Not while rows that the last one brought wait for a slot: it would bring them again."""
+        return self.far and now >= self.scout_at and not self.missed
+
+    def scouted(self, known: Ends, seen: Sequence[Seen], began: float, ended: float) -> None:
+        """What a scout saw that was told these ends."""
+        took = ended - began
+        if took <= QUICK:
+            self.far = False
+            self._trusted_until = ended + TRUST
+            return
+        self.scout_at = ended + took * SHARE
+        if all(row.due_in > 0 for row in seen):
+            self._clear = began
+        self.next_due = min((row.available_at for row in seen), default=None)
+        for row in seen:
+            level, place = (row.topic, row.priority), (row.available_at, row.id)
+            if level not in known:
+                self._reached(level, place)
+            elif place < known[level]:
+                self.missed.append(Level(*level, *place, alone=True))
+        if len(self.missed) >= CARRIES:
+            self.scout_at = ended
+
+    def scout_failed(self, began: float, now: float) -> None:
+        self.scout_at = now + max(1.0, (now - began) * SHARE)
+
+    def is_clear(self, since: float) -> bool:
+        """Whether no row was due after `since`, as far as the front is concerned."""
+        return not self.far or self._clear >= since
+
+    def _go_far(self, now: float) -> None:
+        self.far, self._slow, self.scout_at, self._clear = True, False, now, -math.inf
+        self.next_due = None
+        self.ends.clear()
+        self.missed.clear()
+
+    def _reached(self, level: tuple[str, int], place: Place) -> None:
+        """The end moves on; the levels that rows were found of last are kept."""
+        self.ends[level] = max(self.ends.pop(level, place), place)
+        if len(self.ends) > _LEVELS:
+            del self.ends[next(iter(self.ends))]

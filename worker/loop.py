@@ -32,11 +32,7 @@ from pydantic_core import from_json
 
 from outbox import trace
 from outbox.claim import (
-    Answer,
     Claimed,
-    ask,
-    claim_row,
-    complete,
     fail,
     hand_back,
     reconnect,
@@ -51,11 +47,13 @@ from outbox.migrate import check_schema
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
 from worker.attempt import Attempt, End, Outcome, Stop
-from worker.front import Front, Levels
+from worker.claim import Answer, Claims
+from worker.front import Front, Look
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.metrics import STATS, Snapshot
 from worker.park import Parking, Stage
+from worker.scout import Scout
 
 log = get_logger(__name__)
 
@@ -109,11 +107,15 @@ class Worker:
         self._arriving = 0
         """Rows that were claimed and are not read yet."""
         self._reading: asyncio.Task[int] | None = None
+        self._asked_at = -math.inf
+        """When `_look` was last raised; a scout's return does not raise it, or each would demand the next."""
+        self._scouted = False
         self._told_draining = False
         self._stats = STATS
         self._stats.topics = sorted(handlers)
         self._full_stop = False
         self._control: Connection
+        self._claims: Claims
         self._listener: Listener
         self._presence: int | None = None  # of the last connection
         # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
@@ -131,10 +133,11 @@ class Worker:
             conninfo(settings.database_url, "sendoff worker job", self._lease_time, pooled=settings.pooled),
             kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
             min_size=0,
-            max_size=min(concurrency, 20) + 1,
+            max_size=min(concurrency, 20) + 2,
             open=False,
         )
         self._stuck = StuckWatch(settings, self._pool.connection)
+        self._scout = Scout(self._front, self._pool.connection, self._scout_is_back)
 
     # The life of the worker.
 
@@ -166,6 +169,7 @@ class Worker:
             finally:
                 self._lease.close()
                 await self._stuck.close()
+                await self._scout.close()
 
     async def _while_connected(self) -> None:
         settings = self._settings
@@ -211,6 +215,9 @@ class Worker:
             if self._running:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
+        self._claims = Claims(
+            self._control, self.id, self._listener.presence, self._lease_time, pooled=self._settings.pooled
+        )
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         # A session that was terminated is no proof that the server is down; the next refusal is.
@@ -314,6 +321,10 @@ class Worker:
             self._look_at = self._rescue_at = at
             self._event.set()
 
+    def _scout_is_back(self) -> None:
+        self._scouted = True
+        self._event.set()
+
     def _woken(self, cause: str) -> None:
         if self._parking.stage is not Stage.AWAKE:
             self._stats.woken(cause)
@@ -397,11 +408,8 @@ class Worker:
         if len(told) > 1 or not asleep or self._free() < 2:  # a worker whose slots are full is not parked
             self._look = True
             return
-        assert self.id is not None
         self._woken_at = asked_at
-        row, self._look = await claim_row(
-            self._control, self.id, told[0], lease=self._lease_time, connection=self._listener.presence
-        )
+        row, self._look = await self._claims.row(told[0])
         self._stats.looked(0 if row is None else 1)
         if row is not None:
             self._begin([row], asked_at)
@@ -411,7 +419,7 @@ class Worker:
         """Step 4: end what was completed and claim, then park or learn the deadline."""
         parking = self._parking
         napped, self._nap = self._nap, 0.0
-        wants = self._free() if self._look or parking.stage is Stage.AWAKE else 0
+        wants = self._free() if self._look or self._scouted or parking.stage is Stage.AWAKE else 0
         if parking.stage is Stage.AWAKE:
             # Half of all slots at most, so that the server works on one half of the rows while the
             # handlers of the other half run.
@@ -419,15 +427,19 @@ class Worker:
         completed = [o for o in self._ended if o.end is End.COMPLETE]
         if wants == 0:
             if completed:
-                refused = await self._complete([o.job.token for o in completed])
+                refused = await self._claims.complete([o.job.token for o in completed])
                 self._drop(completed)
                 self._completed(completed, refused)
             return
-        self._look = False  # from here on a notification raises it again
+        asked, self._look = self._look, False  # from here on a notification raises it again
+        self._scouted = False
         settling = parking.stage is Stage.SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
+        if asked:
+            self._asked_at = time.monotonic()
         stay_parked = self._stay_parked()
         count = await self._claim(completed, wants, stay_parked)
+        self._scout.send(self._topics)
         if count >= wants or (count and (parking.stage is Stage.AWAKE or not stay_parked)):
             # All slots are taken, or rows keep coming: nobody needs to tell us.
             parking.wake()
@@ -447,10 +459,10 @@ class Worker:
         else:
             await asyncio.sleep(0)  # what was claimed starts first: the next wait cost it 0.9 ms
             await self._schedule()
-            if settling and writers_ended:
+            if settling and writers_ended and self._front.is_clear(self._asked_at):
                 parking.settled()
                 log.debug("parked", worker_id=str(self.id))
-            elif settling:
+            elif settling and not writers_ended:
                 self._repeat_look()
 
     def _stay_parked(self) -> bool:
@@ -464,32 +476,22 @@ class Worker:
 
     async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> int:
         """Returns how many rows came."""
-        assert self.id is not None
         asked_at = time.monotonic()
         awake = self._parking.stage is Stage.AWAKE
-        # Only a worker that is awake and does not mean to park may begin elsewhere than at the front.
-        levels = self._front.levels(asked_at) if awake else None
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
+        look = self._front.look(self._topics, wants, asked_at)
         try:
-            answer = await ask(
-                self._control,
-                self.id,
-                [o.job.token for o in completed],
-                self._topics,
-                wants,
-                lease=self._lease_time,
-                stay_parked=stay_parked,
-                connection=self._listener.presence,
-                levels=levels,
+            answer = await self._claims.turn(
+                [o.job.token for o in completed], self._topics, wants, look.levels, stay_parked=stay_parked
             )
         except (psycopg.Error, OSError):
-            self._front.gave_up(levels, asked_at, time.monotonic())
+            self._front.gave_up(look, asked_at, time.monotonic())
             raise
         await self._have_read()
         self._drop(completed)
         took = time.monotonic() - asked_at
         self._arriving = answer.count
-        reading = self._read(answer, completed, levels, asked_at, took)
+        reading = self._read(answer, completed, look, asked_at, took)
         if awake and answer.count >= wants:
             # When the next claim is on its way, so that the server does not wait meanwhile: a task begins
             # when this one waits.
@@ -498,12 +500,12 @@ class Worker:
         return await reading
 
     async def _read(
-        self, answer: Answer, completed: list[Outcome], levels: Levels | None, asked_at: float, took: float
+        self, answer: Answer, completed: list[Outcome], look: Look, asked_at: float, took: float
     ) -> int:
         """What a claim brought; how many rows."""
-        rows, refused = await answer.read()
+        rows, refused = answer.read()
         self._arriving = 0
-        self._front.looked(levels, rows, asked_at, asked_at + took)
+        self._front.looked(look, rows, asked_at, asked_at + took)
         if completed:
             self._completed(completed, refused)
         self._stats.looked(len(rows))
@@ -531,12 +533,6 @@ class Worker:
             attempt.start()
         if self._full_stop:  # the drain's end came while the claim was on its way
             self._stop_all(Stop.DRAIN)
-
-    async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:
-        """Without a claim. Returns those that were fenced."""
-        assert self.id is not None
-        ended = await complete(self._control, self.id, tokens)
-        return {token for token in tokens if token[0] not in ended}
 
     def _drop(self, outcomes: list[Outcome]) -> None:
         """Once they are committed. Only these: handlers have ended since they were sent."""
@@ -569,7 +565,12 @@ class Worker:
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
             " extract(epoch FROM server_time)::float8"
             " FROM outbox_next_deadline(%s, %s, %s, %s)",
-            (self.id, list(self._topics), self._lease_time, timedelta(seconds=connected)),
+            (
+                self.id,
+                [] if self._front.far else list(self._topics),
+                self._lease_time,
+                timedelta(seconds=connected),
+            ),
         )
         found = await cursor.fetchone()
         assert found is not None
@@ -580,8 +581,17 @@ class Worker:
         self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
         if row_due is not None and row_due <= 0:
             self._repeat_look()  # parking, step 5
+        if self._front.far:
+            self._look_at = self._far_look_at()
         self._look_at = min(self._look_at, self._announced)
         self._rescue_at = min(self._rescue_at, self._announced)
+
+    def _far_look_at(self) -> float:
+        """When the front is far: as soon as a scout may go, or a row that one saw is due."""
+        front = self._front
+        if not front.is_clear(self._asked_at):
+            return math.inf if self._scout.under_way and not front.missed else front.scout_at
+        return math.inf if front.next_due is None else front.next_due.timestamp() - self._clock_offset
 
     def _repeat_look(self) -> None:
         self._stats.count("sendoff_worker_repeated_looks")

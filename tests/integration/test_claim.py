@@ -1,6 +1,7 @@
 """Claim: never more than asked for, by priority, then age, and only what may run."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from psycopg import errors
@@ -22,7 +23,8 @@ from tests.support.steps import (
     until,
     with_and_without,
 )
-from tests.support.worker import Watched, watched
+from tests.support.worker import watched
+from worker.claim import Claims
 
 
 @with_and_without
@@ -233,7 +235,9 @@ async def test_completed_key_is_free_for_the_claim_of_the_same_turn(connect: Con
     assert ([row.id for row in rows], refused) == ([second], set())
 
 
-async def test_handler_that_ends_while_a_completion_is_on_its_way(connect: Connect, database: str) -> None:
+async def test_handler_that_ends_while_a_completion_is_on_its_way(
+    connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1. A has ended, and its completion is sent. 2. B ends. 3. The answer comes: B is not forgotten."""
     psql = await connect()
     a, b = await add(psql), await add(psql)
@@ -242,15 +246,17 @@ async def test_handler_that_ends_while_a_completion_is_on_its_way(connect: Conne
     async def run(job: outbox.Job) -> None:
         await gates[job.row.id].wait()
 
-    class Overlaps(Watched):
-        async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:
-            refused = await super()._complete(tokens)
-            gates[b].set()
-            while b in self._running:  # noqa: ASYNC110 - a few turns of the loop
-                await asyncio.sleep(0)
-            return refused
+    complete = Claims.complete
 
-    async with watched(database, run=run, concurrency=3, kind=Overlaps) as worker:
+    async def overlaps(self: Claims, tokens: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+        refused = await complete(self, tokens)
+        gates[b].set()
+        while b in worker._running:  # noqa: ASYNC110 - a few turns of the loop
+            await asyncio.sleep(0)
+        return refused
+
+    monkeypatch.setattr(Claims, "complete", overlaps)
+    async with watched(database, run=run, concurrency=3) as worker:
         await worker.has_run(a)
         await worker.has_run(b)
         gates[a].set()

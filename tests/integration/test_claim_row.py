@@ -1,12 +1,13 @@
 """A lone row, claimed by the id that its notification names (outbox_claim_row)."""
 
+import math
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
 
 import outbox
-from outbox.claim import claim_row
 from outbox.errors import WorkerEnded
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
@@ -25,9 +26,17 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import hang, watched
+from worker.claim import Claims
 
 DONE = "SELECT state = 'done' FROM outbox WHERE id = %s"
 ROW = "SELECT id FROM outbox_claim_row(%s, %s, '10 min')"
+
+
+async def claim_row(
+    conn: Connection, worker: UUID, row: int, presence: int = 0
+) -> tuple[outbox.Claimed | None, bool]:
+    """As the worker's loop does it; nothing is prepared, for there may be several on one connection."""
+    return await Claims(conn, worker, presence, LEASE, pooled=True).row(row)
 
 
 @with_and_without
@@ -95,7 +104,7 @@ async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, da
             await locker.execute("ROLLBACK")
             await worker.has_run(row)
         else:
-            assert await worker.sleeps_for_ever(psql)
+            await worker.asleep_for(math.inf)
             await locker.execute("ROLLBACK")
             assert await worker.sleeps_for_ever(psql)
 
@@ -127,7 +136,7 @@ async def test_left_to_the_claim_in_general(why: str, connect: Connect) -> None:
             await other.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", (row,))
         case "another's snapshot":  # is no reason
             await other.execute("SELECT FROM outbox")
-    found, still_there = await claim_row(psql, worker, row, lease=LEASE)
+    found, still_there = await claim_row(psql, worker, row)
     if why == "another's snapshot":
         assert found is not None
         assert (found.id, found.topic, found.attempt, found.payload) == (row, "t", 1, {})
@@ -143,8 +152,8 @@ async def test_row_that_is_not_ready_or_not_there(connect: Connect) -> None:
     worker = await new_worker(psql)
     row = await add(psql)
     await psql.execute("SELECT outbox_cancel(%s)", (row,))
-    assert await claim_row(psql, worker, row, lease=LEASE) == (None, False)
-    assert await claim_row(psql, worker, row + 1, lease=LEASE) == (None, False)
+    assert await claim_row(psql, worker, row) == (None, False)
+    assert await claim_row(psql, worker, row + 1) == (None, False)
 
 
 @with_and_without
@@ -160,7 +169,7 @@ async def test_worker_that_has_ended_takes_nothing(rule: Rule, connect: Connect)
         assert await one(psql, ROW, worker, row) == row
         return
     with pytest.raises(WorkerEnded):
-        await claim_row(psql, worker, row, lease=LEASE)
+        await claim_row(psql, worker, row)
     assert await get(psql, row) == "ready"
 
 
@@ -169,7 +178,7 @@ async def test_connection_that_was_given_up_takes_nothing(connect: Connect) -> N
     worker = await outbox.register(psql, ["t"], presence=8)
     row = await add(psql)
     with pytest.raises(psycopg.errors.RaiseException, match="was given up"):
-        await claim_row(psql, worker, row, lease=LEASE, connection=7)
+        await claim_row(psql, worker, row, presence=7)
     assert await get(psql, row) == "ready"
 
 
@@ -180,7 +189,7 @@ async def test_lease_covers_the_row(connect: Connect) -> None:
     await psql.execute("UPDATE worker SET parked = true WHERE id = %s", (sleeper,))
     row = await add(psql)
     await listener.execute("LISTEN sendoff_wake")
-    await claim_row(psql, worker, row, lease=LEASE)
+    await claim_row(psql, worker, row)
     assert await one(
         psql, "SELECT lease_until > clock_timestamp() + %s / 2 FROM worker WHERE id = %s", LEASE, worker
     )
@@ -203,10 +212,10 @@ async def test_finds_the_row_by_its_key(connect: Connect) -> None:
     worker = await new_worker(psql)
     await psql.execute("VACUUM ANALYZE outbox, topic, worker")
     for _ in range(7):
-        await claim_row(psql, worker, 0, lease=LEASE)
+        await claim_row(psql, worker, 0)
     await psql.execute("ALTER TABLE outbox SET (autovacuum_enabled = off)")
     await many(psql)
-    await claim_row(psql, worker, 76, lease=LEASE)  # past the reading of catalogs
+    await claim_row(psql, worker, 76)  # past the reading of catalogs
     plans = await explain(psql, ROW, worker, 77)
     assert plans.indexes() >= {"outbox_pkey", "worker_pkey"}
     assert not plans.read_in_full()

@@ -1,36 +1,111 @@
 """A foreign transaction holds its snapshot, so that the entries of claimed rows stay: worker/front.py."""
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from outbox.claim import complete_and_claim
+from outbox.claim import Level, complete_and_claim, hand_back
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import FEW_BUFFERS, explain
-from tests.support.steps import Rule, add, new_worker, one, until, with_and_without
-from tests.support.worker import watched
+from tests.support.steps import Connection, Rule, add, column, get, new_worker, one, until, with_and_without
+from tests.support.worker import Watched, watched
 from worker import front
 
-CLAIM = "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s)"
+CLAIM = (
+    "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s, %s, %s)"
+)
+SCOUT = "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], 100)"
+OLD = "2020-01-01 00:00+00"
 
 
-@with_and_without
-async def test_a_claim_that_begins_later_reads_none_of_what_is_over(rule: Rule, connect: Connect) -> None:
-    """20,000 rows were claimed and completed under the snapshot. Taken out: the look from the front."""
-    psql, foreign = await connect(), await connect()
-    worker = await new_worker(psql)
+async def hold(connect: Connect) -> Connection:
+    foreign = await connect()
     await foreign.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await foreign.execute("SELECT 1 FROM outbox LIMIT 1")
-    await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 20000)")
-    rows, _ = await complete_and_claim(psql, worker, [], ["t"], 20000)
-    await complete_and_claim(psql, worker, [(row.id, row.attempt) for row in rows], ["t"], 10)
-    await psql.execute("VACUUM outbox")
-    ends = ([rows[-1].priority], [rows[-1].available_at]) if rule == "kept" else (None, None)
-    for _ in range(3):
-        await add(psql)
-        plans = await explain(psql, CLAIM, worker, *ends)
+    return foreign
+
+
+async def end_of(conn: Connection, row_id: int) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = await (
+        await conn.execute("SELECT topic, priority, available_at, id FROM outbox WHERE id = %s", (row_id,))
+    ).fetchone()
+    assert row is not None
+    return row
+
+
+async def over(conn: Connection, columns: str = "", values: str = "") -> int:
+    """20,000 rows that were claimed and completed; the last of them."""
+    await conn.execute(
+        f"INSERT INTO outbox (topic{columns}) SELECT 't'{values} FROM generate_series(1, 20000)".encode()
+    )
+    worker = await new_worker(conn)
+    rows, _ = await complete_and_claim(conn, worker, [], ["t"], 20000)
+    await complete_and_claim(conn, worker, [(row.id, row.attempt) for row in rows], ["t"], 10)
+    await conn.execute("VACUUM outbox")
+    return rows[-1].id
+
+
+@pytest.mark.parametrize("times", ["as they came", "all the same"])
+@with_and_without
+async def test_a_look_that_begins_later_reads_none_of_what_is_over(
+    rule: Rule, times: str, connect: Connect
+) -> None:
+    """Nor does one for a lone row. Taken out: the place where they begin."""
+    psql = await connect()
+    await hold(connect)
+    same = times == "all the same"
+    last = await over(psql, *((", available_at", f", '{OLD}'") if same else ()))
+    _, priority, at, _ = await end_of(psql, last)
+    worker = await new_worker(psql)
+    for alone in (False, False, False, True):
+        row = await add(psql, **({"available_at": OLD} if same else {}))
+        _, _, place, _ = await end_of(psql, row)
+        where = ([priority], [place], [row], [alone]) if alone else ([priority], [at], [last], [False])
+        plans = await explain(psql, CLAIM, worker, *(where if rule == "kept" else [None] * 4))
+        assert await get(psql, row) == "running"
+    assert "outbox_claimable" in plans.indexes()
     assert (plans.buffers() < FEW_BUFFERS) == (rule == "kept"), plans.buffers()
+
+
+async def test_a_scout_reads_each_entry_once(connect: Connect) -> None:
+    """As many pages as one look from the front of the topic's only priority."""
+    psql = await connect()
+    await hold(connect)
+    ends = [[value] for value in await end_of(psql, await over(psql))]
+    await add(psql, priority=3)
+    await add(psql)
+    look = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
+    for _ in range(3):
+        front_look = await explain(psql, f"{look} ORDER BY available_at, id LIMIT 1")
+        scout = await explain(psql, SCOUT, ["t"], *ends)
+    assert not scout.read_in_full()
+    assert front_look.buffers() > FEW_BUFFERS
+    assert scout.buffers() < front_look.buffers() + FEW_BUFFERS
+
+
+async def test_a_scout_sees_what_looks_from_these_ends_do_not(connect: Connect) -> None:
+    psql = await connect()
+    missed = [await add(psql, available_at=OLD) for _ in range(3)]
+    await add(psql, available_at=OLD, ordering_key="k", blocked=True)
+    end = await end_of(psql, await add(psql))
+    await psql.execute("UPDATE outbox SET state = 'done' WHERE id = %s", (end[3],))
+    after = [await add(psql) for _ in range(2)]
+    urgent = [await add(psql, priority=9) for _ in range(2)]
+    delayed = await add(psql, "u", available_at="2100-01-01 00:00+00")
+    for topic in ("full", "paused", "other"):
+        await add(psql, topic)
+    await psql.execute("INSERT INTO topic (name, max_running) VALUES ('paused', 0), ('t', 1)")
+
+    cursor = await psql.execute(
+        SCOUT.encode(), (["t", "u", "paused"], *([value, value] for value in ("none", 0, OLD, 1)))
+    )
+    found = [(row[3], row[4] <= 0) for row in await cursor.fetchall()]
+    assert found == [(urgent[0], True), (missed[0], True), (delayed, False)]
+    cursor = await psql.execute(SCOUT.encode(), (["t"], *([value] for value in end)))
+    assert [row[3] for row in await cursor.fetchall()] == [urgent[0], *missed, after[0]]
 
 
 async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
@@ -42,32 +117,118 @@ async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
     later = await add(psql)
     other = await add(psql, topic="u")
     start = await one(psql, "SELECT available_at FROM outbox WHERE id = %s", first)
-    rows, _ = await complete_and_claim(psql, worker, [], ["t", "u"], 10, levels=[("t", 0, start)])
-    assert [row.id for row in rows] == [first, later]
-    rows, _ = await complete_and_claim(psql, worker, [], ["t", "u"], 10)
-    assert [row.id for row in rows] == [urgent, early, other]
+
+    async def look(levels: list[Level] | None) -> list[int]:
+        rows, _ = await complete_and_claim(psql, worker, [], ["t", "u"], 10, levels=levels)
+        return [row.id for row in rows]
+
+    assert await look([]) == []
+    assert await look([Level("t", 0, start, first, alone=True)]) == [first]
+    assert await look([Level("t", 0, start, first, alone=False)]) == [later]
+    assert await look(None) == [urgent, early, other]
 
 
-async def test_what_lies_before_is_found_all_the_same(
+@pytest.fixture
+def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look from the front counts as slow, no scout as quick."""
+    monkeypatch.setattr(front, "SLOW", -1.0)
+    monkeypatch.setattr(front, "QUICK", -1.0)
+
+
+@asynccontextmanager
+async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIterator[Watched]:
+    """Its front is far, it has claimed rows of topic t, and sleeps."""
+    async with watched(database, *topics, concurrency=4) as worker:
+        # Two, so that they are looked for, and not claimed by their ids.
+        for row in await column(
+            psql, "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 2) RETURNING id"
+        ):
+            await worker.has_run(row)
+        await worker.asleep_for(math.inf)
+        assert worker._front.far
+        assert worker._front.ends
+        yield worker
+
+
+@pytest.mark.usefixtures("always_far")
+async def test_what_looks_do_not_see_is_found_while_the_load_goes_on(database: str, connect: Connect) -> None:
+    psql, late = await connect(), await connect()
+    await hold(connect)
+    other_worker = await new_worker(psql)
+    async with far_worker(database, psql, "t", "u") as worker:
+        await late.execute("BEGIN")
+        missed = [await add(late), await add(late, available_at=OLD)]
+        back = await add(psql, "v", available_at=OLD)
+        (row,), _ = await complete_and_claim(psql, other_worker, [], ["v"], 1)
+        await psql.execute("UPDATE outbox SET topic = 't' WHERE id = %s", (back,))
+        keyed = [await add(psql, ordering_key="k") for _ in range(10)]
+        for number in range(40):
+            await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 20)")
+            if number == 10:
+                await late.execute("COMMIT")
+                await hand_back(psql, other_worker, [(back, row.attempt)])
+                missed += [await add(psql, priority=9), await add(psql, "u"), await add(psql, priority=-9)]
+        await until(psql, "SELECT NOT EXISTS (SELECT FROM outbox WHERE state <> 'done' AND topic <> %s)",
+                    "outbox.prune")  # fmt: skip
+        assert {*missed, back, *keyed} < set(worker.ran)
+        assert worker._front.far
+
+
+@pytest.mark.usefixtures("always_far")
+async def test_a_worker_sleeps_only_when_a_scout_saw_nothing_due(database: str, connect: Connect) -> None:
+    """A row that was written before its flag was up, and committed after its look: no notification, and
+    nothing but a scout would see it."""
+    psql, late = await connect(), await connect()
+    async with watched(database, "t", concurrency=4, started=False) as worker:
+        held = worker.hold("writers")
+        await held.wait()
+        await psql.execute("UPDATE worker SET parked = false")
+        await late.execute("BEGIN")
+        row = await add(late, available_at=OLD)
+        await psql.execute("UPDATE worker SET parked = true")
+        held.release()
+        await worker.looked(worker.looks + 3)
+        assert worker.ran == []
+        await late.execute("COMMIT")
+        await worker.has_run(row)
+        await worker.asleep_for(math.inf)
+        assert worker._front.far
+
+
+@pytest.mark.usefixtures("always_far")
+async def test_what_is_told_to_a_sleeper_is_found_wherever_it_lies(database: str, connect: Connect) -> None:
+    psql = await connect()
+    async with far_worker(database, psql, "t", "u") as worker:
+        for columns in ({"available_at": OLD}, {"priority": 7}, {"topic": "u"}, {}):
+            await worker.has_run(await add(psql, **columns))
+        await worker.asleep_for(math.inf)
+
+
+@pytest.mark.usefixtures("always_far")
+async def test_a_sleeper_knows_when_the_next_row_is_due(database: str, connect: Connect) -> None:
+    psql = await connect()
+    async with far_worker(database, psql, "t") as worker:
+        row = await one(
+            psql,
+            "INSERT INTO outbox (topic, available_at) VALUES ('t', clock_timestamp() + interval '1 h')"
+            " RETURNING id",
+        )
+        await worker.has_run(await add(psql))
+        await worker.hears_nothing_more(psql)
+        await worker.asleep_for(3000)
+        assert await worker.asleep() < 3601
+        await psql.execute("UPDATE outbox SET available_at = clock_timestamp() WHERE id = %s", (row,))
+        await worker.has_run(row)
+
+
+async def test_a_front_that_is_quick_again_is_used_again(
     monkeypatch: pytest.MonkeyPatch, database: str, connect: Connect
 ) -> None:
-    """Every look from the front counts as slow; rows keep coming; one is committed late, one is urgent."""
-    looked = front.Front.looked
-
-    def never_blaming_the_server(self: front.Front, levels: Any, *rest: Any) -> None:
-        self._took = math.inf
-        looked(self, levels, *rest)
-
+    psql = await connect()
     monkeypatch.setattr(front, "SLOW", -1.0)
-    monkeypatch.setattr(front.Front, "looked", never_blaming_the_server)
-    psql, late = await connect(), await connect()
+    monkeypatch.setattr(front, "QUICK", 60.0)
     async with watched(database, "t", concurrency=4) as worker:
-        await late.execute("BEGIN")
-        straggler = await add(late)
-        for number in range(60):
-            await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 20)")
-            if number == 20:
-                await late.execute("COMMIT")
-                urgent = await add(psql, priority=9)
-        await until(psql, "SELECT NOT EXISTS (SELECT FROM outbox WHERE state <> 'done' AND topic = 't')")
-        assert {straggler, urgent} < set(worker.ran)
+        await worker.has_run(await add(psql))
+        await worker.asleep()
+        assert not worker._front.far
+        assert await column(psql, "SELECT state FROM outbox WHERE topic = 't'") == ["done"]

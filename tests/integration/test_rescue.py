@@ -226,7 +226,9 @@ async def test_delete_of_a_worker_waits_for_a_row_that_is_locked(rule: Rule, con
     row = await add(psql)
     await claim(psql, lost)
     if rule == "taken out":
-        text = "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;"
+        text = (
+            "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;"
+        )
         await take_out(psql, "worker_ended", text, "NULL;")
     await handler.execute("BEGIN")
     await handler.execute("SELECT outbox_fence(%s, %s, 1)", (lost, row))

@@ -79,6 +79,10 @@ class Watched(Worker):
         await self._until(self._sleeps)
         return self._timer()
 
+    async def asleep_for(self, seconds: float) -> None:
+        """Return when it is parked and sleeps for that long at least, if nothing comes."""
+        await self._until(lambda: self._sleeps() and self._timer() >= seconds)
+
     async def parks(self) -> None:
         """Return when its flag is up and it waits, whether still for writers or not."""
         await self._until(lambda: self._in_sleep and self._parking.stage is not Stage.AWAKE)
