@@ -145,9 +145,10 @@ async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
 
 @pytest.fixture
 def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look from the front counts as slow, no scout as quick."""
+    """Every look from the front counts as slow, no scout as quick. Scouts do not rest."""
     monkeypatch.setattr(front, "SLOW", -1.0)
     monkeypatch.setattr(front, "QUICK", -1.0)
+    monkeypatch.setattr(front, "REST", 0.0)
 
 
 @asynccontextmanager
