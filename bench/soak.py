@@ -206,7 +206,7 @@ class Soak:
                 again = self._conn.execute(AGAIN + self._rows, {"frontier": lowest}).fetchone()  # type: ignore[assignment]
         sizes = self._conn.execute(SIZES).fetchone()
         assert sizes is not None
-        self.done += rows - again[0]
+        self.done += (rows - again[0]) * (10 if self._rows == TENTH else 1)
         self.odd += odd - again[1]
         if highest is not None:
             self._frontier = highest + 1 if lowest is None else lowest

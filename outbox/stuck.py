@@ -7,7 +7,9 @@ rows of topics that nobody serves:
    which that work could be stuck, unless one is set for sooner. No query.
 2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
    `stuck` for each topic, and a POST to SENDOFF_STUCK_WEBHOOK if that is set. A topic is reported by one
-   process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said.
+   process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said. While
+   somebody holds an old snapshot the query may read for seconds, past all rows claimed since: it comes again
+   after SHARE times as long, and nobody waits for it.
 3. The same look tells the next moment at which something could be stuck. None: no timer, silence. A process
    that starts begins with such a look, so that one with nothing to do never asks again.
 
@@ -16,6 +18,7 @@ look finds it, and SQL, metrics and readiness show it all the time.
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
@@ -33,6 +36,9 @@ with without("rich", "click"):  # for its own command line: 4 MB of a worker
 log = get_logger(__name__)
 
 REPEAT = timedelta(minutes=15)
+SHARE = 20
+FIRST = 1.0
+"""Seconds for which a process that starts waits for its first look."""
 _WEBHOOK_TIMEOUT = 10.0
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
@@ -46,6 +52,7 @@ class StuckWatch:
         self._webhook = settings.stuck_webhook
         self._connect = connect
         self._timer: asyncio.TimerHandle | None = None
+        self._not_before = -math.inf
         self._looking: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -65,6 +72,7 @@ class StuckWatch:
 
     def _arm(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
+        seconds = max(seconds, self._not_before - loop.time())
         if self._timer is not None:
             if self._timer.when() <= loop.time() + seconds:
                 return
@@ -84,8 +92,18 @@ class StuckWatch:
             log.info("stuck_look_failed", error=str(error).strip())
             self._arm(self._after)
 
+    async def first_look(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """A look by a process that starts, given up to the background if it takes long."""
+        try:
+            async with asyncio.timeout(FIRST):
+                await self.look(conn)
+        except TimeoutError:
+            self._fire()
+
     async def look(self, conn: psycopg.AsyncConnection[Any]) -> None:
         """Steps 2 and 3. Raises psycopg.Error."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         after = timedelta(seconds=self._after)
         cursor = await conn.execute("SELECT * FROM outbox_stuck_report(%s, %s)", (after, REPEAT))
         for report in await cursor.fetchall():
@@ -95,6 +113,7 @@ class StuckWatch:
         cursor = await conn.execute("SELECT outbox_stuck_deadline(%s)", (after,))
         row = await cursor.fetchone()
         deadline: timedelta | None = row[0] if row else None
+        self._not_before = loop.time() + (loop.time() - began) * SHARE
         if deadline is not None:
             # What is stuck already stays a deadline that has passed: look again, but not at once.
             seconds = deadline.total_seconds()

@@ -20,43 +20,38 @@ CREATE INDEX session_holds_sandbox ON session (id) WHERE sandbox IS NOT NULL;
 
 -- Where due rows begin: one row for each topic and priority that has claimable rows, found by a few
 -- descents of outbox_claimable, however many rows wait.
+-- Each is the first in the index's order, so that no entry is read twice: while somebody holds an old snapshot
+-- there may be millions before it.
 CREATE VIEW outbox_front AS
 WITH RECURSIVE level AS (
     (
-        SELECT o.topic, o.priority FROM outbox AS o
+        SELECT o.topic, o.priority, o.id, o.available_at FROM outbox AS o
         WHERE o.state = 'ready' AND NOT o.blocked
-        ORDER BY o.topic, o.priority DESC
+        ORDER BY o.topic, o.priority DESC, o.available_at, o.id
         LIMIT 1
     )
     UNION ALL
-    SELECT n.topic, n.priority
+    SELECT n.topic, n.priority, n.id, n.available_at
     FROM level AS v
     CROSS JOIN LATERAL (
         -- The next priority of this topic, else the next topic: the first that has a row.
         (
-            SELECT o.topic, o.priority FROM outbox AS o
+            SELECT o.topic, o.priority, o.id, o.available_at FROM outbox AS o
             WHERE o.state = 'ready' AND NOT o.blocked AND o.topic = v.topic AND o.priority < v.priority
-            ORDER BY o.priority DESC
+            ORDER BY o.priority DESC, o.available_at, o.id
             LIMIT 1
         )
         UNION ALL
         (
-            SELECT o.topic, o.priority FROM outbox AS o
+            SELECT o.topic, o.priority, o.id, o.available_at FROM outbox AS o
             WHERE o.state = 'ready' AND NOT o.blocked AND o.topic > v.topic
-            ORDER BY o.topic, o.priority DESC
+            ORDER BY o.topic, o.priority DESC, o.available_at, o.id
             LIMIT 1
         )
         LIMIT 1
     ) AS n
 )
-SELECT v.topic, v.priority, f.id, f.available_at
-FROM level AS v
-CROSS JOIN LATERAL (
-    SELECT o.id, o.available_at FROM outbox AS o
-    WHERE o.topic = v.topic AND o.priority = v.priority AND o.state = 'ready' AND NOT o.blocked
-    ORDER BY o.available_at, o.id
-    LIMIT 1
-) AS f;
+SELECT v.topic, v.priority, v.id, v.available_at FROM level AS v;
 COMMENT ON VIEW outbox_front IS
     'The claimable row that is or falls due first, for each topic and priority; cheap however many wait.';
 COMMENT ON COLUMN outbox_front.topic IS 'Topic.';

@@ -16,9 +16,9 @@ throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entries tak
    It finds topics and priorities that have no end yet, and rows before the ends, wherever they lie:
    committed late, handed back, retried, freed by the end of another of their key. The next looks go to each
    of those rows alone. Nothing is cut into slices: how rows are spread over time does not matter.
-5. It goes again SHARE times as long as it took after it is back. So what looks do not see is found within
-   SHARE + 2 times the duration of a scout; at 12 million entries, half a minute. If it brought as many rows
-   as it carries, it goes again as soon as they are taken.
+5. It goes again after REST, or SHARE times what it took. So what looks do not see is found within SHARE + 2
+   times the duration of a scout; at 12 million entries, half a minute. If it brought as many rows as it
+   carries, it goes again as soon as they are taken.
 6. A scout that was quick says that the front is: all is as in 1. It is trusted for a while (TRUST), so that a
    machine which is slow for other reasons does not send one after each look.
 7. A worker may sleep only if no row is due (worker/park.py, steps 4 and 5). That too a scout says, when the
@@ -36,12 +36,15 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from outbox.claim import Claimed, Level
+from outbox.log import get_logger
+
+log = get_logger(__name__)
 
 SLOW, VERY_SLOW, QUICK = 0.02, 1.0, 0.003  # seconds
 NEAR = timedelta(seconds=1)
 NEAR_SHARE = 10
 """At 10,000 rows/s a second is 10,000 entries or 3 ms, as long as a look; it comes every 30 ms then."""
-SHARE = 5
+SHARE, REST = 5, 1.0  # times, seconds
 TRUST = 2.0  # seconds
 CARRIES = 5000
 """Rows of one topic and priority that a scout brings."""
@@ -103,6 +106,7 @@ class Front:
         if look.levels is None:
             again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
             if self._slow and (again or took > VERY_SLOW):
+                log.info("front_is_far", look_took=round(took, 3))
                 self._go_far(ended)
         if look.near:
             self._near_at = ended + took * NEAR_SHARE
@@ -122,10 +126,11 @@ class Front:
         """What a scout saw that was told these ends."""
         took = ended - began
         if took <= QUICK:
+            log.info("front_is_near")
             self.far = False
             self._trusted_until = ended + TRUST
             return
-        self.scout_at = ended + took * SHARE
+        self.scout_at = ended + max(REST, took * SHARE)
         if all(row.due_in > 0 for row in seen):
             self._clear = began
         self.next_due = min((row.available_at for row in seen), default=None)
@@ -139,7 +144,7 @@ class Front:
             self.scout_at = ended
 
     def scout_failed(self, began: float, now: float) -> None:
-        self.scout_at = now + max(1.0, (now - began) * SHARE)
+        self.scout_at = now + max(REST, (now - began) * SHARE)
 
     def is_clear(self, since: float) -> bool:
         """Whether no row was due after `since`, as far as the front is concerned."""

@@ -186,7 +186,7 @@ class Worker:
             set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
             with bounded(self._control, settings.lease):
                 await self._introduce()
-                await self._stuck.look(self._control)
+                await self._stuck.first_look(self._control)
             self._listener.start(self._event.set)
             self._set_connected(True)
             self._stats.count("sendoff_worker_connects")

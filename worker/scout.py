@@ -68,5 +68,5 @@ class Scout:
         else:
             ended = time.monotonic()
             self._front.scouted(known, seen, began, ended)
-            log.info("scouted", seconds=round(ended - began, 3), seen=len(seen), far=self._front.far)
+            log.debug("scouted", seconds=round(ended - began, 3), seen=len(seen))
         self._back()

@@ -86,6 +86,21 @@ async def test_a_scout_reads_each_entry_once(connect: Connect) -> None:
     assert scout.buffers() < front_look.buffers() + FEW_BUFFERS
 
 
+async def test_the_view_of_the_front_reads_each_entry_once(connect: Connect) -> None:
+    """What alerts and readiness ask reads past what is over as well, but no more often than it must."""
+    psql = await connect()
+    await hold(connect)
+    await over(psql)
+    await add(psql)
+    await add(psql, priority=-1)
+    look = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
+    for _ in range(3):
+        front_look = await explain(psql, f"{look} ORDER BY available_at, id LIMIT 1")
+        view = await explain(psql, "SELECT id FROM outbox_front")
+    assert front_look.buffers() > FEW_BUFFERS
+    assert view.buffers() < front_look.buffers() + FEW_BUFFERS
+
+
 async def test_a_scout_sees_what_looks_from_these_ends_do_not(connect: Connect) -> None:
     psql = await connect()
     missed = [await add(psql, available_at=OLD) for _ in range(3)]
@@ -130,9 +145,10 @@ async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
 
 @pytest.fixture
 def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look from the front counts as slow, no scout as quick."""
+    """Every look from the front counts as slow, no scout as quick. Scouts do not rest."""
     monkeypatch.setattr(front, "SLOW", -1.0)
     monkeypatch.setattr(front, "QUICK", -1.0)
+    monkeypatch.setattr(front, "REST", 0.0)
 
 
 @asynccontextmanager

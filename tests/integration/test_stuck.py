@@ -1,10 +1,14 @@
 """The incident this system exists for: an API without a worker. Nobody polls, and yet it is told."""
 
+import asyncio
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
+import pytest
 
+from outbox import stuck
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
 from tests.conftest import Connect
@@ -36,16 +40,16 @@ async def test_api_without_a_worker(database: str, connect: Connect) -> None:
         }
         async with running("sendoff", "api", env=env) as api:
             await post_session(api)
-            stuck = await api.event("stuck", topic="session.run", reason="no worker")
-            assert stuck["level"] == "error"
-            assert stuck["waited"] >= 0.2
+            told_of = await api.event("stuck", topic="session.run", reason="no worker")
+            assert told_of["level"] == "error"
+            assert told_of["waited"] >= 0.2
             await chat.until(lambda posts: len(posts) == 1)
             told = json.loads(chat.posts[0].body)
             assert (told["event"], told["topic"], told["reason"]) == ("stuck", "session.run", "no worker")
-            assert told["outbox_id"] == stuck["outbox_id"]
+            assert told["outbox_id"] == told_of["outbox_id"]
             # Once it is gone, that is said too.
             conn = await connect()
-            await conn.execute("SELECT outbox_cancel(%s)", (stuck["outbox_id"],))
+            await conn.execute("SELECT outbox_cancel(%s)", (told_of["outbox_id"],))
             await api.event("unstuck", topic="session.run")
             await chat.until(lambda posts: len(posts) == 2)
             assert "secret-part" not in "\n".join(api.stderr)
@@ -100,4 +104,29 @@ async def test_an_api_at_rest_asks_nothing(api: Api, connect: Connect) -> None:
     assert watch._looking is not None
     await watch._looking
     assert watch._timer is not None
+    await watch.close()
+
+
+async def test_a_look_that_takes_long_comes_seldom_and_holds_no_start_up(
+    monkeypatch: pytest.MonkeyPatch, connect: Connect
+) -> None:
+    """As past all the rows claimed under an old snapshot. The connection that starts can be used at once."""
+    monkeypatch.setattr(stuck, "FIRST", 0.01)
+    conn, other = await connect(), await connect()
+    await conn.execute(
+        "ALTER FUNCTION outbox_stuck_deadline RENAME TO quick;"
+        "CREATE FUNCTION outbox_stuck_deadline(stuck_after interval) RETURNS interval LANGUAGE sql"
+        " VOLATILE AS 'SELECT stuck_after FROM pg_sleep(0.3)'"
+    )
+    watch = StuckWatch(Settings(DATABASE_URL="unused"), lambda: nullcontext(other))  # type: ignore[call-arg]
+    watch._after = 0.0
+    await watch.first_look(conn)
+    await conn.execute("SELECT 1")
+    assert watch._looking is not None
+    await watch._looking
+    assert watch._timer is not None
+    now = asyncio.get_running_loop().time()
+    assert watch._timer.when() > now + 0.3 * (stuck.SHARE - 1)
+    watch.work_came()
+    assert watch._timer.when() > now + 0.3 * (stuck.SHARE - 1)
     await watch.close()

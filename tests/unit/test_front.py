@@ -77,6 +77,9 @@ def test_now_and_then_a_look_begins_earlier() -> None:
 def test_a_scout_goes_at_once_and_then_after_a_multiple_of_what_it_took() -> None:
     front = far(row(5))
     assert front.scout_is_due(0)
+    front.scouted(dict(front.ends), [], began=1, ended=1.1)
+    assert not front.scout_is_due(1.1 + module.REST - 0.1)
+    assert front.scout_is_due(1.1 + module.REST)
     front.scouted(dict(front.ends), [], began=2, ended=4)
     assert not front.scout_is_due(4 + 2 * module.SHARE - 0.1)
     assert front.scout_is_due(4 + 2 * module.SHARE)
