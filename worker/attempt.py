@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-import structlog
-
 from outbox import trace
 from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
 from outbox.handler import Handler, Job, Run
-from outbox.log import get_logger
+from outbox.log import about, debugging, get_logger
 
 log = get_logger(__name__)
 
@@ -96,9 +94,7 @@ class Attempt:
     async def _run(self) -> None:
         row = self.job.row
         timeout = row.timeout or self._handler.timeout
-        structlog.contextvars.bind_contextvars(outbox_id=row.id, attempt=row.attempt, topic=row.topic)
-        if isinstance(session := row.payload.get("session_id"), str):
-            structlog.contextvars.bind_contextvars(session_id=session)
+        about.set(self._log_fields)
         # asyncio.timeout takes 2.9 us, also when it has nothing to time.
         limit = nullcontext() if timeout is None else asyncio.timeout(timeout.total_seconds())
         if row.traceparent is None and not trace.exporting():
@@ -121,8 +117,16 @@ class Attempt:
             async with limit:
                 await self._call()
 
+    def _log_fields(self) -> dict[str, object]:
+        row = self.job.row
+        fields: dict[str, object] = {"outbox_id": row.id, "attempt": row.attempt, "topic": row.topic}
+        if isinstance(session := row.payload.get("session_id"), str):
+            fields["session_id"] = session
+        return fields
+
     async def _call(self) -> None:
-        log.debug("started")
+        if debugging():
+            log.debug("started")
         if self._handler.blocking:
             await _in_thread(self._handler.run, self.job)
         else:

@@ -39,10 +39,10 @@ from outbox.claim import (
     register,
     renew,
 )
-from outbox.connect import bounded, connect, conninfo, is_outage
+from outbox.connect import bounded, connect, conninfo, cut_after, is_outage
 from outbox.errors import Fenced, WorkerEnded
 from outbox.handler import Connection, Handler, Job
-from outbox.log import get_logger
+from outbox.log import debugging, get_logger
 from outbox.migrate import check_schema
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
@@ -52,7 +52,7 @@ from worker.front import Front, Look
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.metrics import STATS, Snapshot
-from worker.park import Parking, Stage
+from worker.park import AWAKE, PARKED, SETTLING, Parking
 from worker.scout import Scout
 
 log = get_logger(__name__)
@@ -258,7 +258,7 @@ class Worker:
             {
                 "sendoff_worker_listen_connected": self.connected,
                 "sendoff_worker_processes": 1,
-                "sendoff_worker_parked": self._parking.stage is Stage.PARKED,
+                "sendoff_worker_parked": self._parking.stage is PARKED,
                 "sendoff_worker_running": len(self._running),
                 "sendoff_worker_slots": self._concurrency,
             }
@@ -326,7 +326,7 @@ class Worker:
         self._event.set()
 
     def _woken(self, cause: str) -> None:
-        if self._parking.stage is not Stage.AWAKE:
+        if self._parking.stage is not AWAKE:
             self._stats.woken(cause)
 
     def _attempt_ended(self, attempt: Attempt, outcome: Outcome) -> None:
@@ -342,13 +342,15 @@ class Worker:
     async def _turns(self) -> None:
         while True:
             self._listener.check()
+            timer = cut_after(self._control, self._settings.lease)
             try:
-                with bounded(self._control, self._settings.lease):
-                    await self._turn()
+                await self._turn()
             except psycopg.errors.DeadlockDetected as error:
                 log.warning("deadlock", error=str(error).strip())
                 self._look = True
                 continue  # nothing of the statement was done: the next turn does it again
+            finally:
+                timer.cancel()
             if self.draining and not self._running and not self._ended and not self._arriving:
                 with bounded(self._control, self._settings.lease):
                     await self._leave()
@@ -404,7 +406,7 @@ class Worker:
         if not told or self._look:
             return
         asked_at = time.monotonic()
-        asleep = self._parking.stage is Stage.PARKED and asked_at - self._woken_at > _BUSY
+        asleep = self._parking.stage is PARKED and asked_at - self._woken_at > _BUSY
         if len(told) > 1 or not asleep or self._free() < 2:  # a worker whose slots are full is not parked
             self._look = True
             return
@@ -419,8 +421,8 @@ class Worker:
         """Step 4: end what was completed and claim, then park or learn the deadline."""
         parking = self._parking
         napped, self._nap = self._nap, 0.0
-        wants = self._free() if self._look or self._scouted or parking.stage is Stage.AWAKE else 0
-        if parking.stage is Stage.AWAKE:
+        wants = self._free() if self._look or self._scouted or parking.stage is AWAKE else 0
+        if parking.stage is AWAKE:
             # Half of all slots at most, so that the server works on one half of the rows while the
             # handlers of the other half run.
             wants = min(wants, (self._concurrency + 1) // 2)
@@ -433,14 +435,14 @@ class Worker:
             return
         asked, self._look = self._look, False  # from here on a notification raises it again
         self._scouted = False
-        settling = parking.stage is Stage.SETTLING
+        settling = parking.stage is SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
         if asked:
             self._asked_at = time.monotonic()
         stay_parked = self._stay_parked()
         count = await self._claim(completed, wants, stay_parked)
         self._scout.send(self._topics)
-        if count >= wants or (count and (parking.stage is Stage.AWAKE or not stay_parked)):
+        if count >= wants or (count and (parking.stage is AWAKE or not stay_parked)):
             # All slots are taken, or rows keep coming: nobody needs to tell us.
             parking.wake()
             self._look = True
@@ -448,11 +450,11 @@ class Worker:
                 self._nap = _NAP_FIRST
             else:
                 self._filled_at = time.monotonic()
-        elif parking.stage is Stage.AWAKE and (
+        elif parking.stage is AWAKE and (
             0 < napped < _NAP_LAST or time.monotonic() < self._filled_at + _AWAKE
         ):
             self._nap = min(max(napped * 2, _NAP_FIRST), _NAP_LAST)
-        elif parking.stage is Stage.AWAKE:
+        elif parking.stage is AWAKE:
             await self._control.execute("SELECT outbox_park(%s)", (self.id,))
             parking.begin()
             self._look = True
@@ -472,12 +474,12 @@ class Worker:
         now = time.monotonic()
         lone = now - self._woken_at > _BUSY
         self._woken_at = now
-        return lone or self._parking.stage is Stage.SETTLING
+        return lone or self._parking.stage is SETTLING
 
     async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> int:
         """Returns how many rows came."""
         asked_at = time.monotonic()
-        awake = self._parking.stage is Stage.AWAKE
+        awake = self._parking.stage is AWAKE
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
         look = self._front.look(self._topics, wants, asked_at)
         try:
@@ -525,7 +527,8 @@ class Worker:
         self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
         self._look_again = _LOOK_FIRST
         self._lease.claimed(asked_at)
-        log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
+        if debugging():
+            log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
             attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
@@ -548,7 +551,8 @@ class Worker:
             self._stats.count("sendoff_worker_attempts", topic, "fenced", by=count)
         for row_id, attempt in refused:
             log.warning("fenced", outbox_id=row_id, attempt=attempt)
-        log.debug("completed", rows=[o.job.row.id for o in outcomes], fenced=len(refused))
+        if debugging():
+            log.debug("completed", rows=[o.job.row.id for o in outcomes], fenced=len(refused))
 
     async def _writers(self) -> list[str]:
         cursor = await self._control.execute("SELECT outbox_writers()")
@@ -614,7 +618,7 @@ class Worker:
             elif cancel:
                 attempt.stop(Stop.CANCEL)
         log.debug("renewed", worker_id=str(self.id), running=len(self._running))
-        if self._parking.stage is Stage.AWAKE:
+        if self._parking.stage is AWAKE:
             await self._schedule_rescue()
 
     async def _schedule_rescue(self) -> None:

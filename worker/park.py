@@ -39,31 +39,34 @@ class Stage(Enum):
     """Step 5."""
 
 
+AWAKE, SETTLING, PARKED = Stage  # `Stage.AWAKE` takes Python 3.11 0.5 us, six times a turn
+
+
 class Parking:
     """The stage a worker is in, and the transactions it still waits for."""
 
     def __init__(self) -> None:
-        self.stage = Stage.AWAKE
+        self.stage = AWAKE
         self._waits_for: frozenset[str] | None = None
 
     def begin(self) -> None:
         """Step 1 has been committed."""
-        self.stage = Stage.SETTLING
+        self.stage = SETTLING
         self._waits_for = None
 
     def saw_writers(self, writers: Iterable[str]) -> bool:
         """Steps 2 and 3: who writes now. Returns whether all that step 2 noted have ended."""
-        assert self.stage is Stage.SETTLING
+        assert self.stage is SETTLING
         now = frozenset(writers)
         self._waits_for = now if self._waits_for is None else self._waits_for & now
         return not self._waits_for
 
     def settled(self) -> None:
         """Step 4 has been done and left slots free."""
-        assert self.stage is Stage.SETTLING
+        assert self.stage is SETTLING
         assert not self._waits_for
-        self.stage = Stage.PARKED
+        self.stage = PARKED
 
     def wake(self) -> None:
         """The flag is down, or the LISTEN connection lost."""
-        self.stage = Stage.AWAKE
+        self.stage = AWAKE
