@@ -361,6 +361,10 @@ AS $$
             WHEN permanent OR o.failures + 1 >= o.max_attempts THEN 'dead'
             ELSE 'ready'
         END,
+        finished_at = CASE
+            WHEN o.cancel_requested_at IS NOT NULL OR permanent OR o.failures + 1 >= o.max_attempts
+            THEN clock_timestamp()
+        END,
         failures = o.failures + 1,
         available_at = clock_timestamp() + coalesce(delay, outbox_backoff(o.failures + 1)),
         errors = outbox_error(o.errors, o.attempt, error, failer)
@@ -379,6 +383,7 @@ SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
     WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
@@ -398,6 +403,7 @@ SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
         available_at = CASE WHEN o.cancel_requested_at IS NULL THEN clock_timestamp() + interval '1 second'
                             ELSE o.available_at END
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
@@ -529,6 +535,9 @@ BEGIN
             WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
             WHEN o.failures + 1 >= o.max_attempts THEN 'dead'
             ELSE 'ready'
+        END,
+        finished_at = CASE
+            WHEN o.cancel_requested_at IS NOT NULL OR o.failures + 1 >= o.max_attempts THEN clock_timestamp()
         END,
         failures = o.failures + 1,
         -- At once the first time; a row that kills worker after worker backs off.
@@ -695,9 +704,12 @@ CREATE FUNCTION outbox_cancel(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
 SET enable_seqscan = off
 AS $$
-    -- A ready row ends at once (outbox_settle); a running one when its worker has stopped it.
+    -- A ready row ends at once; a running one when its worker has stopped it.
     UPDATE outbox
-    SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp())
+    SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
+        state = CASE state WHEN 'ready' THEN 'cancelled' ELSE state END,
+        finished_at = CASE state WHEN 'ready' THEN clock_timestamp() END,
+        blocked = false
     WHERE id = row_id AND state IN ('ready', 'running')
     RETURNING state
 $$;
@@ -710,7 +722,8 @@ LANGUAGE sql VOLATILE
 SET enable_seqscan = off
 AS $$
     UPDATE outbox
-    SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL
+    SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL,
+        finished_at = NULL, blocked = false
     WHERE id = row_id AND state IN ('dead', 'cancelled')
     RETURNING state
 $$;
