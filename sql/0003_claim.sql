@@ -252,6 +252,8 @@ BEGIN
         WHERE place <= room
           AND (ordering_key IS NULL OR outbox_take_key(ordering_key, id))
     )
+    -- By id: the version that was locked, by its ctid, may be newer than this statement's snapshot, which then
+    -- does not find it.
     UPDATE outbox AS o
     SET state = 'running',
         attempt = o.attempt + 1,
