@@ -115,8 +115,8 @@ AS $$
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
         finished_at = clock_timestamp()
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
-      AND o.worker_id = finisher AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id
+      AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
@@ -388,8 +388,8 @@ AS $$
         finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
-      AND o.worker_id = holder AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id
+      AND o.attempt = f.attempt AND o.worker_id = holder AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
