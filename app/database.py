@@ -52,7 +52,7 @@ def _conninfo(settings: Settings) -> str:
         return info
     # A plan is kept; one made while a table was empty would read all of it (sql/0003_claim.sql).
     options = (
-        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c jit=off -c enable_seqscan=off "
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c enable_seqscan=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
         f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )

@@ -19,6 +19,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
     """`url` with keepalive and user timeout for `lease`; a pooler takes no server options."""
     seconds = lease.total_seconds()
+    # jit is off: before PostgreSQL 18 a scan that is switched off (sql/0003_claim.sql) but is the only way
+    # looks so dear that each call would be compiled.
     # First probe after a third, then ten at most over the rest, so that silence is known before the
     # lease is out. The kernel counts whole seconds, and refuses more than 127 probes.
     idle = max(1, int(seconds / 3))
@@ -28,7 +30,8 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> 
     server = (
         f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
         f"-c tcp_keepalives_count={count} "
-        f"-c tcp_user_timeout={int(seconds * 1000)}"
+        f"-c tcp_user_timeout={int(seconds * 1000)} "
+        "-c jit=off"
     )
     own = conninfo_to_dict(url).get("options") or ""  # what the URL asks for stays
     extra: dict[str, Any] = {} if pooled else {"options": f"{server} {own}"}

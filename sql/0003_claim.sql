@@ -115,8 +115,8 @@ AS $$
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
         finished_at = clock_timestamp()
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
-      AND o.worker_id = finisher AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id
+      AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
@@ -281,6 +281,8 @@ BEGIN
         WHERE place <= room
           AND (ordering_key IS NULL OR outbox_take_key(ordering_key, id))
     )
+    -- By id: the version that was locked, by its ctid, may be newer than this statement's snapshot, which then
+    -- does not find it.
     UPDATE outbox AS o
     SET state = 'running',
         attempt = o.attempt + 1,
@@ -422,6 +424,10 @@ AS $$
             WHEN permanent OR o.failures + 1 >= o.max_attempts THEN 'dead'
             ELSE 'ready'
         END,
+        finished_at = CASE
+            WHEN o.cancel_requested_at IS NOT NULL OR permanent OR o.failures + 1 >= o.max_attempts
+            THEN clock_timestamp()
+        END,
         failures = o.failures + 1,
         available_at = clock_timestamp() + coalesce(delay, outbox_backoff(o.failures + 1)),
         errors = outbox_error(o.errors, o.attempt, error, failer)
@@ -440,10 +446,11 @@ SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
-      AND o.worker_id = holder AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id
+      AND o.attempt = f.attempt AND o.worker_id = holder AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
@@ -459,6 +466,7 @@ SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
         available_at = CASE WHEN o.cancel_requested_at IS NULL THEN clock_timestamp() + interval '1 second'
                             ELSE o.available_at END
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'
@@ -590,6 +598,9 @@ BEGIN
             WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
             WHEN o.failures + 1 >= o.max_attempts THEN 'dead'
             ELSE 'ready'
+        END,
+        finished_at = CASE
+            WHEN o.cancel_requested_at IS NOT NULL OR o.failures + 1 >= o.max_attempts THEN clock_timestamp()
         END,
         failures = o.failures + 1,
         -- At once the first time; a row that kills worker after worker backs off.
@@ -829,9 +840,12 @@ CREATE FUNCTION outbox_cancel(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
 SET enable_seqscan = off
 AS $$
-    -- A ready row ends at once (outbox_settle); a running one when its worker has stopped it.
+    -- A ready row ends at once; a running one when its worker has stopped it.
     UPDATE outbox
-    SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp())
+    SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
+        state = CASE state WHEN 'ready' THEN 'cancelled' ELSE state END,
+        finished_at = CASE state WHEN 'ready' THEN clock_timestamp() END,
+        blocked = false
     WHERE id = row_id AND state IN ('ready', 'running')
     RETURNING state
 $$;
@@ -844,7 +858,8 @@ LANGUAGE sql VOLATILE
 SET enable_seqscan = off
 AS $$
     UPDATE outbox
-    SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL
+    SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL,
+        finished_at = NULL, blocked = false
     WHERE id = row_id AND state IN ('dead', 'cancelled')
     RETURNING state
 $$;

@@ -250,7 +250,10 @@ AS $$
     ),
     marked AS (
         UPDATE outbox AS o
-        SET cancel_requested_at = coalesce(o.cancel_requested_at, clock_timestamp())
+        SET cancel_requested_at = coalesce(o.cancel_requested_at, clock_timestamp()),
+            state = CASE o.state WHEN 'ready' THEN 'cancelled' ELSE o.state END,
+            finished_at = CASE o.state WHEN 'ready' THEN clock_timestamp() END,
+            blocked = false
         FROM found AS f
         WHERE o.id >= f.id AND o.id <= f.id
         RETURNING o.state
@@ -315,12 +318,13 @@ AS $$
 DECLARE
     of_session uuid := (OLD.payload ->> 'session_id')::uuid;
     of_prompt  uuid := (OLD.payload ->> 'prompt_id')::uuid;
-    now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled' ELSE NEW.state END;
+    now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled'
+                               ELSE outbox_settled(NEW.state, NEW.cancel_requested_at) END;
     held       jsonb;
     next_status text;
     keep_until timestamptz;
 BEGIN
-    IF TG_OP = 'UPDATE' AND NEW.state = OLD.state THEN
+    IF TG_OP = 'UPDATE' AND now_state = outbox_settled(OLD.state, OLD.cancel_requested_at) THEN
         RETURN NULL;
     END IF;
     -- The lock first, then new statements: who changes another row of this session comes before or after.

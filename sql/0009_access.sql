@@ -153,7 +153,8 @@ DECLARE
     of_prompt  prompt;
 BEGIN
     IF TG_OP = 'UPDATE'
-        AND (OLD.state NOT IN ('ready', 'running') OR NEW.state NOT IN ('done', 'dead', 'cancelled'))
+        AND (outbox_settled(OLD.state, OLD.cancel_requested_at) NOT IN ('ready', 'running')
+             OR outbox_settled(NEW.state, NEW.cancel_requested_at) IN ('ready', 'running'))
     THEN
         RETURN NULL;
     END IF;

@@ -31,7 +31,11 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     # The limit is counted without the topic's lock.
     "limit": ("outbox_topic_room", "NOT pg_try_advisory_xact_lock(1397048888, hashtext(name))", "false"),
     # The end of a row leaves those behind it blocked.
-    "keep": ("outbox_free_key", "SET blocked = false", "SET blocked = true"),
+    "keep": (
+        "outbox_free_key",
+        "SET blocked = false\n    WHERE blocked",
+        "SET blocked = true\n    WHERE blocked",
+    ),
     # A session that is over keeps its sandbox, and asks for its return again and again.
     "return": ("session_follow", "WHEN next_status <> 'completed' THEN sandbox", "WHEN true THEN sandbox"),
 }

@@ -15,6 +15,7 @@ from tests.support.steps import (
     claim,
     claim_ids,
     column,
+    gate,
     get,
     new_worker,
     one,
@@ -42,6 +43,30 @@ async def test_claim_locks_no_more_rows_than_it_claims(rule: Rule, connect: Conn
     assert len(await claim(a, await new_worker(a), 5)) == 5
     free = await column(b, "SELECT id FROM outbox WHERE topic = 't' FOR UPDATE SKIP LOCKED")
     assert len(free) == (95 if rule == "kept" else 0)
+
+
+@with_and_without
+async def test_row_updated_while_a_claim_looks_is_claimed_as_it_is(rule: Rule, connect: Connect) -> None:
+    """1. A's claim has its snapshot, and no row yet. 2. A row is updated. 3. A locks it as it is now.
+
+    Taken out: rows are found again by the version that was locked. The snapshot does not show it.
+    """
+    a, psql = await connect(), await connect()
+    worker = await new_worker(a)
+    row = await add(psql)
+    await psql.execute("INSERT INTO topic VALUES ('t', 5)")  # so that the claim passes the gate
+    if rule == "taken out":
+        for text, instead in (
+            ("SELECT o.id, o.ordering_key\n", "SELECT o.ctid AS version, o.id, o.ordering_key\n"),
+            ("SELECT d.id, d.ordering_key,", "SELECT d.version, d.id, d.ordering_key,"),
+            ("WHERE o.id >= a.id AND o.id <= a.id", "WHERE o.ctid = a.version"),
+        ):
+            await take_out(psql, "outbox_complete_and_claim", text, instead)
+    async with gate(psql, "outbox_topic_room(text, integer)", "$1, $2") as closed:
+        query = "SELECT payload FROM outbox_claim(%s, '{t}', 5, '1 min')"
+        claimed = await closed.reached_by(a, query, worker)
+        await psql.execute("UPDATE outbox SET payload = '[2]' WHERE id = %s", (row,))
+    assert await claimed == ([2] if rule == "kept" else None)
 
 
 @with_and_without

@@ -226,10 +226,8 @@ async def test_delete_of_a_worker_waits_for_a_row_that_is_locked(rule: Rule, con
     row = await add(psql)
     await claim(psql, lost)
     if rule == "taken out":
-        text = (
-            "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;"
-        )
-        await take_out(psql, "worker_ended", text, "NULL;")
+        text = "FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;"
+        await take_out(psql, "worker_ended", f"PERFORM {text}", "NULL;")
     await handler.execute("BEGIN")
     await handler.execute("SELECT outbox_fence(%s, %s, 1)", (lost, row))
     delete = "DELETE FROM worker WHERE id = %s RETURNING true"
@@ -396,7 +394,7 @@ async def test_retry_is_due_with_its_worker_dead_and_others_asleep(
         timer = await worker.asleep()
         looks = worker.looks
         if rule == "taken out":
-            await psql.execute("DROP TRIGGER outbox_made_claimable ON outbox")
+            await psql.execute("DROP TRIGGER outbox_settle ON outbox")
         await psql.execute("SELECT outbox_fail(%s, %s, 1, 'again', interval '500 ms')", (other, row))
         await psql.execute("DELETE FROM worker WHERE id = %s", (other,))
         if rule == "kept":

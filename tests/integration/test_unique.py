@@ -121,7 +121,7 @@ async def test_replacement_that_is_earlier_wakes(rule: Rule, connect: Connect, d
     row = await enqueue(psql, "t", unique_key="u", available_at=tomorrow)
     async with watched(database) as worker:
         if rule == "taken out":
-            await psql.execute("DROP TRIGGER outbox_made_claimable ON outbox")
+            await psql.execute("DROP TRIGGER outbox_settle ON outbox")
         assert await enqueue(psql, "t", unique_key="u", on_duplicate="replace") == row
         if rule == "kept":
             await worker.has_run(row)
