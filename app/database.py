@@ -50,8 +50,9 @@ def _conninfo(settings: Settings) -> str:
     info = make_conninfo(info, connect_timeout=CONNECT_TIMEOUT)
     if settings.pooled:  # a pooler refuses startup options
         return info
+    # A plan is kept; one made while a table was empty would read all of it (sql/0003_claim.sql).
     options = (
-        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c jit=off "
+        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c jit=off -c enable_seqscan=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
         f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )

@@ -8,13 +8,14 @@ which would hold back the server's queue.
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from uuid import UUID
 
 import psycopg
 from psycopg import AsyncConnection
 
 from app.database import SILENCE
-from outbox.connect import connect, notifications
+from outbox.connect import connect, hear
 from outbox.log import get_logger
 
 LOCK = 1397048890  # the first integer of a presence
@@ -59,12 +60,11 @@ class Listener:
             pause = min(pause * 2, last)
 
     async def _listen(self, conn: AsyncConnection) -> None:
-        async for notification in notifications(conn):
-            try:
-                session_id = UUID(notification.payload)
-            except ValueError:  # anybody may NOTIFY
-                continue
-            self._changed(session_id)
+        def heard(_channel: str, payload: str) -> None:
+            with suppress(ValueError):  # anybody may NOTIFY anything
+                self._changed(UUID(payload))
+
+        await hear(conn, heard)
 
 
 async def _prepare(conn: AsyncConnection) -> int:

@@ -176,7 +176,7 @@ _ROUNDS = {
     "enqueue": _inserts(
         workloads.enqueue, ("plain", "busy", "working", "always"), lambda c: c.insert is not None
     ),
-    "library": _inserts(workloads.enqueue_by_library, ("plain", "working"), lambda c: c.notifies),
+    "library": _inserts(workloads.enqueue_by_library, ("plain", "busy", "working"), lambda c: c.notifies),
     "http": _http,
     "workers": _workers,
 }

@@ -78,9 +78,10 @@ def _ratios(figures: dict[str, Table]) -> dict[str, float]:
         add(f"enqueue{clients}_always_notifying_vs_plain_insert", _of(table, "sendoff, always"), plain)
         add(f"enqueue{clients}_working_vs_best_peer", _of(table, "sendoff, working"), _best(table, PEERS))
         table = of(f"library{clients}_per_s")
-        mine = _of(table, "sendoff, working")
-        add(f"library{clients}_vs_plain_insert", mine, _of(table, "sendoff, plain"))
-        add(f"library{clients}_vs_best_peer", mine, _best(table, PEERS))
+        plain = _of(table, "sendoff, plain")
+        add(f"library{clients}_vs_plain_insert", _of(table, "sendoff, busy"), plain)
+        add(f"library{clients}_working_vs_plain_insert", _of(table, "sendoff, working"), plain)
+        add(f"library{clients}_vs_best_peer", _of(table, "sendoff, working"), _best(table, PEERS))
     table = of("post_sessions_per_s")
     add("post_sessions_vs_bare_route", _of(table, "bearer"), _of(table, "bare"))
     for name in ("development", "api token"):
@@ -107,8 +108,8 @@ TITLES = {
     "drain2_per_s": "Jobs drained a second, two worker processes",
     "enqueue8_per_s": "Inserts a second, 8 connections",
     "enqueue32_per_s": "Inserts a second, 32 connections",
-    "library8_per_s": "Inserts a second by the system's own library, 8 connections, a worker at work",
-    "library32_per_s": "Inserts a second by the system's own library, 32 connections, a worker at work",
+    "library8_per_s": "Inserts a second by the system's own library, 8 connections",
+    "library32_per_s": "Inserts a second by the system's own library, 32 connections",
     "post_sessions_per_s": "POST /sessions a second, one API process",
     "post_sessions_cpu_us": "CPU time of the API for a POST /sessions, us",
     "claim_ms": "One claim of 10 rows, ms",

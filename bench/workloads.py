@@ -68,6 +68,8 @@ CREATE FUNCTION always_notify() RETURNS trigger LANGUAGE plpgsql AS
 CREATE TRIGGER always_notify AFTER INSERT ON outbox FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
 """
 
+AWAKE = "INSERT INTO worker (host, pid, version, topics, concurrency) VALUES ('h', 1, '0', '{bench.noop}', 1)"
+
 
 def enqueue(server: Server, contestant: Contestant, clients: int, seconds: int, mode: str) -> Figures:
     """Inserts a second by pgbench.
@@ -85,7 +87,7 @@ def enqueue_by_library(
 ) -> Figures:
     """Inserts a second by the system's own library, from one process with so many connections.
 
-    `plain`: one INSERT without the trigger, by psycopg alone. `working`: a worker takes the rows meanwhile.
+    `plain`: one INSERT of a topic without the trigger, by psycopg alone. `busy`, `working`: as in `enqueue`.
     """
     flood = ("flood-plain" if mode == "plain" else "flood", str(clients), str(seconds))
     rate = _inserted(server, contestant, mode, lambda url: float(run(contestant, url, *flood)))
@@ -101,6 +103,8 @@ def _inserted(server: Server, contestant: Contestant, mode: str, rate: Callable[
             conn.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
         if mode == "always":
             conn.execute(ALWAYS)
+        if mode == "busy":
+            conn.execute(AWAKE)
         settle(conn)
         if mode != "working":
             return rate(url)

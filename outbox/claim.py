@@ -120,31 +120,94 @@ async def complete_and_claim(
 
     Raises WorkerEnded if a rescue came first.
     """
+    answer = await ask(
+        conn,
+        worker_id,
+        completed,
+        topics,
+        slots,
+        lease=lease,
+        stay_parked=stay_parked,
+        connection=connection,
+        levels=levels,
+    )
+    return await answer.read()
+
+
+class Answer:
+    """What `complete_and_claim` brought, not read yet: to make objects of the rows takes longer than to ask
+    for the next, so a worker under load asks first.
+    """
+
+    def __init__(self, cursor: psycopg.AsyncCursor[Claimed]) -> None:
+        self._cursor = cursor
+
+    @property
+    def count(self) -> int:
+        """How many rows were claimed, and completions refused."""
+        return self._cursor.rowcount
+
+    async def read(self) -> tuple[list[Claimed], set[tuple[int, int]]]:
+        """The rows claimed, and the completions that were fenced. Without a round trip."""
+        rows = await self._cursor.fetchall()
+        await self._cursor.close()
+        # A refused completion comes back as a row without a topic.
+        refused = {(row.id, row.attempt) for row in rows if row.topic is None}
+        return ([row for row in rows if row.topic is not None] if refused else rows), refused
+
+
+async def ask(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    completed: Iterable[tuple[int, int]],
+    topics: Sequence[str],
+    slots: int,
+    *,
+    lease: timedelta,
+    stay_parked: bool,
+    connection: int | None,
+    levels: Sequence[tuple[str, int, datetime]] | None,
+) -> Answer:
+    """`complete_and_claim`, its answer not read yet."""
     names, priorities, since = map(list, zip(*levels, strict=True)) if levels else (list(topics), None, None)
+    cursor = conn.cursor(row_factory=args_row(Claimed))
+    try:
+        await cursor.execute(
+            "SELECT * FROM outbox_complete_and_claim("
+            "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s, %s::smallint[], %s::timestamptz[])",
+            (worker_id, *arrays(completed), names, slots, lease, stay_parked, connection, priorities, since),
+            binary=True,
+        )
+    except psycopg.Error as error:
+        raise as_ended(error) from error
+    return Answer(cursor)
+
+
+async def claim_row(
+    conn: psycopg.AsyncConnection[Any],
+    worker_id: UUID,
+    row_id: int,
+    *,
+    lease: timedelta = LEASE,
+    stay_parked: bool = True,
+    connection: int | None = None,
+) -> tuple[Claimed | None, bool]:
+    """Claim the one row that a notification told of. Returns it, None if it could not be had so, and then
+    whether it is still there and has to be looked for by `claim`: no other worker may have taken it.
+
+    Raises WorkerEnded if a rescue came first.
+    """
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_complete_and_claim("
-                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s, %s::smallint[], %s::timestamptz[])",
-                (
-                    worker_id,
-                    *arrays(completed),
-                    names,
-                    slots,
-                    lease,
-                    stay_parked,
-                    connection,
-                    priorities,
-                    since,
-                ),
+                "SELECT * FROM outbox_claim_row(%s, %s, %s, %s, %s)",
+                (worker_id, row_id, lease, stay_parked, connection),
                 binary=True,
             )
-            rows = await cursor.fetchall()
+            row = await cursor.fetchone()
     except psycopg.Error as error:
         raise as_ended(error) from error
-    # A refused completion comes back as a row without a topic.
-    refused = {(row.id, row.attempt) for row in rows if row.topic is None}
-    return ([row for row in rows if row.topic is not None] if refused else rows), refused
+    return (row, False) if row is None or row.topic is not None else (None, True)
 
 
 async def complete(

@@ -3,8 +3,10 @@
 The same from psql: `INSERT INTO outbox (topic, payload) VALUES ('email.send', '{"to": "…"}')`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, Literal
 
 import psycopg
@@ -14,15 +16,6 @@ from outbox import trace
 from outbox.errors import Duplicate
 
 OnDuplicate = Literal["reject", "keep", "replace"]
-
-_INSERT = """
-INSERT INTO outbox
-    (topic, payload, ordering_key, priority, available_at, max_attempts, unique_key, traceparent)
-VALUES (
-    %(topic)s, %(payload)s, %(ordering_key)s, %(priority)s,
-    coalesce(%(available_at)s, clock_timestamp()), %(max_attempts)s, %(unique_key)s, %(traceparent)s
-)
-"""
 
 # A row that runs cannot be replaced: its handler has read the old payload. The WHERE then leaves it
 # alone, nothing is returned, and the caller is told.
@@ -41,15 +34,25 @@ ON CONFLICT (unique_key) WHERE state IN ('ready', 'running') AND unique_key IS N
 DO NOTHING
 """
 
-_ENQUEUE = {
-    "reject": f"{_INSERT}{_KEEP}RETURNING id",
-    "keep": f"{_INSERT}{_KEEP}RETURNING id",
-    "replace": f"{_INSERT}{_REPLACE}RETURNING id",
-}
+_ON_CONFLICT = {"reject": _KEEP, "keep": _KEEP, "replace": _REPLACE}
 
 _UNFINISHED = """
 SELECT id FROM outbox WHERE unique_key = %s AND state IN ('ready', 'running')
 """
+
+
+@cache
+def _insert(columns: tuple[str, ...], on_duplicate: OnDuplicate | None) -> str:
+    places = ", ".join("%s::jsonb" if name == "payload" else "%s" for name in columns)
+    insert = f"INSERT INTO outbox ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of ours
+    return f"{insert}{_ON_CONFLICT[on_duplicate] if on_duplicate else ' '}RETURNING id"
+
+
+def _json(payload: Mapping[str, Any]) -> str | Jsonb:
+    try:
+        return json.dumps(payload)  # Jsonb takes 9 us more to be adapted
+    except TypeError:
+        return Jsonb(payload)  # what psycopg was taught by set_json_dumps
 
 
 async def enqueue(
@@ -76,22 +79,31 @@ async def enqueue(
     Raises Duplicate (also for `replace`, when the row runs already), psycopg.errors.CheckViolation
     when a value is out of bounds.
     """
-    values = {
-        "topic": topic,
-        "payload": Jsonb(payload if payload is not None else {}),
-        "ordering_key": ordering_key,
-        "priority": priority,
-        "available_at": available_at,
-        "max_attempts": max_attempts,
-        "unique_key": unique_key,
-        "traceparent": traceparent or trace.current(),
-    }
+    # Only what is given, and an arbiter only for a unique_key. Measured, of topic and payload: 390,000 to
+    # 349,000 instructions of the server.
+    values: dict[str, Any] = {"topic": topic}
+    if payload is not None:
+        values["payload"] = _json(payload)
+    if ordering_key is not None:
+        values["ordering_key"] = ordering_key
+    if priority != 0:
+        values["priority"] = priority
+    if available_at is not None:
+        values["available_at"] = available_at
+    if max_attempts != 10:
+        values["max_attempts"] = max_attempts
+    if unique_key is not None:
+        values["unique_key"] = unique_key
+    if (trace_context := traceparent or trace.current()) is not None:
+        values["traceparent"] = trace_context
+    statement = _insert(tuple(values), None if unique_key is None else on_duplicate)
+    parameters = tuple(values.values())
     while True:
-        cursor = await conn.execute(_ENQUEUE[on_duplicate], values)
+        cursor = await conn.execute(statement, parameters)
         if row := await cursor.fetchone():
             return int(row[0])
         assert unique_key is not None
-        cursor = await conn.execute(_UNFINISHED, (unique_key,))
+        cursor = await conn.execute(_UNFINISHED, (unique_key,), prepare=False)
         # None: the other row ended between the two statements, so that the key is free again.
         if row := await cursor.fetchone():
             if on_duplicate == "keep":

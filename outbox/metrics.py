@@ -35,7 +35,7 @@ WORKER_STATES = ("parked", "awake", "busy", "draining", "late", "absent", "lost"
 
 async def database_metrics(conn: psycopg.AsyncConnection[Any]) -> list[Metric]:
     """Depth and oldest age by topic and state, workers, sandboxes held, notification queue."""
-    cursor = await conn.execute(DEPTH)
+    cursor = await conn.execute(DEPTH, prepare=False)
     return _families(await cursor.fetchall())
 
 

@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import dict_row
 
-from outbox.connect import connect, notifications
+from outbox.connect import connect, hear
 from outbox.settings import Settings
 
 _PRESENCE = 1397048890
@@ -94,9 +94,11 @@ async def follow(
 
 
 async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: asyncio.Event) -> None:
-    async for notification in notifications(conn):
-        if notification.payload == str(session_id):
+    def heard(_channel: str, payload: str) -> None:
+        if payload == str(session_id):
             news.set()
+
+    await hear(conn, heard)
 
 
 async def _settle(settings: Settings, news: asyncio.Event) -> None:
@@ -121,7 +123,7 @@ async def _settle(settings: Settings, news: asyncio.Event) -> None:
 
 async def _state(conn: psycopg.AsyncConnection[Any], session_id: UUID) -> Record:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(_STATUS, (session_id,))
+        await cursor.execute(_STATUS, (session_id,), prepare=False)
         found: Record | None = await cursor.fetchone()
     if found is None:
         raise NoSession(str(session_id))
@@ -130,5 +132,5 @@ async def _state(conn: psycopg.AsyncConnection[Any], session_id: UUID) -> Record
 
 async def _messages(conn: psycopg.AsyncConnection[Any], session_id: UUID, after: int) -> list[Record]:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(_MESSAGES, (session_id, after, _PAGE))
+        await cursor.execute(_MESSAGES, (session_id, after, _PAGE), prepare=False)
         return await cursor.fetchall()

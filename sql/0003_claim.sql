@@ -10,6 +10,12 @@
 -- Statements that know the id compare state as (state || ''), which keeps the planner from the partial
 -- indexes of running rows: it takes them for tiny, but each row finished since the last vacuum has left
 -- a dead entry there. Measured: draining 20,000 rows took 3.0 s by outbox_running, 1.2 s by the key.
+--
+-- A plan is kept for as long as a connection lives, or until the next ANALYZE; one made while a table was
+-- empty would read all of it. So there must be no way to a row but its index, whatever the planner believes:
+-- enable_seqscan is off (4,000 instructions a call, of 70,000 of the cheapest); a join by id is written as a
+-- range, which can be neither hashed nor merged, nor begin with outbox read in the order of id (1 % of a
+-- batch's completion); and rows found by another index are ordered by id + 0, which no index gives.
 
 CREATE TYPE outbox_claimed AS (
     id           bigint,
@@ -103,12 +109,14 @@ COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
 -- A cancel that committed first wins.
 CREATE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
 LANGUAGE sql VOLATILE ROWS 100
+SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
         finished_at = clock_timestamp()
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = finisher AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
+      AND o.worker_id = finisher AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_complete(uuid, bigint[], integer[]) IS
@@ -141,6 +149,27 @@ END
 $$;
 COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
     'The row of a worker that has not ended, locked if it is to write. For the claim.';
+
+
+-- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due.
+CREATE FUNCTION outbox_keep_lease(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    IF me.lease_until IS NULL OR me.lease_until < moment THEN
+        -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
+        -- had run out is news; an extended one is found when the known end passes.
+        PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);
+    END IF;
+    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked) THEN
+        UPDATE worker
+        SET lease_until = greatest(lease_until, clock_timestamp() + lease), parked = parked AND stay_parked
+        WHERE id = me.id;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION outbox_keep_lease(worker, timestamptz, interval, boolean) IS
+    'Extends the lease of a worker that has claimed, when it must, and takes its flag down unless it stays parked. For the claim.';
 
 
 -- The worker's turn: ends what was completed and claims the next rows, in one commit and one round trip. Rows
@@ -251,7 +280,7 @@ BEGIN
         started_at = moment,
         limited = a.limited
     FROM allowed AS a
-    WHERE o.id = a.id
+    WHERE o.id >= a.id AND o.id <= a.id
     RETURNING o.id, a.name, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
         o.traceparent::text, a.timeout, moment - o.available_at, o.priority, o.available_at::timestamptz;
     GET DIAGNOSTICS claimed = ROW_COUNT;
@@ -261,26 +290,58 @@ BEGIN
     IF ids = '{}' THEN
         me := outbox_myself(turner, connection, to_write => claimed > 0);
     END IF;
-    IF claimed = 0 THEN
-        RETURN;
-    END IF;
-    IF me.lease_until IS NULL OR me.lease_until < moment THEN
-        -- A deadline is born while others may sleep: they bring their timers forward. Only a lease that
-        -- had run out is news; an extended one is found when the known end passes.
-        PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);
-    END IF;
-    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5
-        OR (me.parked AND (claimed = slots OR NOT stay_parked))
-    THEN
-        UPDATE worker
-        SET lease_until = greatest(lease_until, clock_timestamp() + lease),
-            parked = parked AND stay_parked AND claimed < slots
-        WHERE id = turner;
+    IF claimed > 0 THEN
+        PERFORM outbox_keep_lease(me, moment, lease, stay_parked AND claimed < slots);
     END IF;
 END
 $$;
 COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer, smallint[], timestamptz[]) IS
     'Ends completed rows and claims up to slots due rows of these topics in one commit: by priority, then in the order of topics given, then by age; extends the lease when it must. A worker whose slots are full is no longer parked. Rows without a topic are completions that were fenced.';
+
+
+-- One row, of which a notification told: what a worker asleep does first. It takes only a row that no rule of the
+-- claim above has anything to say about; any other is left to that. Of the server's time it takes 0.2 ms, a claim
+-- of one row in general 0.35.
+-- 1. Lock the row, without waiting, if it is due, of no ordering_key, and of a topic without limit or timeout.
+-- 2. Else say whether somebody has to look for it: it may be locked by one who rolls back. If it is not ready it
+--    was taken, and nobody has to: of N workers that are told of a row, N - 1 find that out.
+-- 3. Lock the worker's row, as every claim does, and take the row.
+CREATE FUNCTION outbox_claim_row(
+    claimer uuid, row_id bigint, lease interval, stay_parked boolean DEFAULT true, connection integer DEFAULT NULL
+) RETURNS SETOF outbox_claimed
+LANGUAGE plpgsql VOLATILE ROWS 1
+SET enable_seqscan = off -- its plans are made when the tables may be empty
+AS $$
+DECLARE
+    me      worker;
+    moment  timestamptz := clock_timestamp();
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a claim needs READ COMMITTED' USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    PERFORM FROM outbox AS o
+    WHERE o.id = row_id AND o.state || '' = 'ready' AND NOT o.blocked AND o.available_at <= moment
+      AND o.ordering_key IS NULL AND NOT EXISTS (SELECT FROM topic AS t WHERE t.name = o.topic)
+    FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN QUERY
+        SELECT o.id, NULL::text, NULL::text, NULL::jsonb, o.attempt, 0, 0, NULL::text, NULL::interval,
+            NULL::interval, NULL::smallint, NULL::timestamptz
+        FROM outbox AS o WHERE o.id = row_id AND o.state || '' = 'ready';
+        RETURN;
+    END IF;
+    me := outbox_myself(claimer, connection, to_write => true);
+    RETURN QUERY
+    UPDATE outbox AS o
+    SET state = 'running', attempt = o.attempt + 1, worker_id = claimer, started_at = moment, limited = false
+    WHERE o.id = row_id
+    RETURNING o.id, o.topic::text, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
+        o.traceparent::text, NULL::interval, moment - o.available_at, o.priority, o.available_at::timestamptz;
+    PERFORM outbox_keep_lease(me, moment, lease, stay_parked);
+END
+$$;
+COMMENT ON FUNCTION outbox_claim_row(uuid, bigint, interval, boolean, integer) IS
+    'Claims one row that a notification told of. No row: it was taken; a row without a topic: it is to be looked for by outbox_claim.';
 
 
 CREATE FUNCTION outbox_claim(
@@ -303,6 +364,7 @@ COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integ
 -- was requested.
 CREATE FUNCTION outbox_fence(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     SELECT o.cancel_requested_at IS NOT NULL
     FROM outbox AS o
@@ -344,6 +406,7 @@ CREATE FUNCTION outbox_fail(
     permanent   boolean DEFAULT false
 ) RETURNS text
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE
@@ -365,12 +428,14 @@ CREATE FUNCTION outbox_hand_back(
     holder uuid, ids bigint[], attempts integer[], delay interval DEFAULT interval '0'
 ) RETURNS SETOF bigint
 LANGUAGE sql VOLATILE ROWS 10
+SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
-    WHERE o.id = f.id AND o.attempt = f.attempt AND o.worker_id = holder AND o.state || '' = 'running'
+    WHERE o.id >= f.id AND o.id <= f.id AND o.attempt = f.attempt
+      AND o.worker_id = holder AND o.state || '' = 'running'
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
@@ -382,6 +447,7 @@ COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
 -- or such a handler would spin.
 CREATE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
@@ -400,6 +466,7 @@ CREATE FUNCTION outbox_reconnect(
     worker_back uuid, connection integer, ids bigint[], attempts integer[]
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE ROWS 10
+SET enable_seqscan = off
 AS $$
 DECLARE
     me worker;
@@ -421,8 +488,8 @@ BEGIN
         WHERE o.worker_id = worker_back AND o.state = 'running'
           AND NOT EXISTS (
               SELECT FROM unnest(ids, attempts) AS f (id, attempt)
-              WHERE f.id = o.id AND f.attempt = o.attempt)
-        ORDER BY o.id
+              WHERE f.id >= o.id AND f.id <= o.id AND f.attempt = o.attempt)
+        ORDER BY o.id + 0
     )
     SELECT outbox_hand_back(worker_back, array_agg(l.id), array_agg(l.attempt)) FROM lost AS l;
 END
@@ -436,6 +503,7 @@ COMMENT ON FUNCTION outbox_reconnect(uuid, integer, bigint[], integer[]) IS
 CREATE FUNCTION outbox_renew(renewer uuid, lease interval, ids bigint[], attempts integer[])
 RETURNS TABLE (id bigint, attempt integer, cancel boolean)
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
 #variable_conflict use_column
 BEGIN
@@ -448,7 +516,7 @@ BEGIN
     RETURN QUERY
     SELECT o.id, o.attempt, o.cancel_requested_at IS NOT NULL
     FROM unnest(ids, attempts) AS f (id, attempt)
-    JOIN outbox AS o ON o.id = f.id
+    JOIN outbox AS o ON o.id >= f.id AND o.id <= f.id
     WHERE o.attempt = f.attempt AND o.worker_id = renewer AND o.state || '' = 'running';
 END
 $$;
@@ -460,7 +528,7 @@ COMMENT ON FUNCTION outbox_renew(uuid, interval, bigint[], integer[]) IS
 -- or a DELETE typed into psql. The worker's row has been locked by the statement that ended it; the rows
 -- are freed by a new one, whose snapshot shows what a claim in flight had claimed.
 CREATE FUNCTION worker_ended() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
 AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -469,7 +537,7 @@ BEGIN
     END IF;
     IF TG_OP = 'DELETE' THEN
         -- Nothing would be left of the worker to keep a lease for a row that is locked: wait for it.
-        PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id FOR UPDATE;
+        PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;
     END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
@@ -499,6 +567,7 @@ ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 -- sleepers are told: it was not a rescuer that ended it, perhaps, and what they know of is its old lease.
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 DECLARE
     freed     integer;
@@ -506,7 +575,7 @@ DECLARE
 BEGIN
     WITH lost AS MATERIALIZED (
         SELECT id FROM outbox WHERE worker_id = lost_worker AND state = 'running'
-        ORDER BY id FOR UPDATE SKIP LOCKED
+        ORDER BY id + 0 FOR UPDATE SKIP LOCKED
     )
     UPDATE outbox AS o
     SET state = CASE
@@ -522,7 +591,7 @@ BEGIN
         END,
         errors = outbox_error(o.errors, o.attempt, reason, lost_worker)
     FROM lost
-    WHERE o.id = lost.id;
+    WHERE o.id >= lost.id AND o.id <= lost.id;
     GET DIAGNOSTICS freed = ROW_COUNT;
     left_over := EXISTS (SELECT FROM outbox WHERE worker_id = lost_worker AND state = 'running');
     UPDATE worker SET lease_until = CASE WHEN left_over THEN clock_timestamp() END
@@ -554,6 +623,7 @@ COMMENT ON FUNCTION outbox_end_worker(uuid, text) IS
 -- long to renew. A worker's row that is locked is skipped: its claim or renewal is in flight.
 CREATE FUNCTION outbox_rescue(rescuer uuid, lease interval, connected interval) RETURNS integer
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 DECLARE
     lost    uuid;
@@ -676,6 +746,7 @@ COMMENT ON FUNCTION outbox_next_deadline(uuid, text[], interval, interval) IS
 
 CREATE FUNCTION outbox_cancel(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     -- A ready row ends at once (outbox_settle); a running one when its worker has stopped it.
     UPDATE outbox
@@ -689,6 +760,7 @@ COMMENT ON FUNCTION outbox_cancel(bigint) IS
 
 CREATE FUNCTION outbox_retry(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     UPDATE outbox
     SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL
@@ -701,7 +773,8 @@ COMMENT ON FUNCTION outbox_retry(bigint) IS
 
 CREATE FUNCTION outbox_discard(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
-    UPDATE outbox SET state = 'cancelled' WHERE id = row_id AND state = 'dead' RETURNING state
+    UPDATE outbox SET state = 'cancelled' WHERE id = row_id AND state || '' = 'dead' RETURNING state
 $$;
 COMMENT ON FUNCTION outbox_discard(bigint) IS 'Ends a dead row for good: it is kept as cancelled until it is pruned.';

@@ -62,7 +62,8 @@ COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API 
 -- Counts under a lock of the user's, in a statement of its own: of two that are admitted at once the second
 -- sees the first. No limit, no lock. Without seqscan: a plan made while the table is empty would stay.
 CREATE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 DECLARE
     locked text;
@@ -94,6 +95,7 @@ CREATE FUNCTION session_create(
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -121,10 +123,17 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    IF idempotency_key IS NOT NULL THEN
-        INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
-        VALUES (new_session.user_id, idempotency_key, request_hash, new_session.id, answer)
-        ON CONFLICT DO NOTHING;
+    IF idempotency_key IS NULL THEN
+        INSERT INTO session SELECT new_session.*;
+    ELSE
+        -- In one statement, at whose end both are there for the foreign key.
+        WITH first AS (
+            INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
+            VALUES (new_session.user_id, idempotency_key, request_hash, new_session.id, answer)
+            ON CONFLICT DO NOTHING
+            RETURNING 1
+        )
+        INSERT INTO session SELECT new_session.* FROM first;
         IF NOT FOUND THEN
             SELECT i.* INTO earlier FROM idempotency AS i
             WHERE i.user_id = new_session.user_id AND i.key = idempotency_key;
@@ -169,6 +178,7 @@ CREATE FUNCTION prompt_create(
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -229,6 +239,7 @@ COMMENT ON FUNCTION prompt_create(uuid, text, text, boolean, text, bytea, text, 
 -- when its worker has stopped it.
 CREATE FUNCTION session_cancel(of_session uuid, OUT cancelled integer, OUT cancelling integer)
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     WITH found AS MATERIALIZED (
         SELECT o.id FROM outbox AS o
@@ -241,7 +252,7 @@ AS $$
         UPDATE outbox AS o
         SET cancel_requested_at = coalesce(o.cancel_requested_at, clock_timestamp())
         FROM found AS f
-        WHERE o.id = f.id
+        WHERE o.id >= f.id AND o.id <= f.id
         RETURNING o.state
     )
     SELECT count(*) FILTER (WHERE state = 'cancelled')::integer,
@@ -257,13 +268,14 @@ COMMENT ON FUNCTION session_cancel(uuid) IS
 -- deadlock this can end in rolls everything back, and the caller repeats.
 CREATE FUNCTION session_archive(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 BEGIN
     PERFORM session_cancel(of_session);
     UPDATE session
     SET session_status = 'archived', inbox_status = 'archived',
         deleted_at = clock_timestamp(), updated_at = clock_timestamp()
-    WHERE id = of_session AND session_status = 'active';
+    WHERE id = of_session AND session_status || '' = 'active'; -- not through the index of active branches
     IF NOT FOUND THEN
         RETURN false;
     END IF;
@@ -298,7 +310,7 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_session_run_payload;
 -- the prompt follows the row, the session follows its rows, and once nothing is left to run a sandbox
 -- that is still held becomes a row of topic sandbox.return.
 CREATE FUNCTION session_follow() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
 AS $$
 DECLARE
     of_session uuid := (OLD.payload ->> 'session_id')::uuid;
@@ -401,6 +413,7 @@ CREATE FUNCTION message_append(
     OUT fenced boolean, OUT cancel boolean, OUT last_seq bigint, OUT watched boolean
 )
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE

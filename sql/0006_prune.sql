@@ -9,6 +9,7 @@ CREATE FUNCTION outbox_prune(
     OUT deleted integer, OUT next_id bigint
 )
 LANGUAGE sql VOLATILE
+SET enable_seqscan = off
 AS $$
     WITH page AS MATERIALIZED (
         SELECT id, state, created_at, finished_at FROM outbox
@@ -19,7 +20,7 @@ AS $$
     gone AS (
         DELETE FROM outbox AS o
         USING page AS p
-        WHERE o.id = p.id AND o.state IN ('done', 'cancelled') AND p.finished_at < before
+        WHERE o.id >= p.id AND o.id <= p.id AND o.state IN ('done', 'cancelled') AND p.finished_at < before
         RETURNING 1
     )
     SELECT (SELECT count(*)::integer FROM gone),
@@ -33,40 +34,45 @@ CREATE FUNCTION session_prune(
     archived_before timestamptz, quiet_before timestamptz, page_size integer
 ) RETURNS integer
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
+-- Arrays and subqueries of one row, not joins, which may read a table in full: see 0003_claim.sql.
 DECLARE
     deleted integer;
     total   integer;
 BEGIN
     DELETE FROM idempotency
-    WHERE (user_id, key) IN (
-        SELECT user_id, key FROM idempotency WHERE created_at < archived_before
-        ORDER BY created_at LIMIT page_size);
+    WHERE ctid = ANY (ARRAY(
+        SELECT i.ctid FROM idempotency AS i WHERE i.created_at < archived_before
+        ORDER BY i.created_at LIMIT page_size));
     GET DIAGNOSTICS total = ROW_COUNT;
 
     -- The messages of sessions that have been quiet, and then, once it has none, an archived session.
     DELETE FROM message
-    WHERE (session_id, seq) IN (
-        SELECT m.session_id, m.seq
+    WHERE ctid = ANY (ARRAY(
+        SELECT m.ctid
         FROM session AS s
-        JOIN message AS m ON m.session_id = s.id
+        CROSS JOIN LATERAL (
+            SELECT m.ctid FROM message AS m WHERE m.session_id = s.id LIMIT page_size
+        ) AS m
         WHERE s.created_at < greatest(archived_before, quiet_before)
           AND s.inbox_status IN ('completed', 'archived')
           AND (s.updated_at < quiet_before OR s.deleted_at < archived_before)
-        LIMIT page_size);
+        LIMIT page_size));
     GET DIAGNOSTICS deleted = ROW_COUNT;
     total := total + deleted;
 
     DELETE FROM session
-    WHERE id IN (
+    WHERE id = ANY (ARRAY(
         SELECT s.id FROM session AS s
         WHERE s.created_at < archived_before AND s.deleted_at < archived_before
           AND s.sandbox IS NULL
-          AND NOT EXISTS (SELECT FROM message AS m WHERE m.session_id = s.id)
-          AND NOT EXISTS (
-              SELECT FROM outbox AS o
-              WHERE o.ordering_key = 'session:' || s.id AND o.state IN ('ready', 'running'))
-        LIMIT page_size);
+          AND (SELECT m.seq FROM message AS m WHERE m.session_id = s.id LIMIT 1) IS NULL
+          AND (
+              SELECT o.id FROM outbox AS o
+              WHERE o.ordering_key = 'session:' || s.id AND o.state IN ('ready', 'running')
+              LIMIT 1) IS NULL
+        LIMIT page_size));
     GET DIAGNOSTICS deleted = ROW_COUNT;
     total := total + deleted;
 

@@ -463,6 +463,7 @@ CREATE FUNCTION outbox_ready(
     OUT topic text, OUT reason text
 )
 LANGUAGE sql STABLE
+SET enable_seqscan = off
 AS $$
     SELECT
         p.workers > 0 AND coalesce(p.since_limit <= f.since, true),
@@ -509,6 +510,7 @@ COMMENT ON COLUMN outbox_alert.reported IS 'When the last alert was given, by a 
 CREATE FUNCTION outbox_stuck(stuck_after interval)
 RETURNS TABLE (topic text, id bigint, since timestamptz, reason text, detail text)
 LANGUAGE sql STABLE
+SET enable_seqscan = off
 AS $$
     SELECT DISTINCT ON (s.topic) s.topic, s.id, s.since, q.reason, q.detail
     FROM (
@@ -532,6 +534,7 @@ COMMENT ON FUNCTION outbox_stuck(interval) IS
 CREATE FUNCTION outbox_stuck_report(stuck_after interval, repeat interval)
 RETURNS TABLE (stuck boolean, topic text, id bigint, waited interval, reason text, detail text)
 LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 BEGIN
@@ -558,6 +561,7 @@ COMMENT ON FUNCTION outbox_stuck_report(interval, interval) IS
 
 CREATE FUNCTION outbox_stuck_deadline(stuck_after interval) RETURNS interval
 LANGUAGE sql STABLE
+SET enable_seqscan = off
 AS $$
     SELECT min(d.since) + stuck_after - statement_timestamp()
     FROM (

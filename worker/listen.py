@@ -20,12 +20,10 @@ from typing import Any
 
 import psycopg
 
-from outbox.connect import bounded, connect, notifications
+from outbox.connect import Heard, bounded, connect, hear
 
 WAKE, CANCEL, PROBE = "sendoff_wake", "sendoff_cancel", "sendoff_probe"
 _PRESENCE = 1397048886
-
-Heard = Callable[[str, str], None]
 
 
 class Listener:
@@ -54,12 +52,8 @@ class Listener:
 
     def start(self, ended: Callable[[], None]) -> None:
         """Step 4, in a task; `ended` is called when the connection breaks."""
-        self._reading = asyncio.create_task(self._read(), name="listen")
+        self._reading = asyncio.create_task(hear(self._conn, self._heard), name="listen")
         self._reading.add_done_callback(lambda task: ended())
-
-    async def _read(self) -> None:
-        async for notification in notifications(self._conn):
-            self._heard(notification.channel, notification.payload)
 
     def check(self) -> None:
         """Raise what broke the connection, if it is broken."""

@@ -4,17 +4,20 @@ It sleeps until something happens: a notification, a handler that ended, the one
 connection. Then it takes a turn:
 
 1. A lease that is due is renewed, a rescue that is due is done.
-2. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
+2. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at
+   everything takes twice as long.
+3. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
    with the next claim, in one commit and one round trip.
-3. Free slots are filled: claim, while rows keep coming; when none comes, park (worker/park.py).
-4. Before it sleeps with slots free, it learns the next deadline of any kind.
+4. Free slots are filled: claim, while rows keep coming; when none comes, park (worker/park.py). Under load
+   the next claim is sent before the rows of the last are read.
+5. Before it sleeps with slots free, it learns the next deadline of any kind.
 """
 
 import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
@@ -29,9 +32,11 @@ from pydantic_core import from_json
 
 from outbox import trace
 from outbox.claim import (
+    Answer,
     Claimed,
+    ask,
+    claim_row,
     complete,
-    complete_and_claim,
     fail,
     hand_back,
     reconnect,
@@ -46,7 +51,7 @@ from outbox.migrate import check_schema
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
 from worker.attempt import Attempt, End, Outcome, Stop
-from worker.front import Front
+from worker.front import Front, Levels
 from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.metrics import STATS, Snapshot
@@ -99,6 +104,11 @@ class Worker:
         self._front = Front()
         self._event = asyncio.Event()
         self._look = True
+        self._told: list[int] = []
+        """Lone rows that notifications told of since the last turn."""
+        self._arriving = 0
+        """Rows that were claimed and are not read yet."""
+        self._reading: asyncio.Task[int] | None = None
         self._told_draining = False
         self._stats = STATS
         self._stats.topics = sorted(handlers)
@@ -280,12 +290,16 @@ class Worker:
             topic, _, due = payload.rpartition("@")
             if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
                 return
-            if due.partition("#")[0] == "0":
-                self._woken("notify")
-                self._look = True
-                self._event.set()
-            else:  # not yet: bring the timer forward, without a query
+            due, _, lone = due.partition("#")
+            if due != "0":  # not yet: bring the timer forward, without a query
                 self._bring_forward(int(due) / 1000)
+                return
+            self._woken("notify")
+            if lone:
+                self._told.append(int(lone))
+            else:
+                self._look = True
+            self._event.set()
         elif channel == CANCEL:
             if (attempt := self._running.get(int(payload))) is not None:
                 attempt.stop(Stop.CANCEL)
@@ -324,7 +338,7 @@ class Worker:
                 log.warning("deadlock", error=str(error).strip())
                 self._look = True
                 continue  # nothing of the statement was done: the next turn does it again
-            if self.draining and not self._running and not self._ended:
+            if self.draining and not self._running and not self._ended and not self._arriving:
                 with bounded(self._control, self._settings.lease):
                     await self._leave()
                 return
@@ -343,6 +357,7 @@ class Worker:
             self._look = True
         if self.draining and not self._told_draining:
             await self._tell_draining()
+        await self._take_told()
         await self._settle()
         await self._fill()
 
@@ -360,17 +375,40 @@ class Worker:
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
-            timeout = None if until == math.inf else max(0.0, until - time.monotonic())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await self._event.wait()
+            timer = None if until == math.inf else self._event_at(until)
+            await self._event.wait()
+            if timer is not None:
+                timer.cancel()
         self._event.clear()
 
+    def _event_at(self, moment: float) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()), self._event.set)
+
     def _free(self) -> int:
-        return 0 if self.draining else self._concurrency - len(self._running)
+        return 0 if self.draining else self._concurrency - len(self._running) - self._arriving
+
+    async def _take_told(self) -> None:
+        """Step 2. Told of several, awake, or woken again at once, it looks for all there is instead."""
+        told, self._told = self._told, []
+        if not told or self._look:
+            return
+        asked_at = time.monotonic()
+        asleep = self._parking.stage is Stage.PARKED and asked_at - self._woken_at > _BUSY
+        if len(told) > 1 or not asleep or self._free() < 2:  # a worker whose slots are full is not parked
+            self._look = True
+            return
+        assert self.id is not None
+        self._woken_at = asked_at
+        row, self._look = await claim_row(
+            self._control, self.id, told[0], lease=self._lease_time, connection=self._listener.presence
+        )
+        self._stats.looked(0 if row is None else 1)
+        if row is not None:
+            self._begin([row], asked_at)
+            await asyncio.sleep(0)  # it starts before what else the turn does
 
     async def _fill(self) -> None:
-        """Step 3: end what was completed and claim, then park or learn the deadline."""
+        """Step 4: end what was completed and claim, then park or learn the deadline."""
         parking = self._parking
         napped, self._nap = self._nap, 0.0
         wants = self._free() if self._look or parking.stage is Stage.AWAKE else 0
@@ -381,18 +419,20 @@ class Worker:
         completed = [o for o in self._ended if o.end is End.COMPLETE]
         if wants == 0:
             if completed:
-                self._completed(completed, await self._complete([o.job.token for o in completed]))
+                refused = await self._complete([o.job.token for o in completed])
+                self._drop(completed)
+                self._completed(completed, refused)
             return
         self._look = False  # from here on a notification raises it again
         settling = parking.stage is Stage.SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
         stay_parked = self._stay_parked()
-        rows = await self._claim(completed, wants, stay_parked)
-        if len(rows) == wants or (rows and (parking.stage is Stage.AWAKE or not stay_parked)):
+        count = await self._claim(completed, wants, stay_parked)
+        if count >= wants or (count and (parking.stage is Stage.AWAKE or not stay_parked)):
             # All slots are taken, or rows keep coming: nobody needs to tell us.
             parking.wake()
             self._look = True
-            if len(rows) < wants:
+            if count < wants:
                 self._nap = _NAP_FIRST
             else:
                 self._filled_at = time.monotonic()
@@ -422,14 +462,16 @@ class Worker:
         self._woken_at = now
         return lone or self._parking.stage is Stage.SETTLING
 
-    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> list[Claimed]:
+    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> int:
+        """Returns how many rows came."""
         assert self.id is not None
         asked_at = time.monotonic()
+        awake = self._parking.stage is Stage.AWAKE
         # Only a worker that is awake and does not mean to park may begin elsewhere than at the front.
-        levels = self._front.levels(asked_at) if self._parking.stage is Stage.AWAKE else None
+        levels = self._front.levels(asked_at) if awake else None
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
         try:
-            rows, refused = await complete_and_claim(
+            answer = await ask(
                 self._control,
                 self.id,
                 [o.job.token for o in completed],
@@ -443,34 +485,52 @@ class Worker:
         except (psycopg.Error, OSError):
             self._front.gave_up(levels, asked_at, time.monotonic())
             raise
-        self._front.looked(levels, rows, asked_at, time.monotonic())
+        await self._have_read()
+        self._drop(completed)
+        took = time.monotonic() - asked_at
+        self._arriving = answer.count
+        reading = self._read(answer, completed, levels, asked_at, took)
+        if awake and answer.count >= wants:
+            # When the next claim is on its way, so that the server does not wait meanwhile: a task begins
+            # when this one waits.
+            self._reading = asyncio.create_task(reading)
+            return answer.count
+        return await reading
+
+    async def _read(
+        self, answer: Answer, completed: list[Outcome], levels: Levels | None, asked_at: float, took: float
+    ) -> int:
+        """What a claim brought; how many rows."""
+        rows, refused = await answer.read()
+        self._arriving = 0
+        self._front.looked(levels, rows, asked_at, asked_at + took)
         if completed:
             self._completed(completed, refused)
         self._stats.looked(len(rows))
         if rows:
-            self._stuck.work_came()
-            self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
-            self._look_again = _LOOK_FIRST
-            self._lease.claimed(asked_at)
-            log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
-        attempts = [
-            Attempt(
-                Job(row, self.id, self._lease, self._pool.connection),
-                self._handlers[row.topic],
-                asked_at,
-                self._attempt_ended,
-            )
-            for row in rows
-        ]
-        self._running.update((attempt.job.row.id, attempt) for attempt in attempts)
-        if self._parking.stage is Stage.AWAKE:
-            # When the next claim is on its way, so that the server does not wait meanwhile.
-            asyncio.get_running_loop().call_soon(_start, attempts)
-        else:
-            _start(attempts)
+            self._begin(rows, asked_at)
+        return len(rows)
+
+    async def _have_read(self) -> None:
+        """Until what was claimed is in `_running`."""
+        if self._reading is not None:
+            await self._reading
+            self._reading = None
+
+    def _begin(self, rows: list[Claimed], asked_at: float) -> None:
+        assert self.id is not None
+        self._stuck.work_came()
+        self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
+        self._look_again = _LOOK_FIRST
+        self._lease.claimed(asked_at)
+        log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
+        for row in rows:
+            job = Job(row, self.id, self._lease, self._pool.connection)
+            attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
+            self._running[row.id] = attempt
+            attempt.start()
         if self._full_stop:  # the drain's end came while the claim was on its way
             self._stop_all(Stop.DRAIN)
-        return rows
 
     async def _complete(self, tokens: list[tuple[int, int]]) -> set[tuple[int, int]]:
         """Without a claim. Returns those that were fenced."""
@@ -478,10 +538,12 @@ class Worker:
         ended = await complete(self._control, self.id, tokens)
         return {token for token in tokens if token[0] not in ended}
 
-    def _completed(self, outcomes: list[Outcome], refused: set[tuple[int, int]]) -> None:
-        # Only these: handlers have ended since they were sent.
+    def _drop(self, outcomes: list[Outcome]) -> None:
+        """Once they are committed. Only these: handlers have ended since they were sent."""
         gone = set(map(id, outcomes))
         self._ended = [o for o in self._ended if id(o) not in gone]
+
+    def _completed(self, outcomes: list[Outcome], refused: set[tuple[int, int]]) -> None:
         ended = Counter(o.job.row.topic for o in outcomes)
         lost = Counter(o.job.row.topic for o in outcomes if o.job.token in refused) if refused else Counter()
         for topic, count in (ended - lost).items():
@@ -500,7 +562,7 @@ class Worker:
         return writers
 
     async def _schedule(self) -> None:
-        """Step 4: set the one timer. Also how far the server's clock is from ours."""
+        """Step 5: set the one timer. Also how far the server's clock is from ours."""
         connected = time.monotonic() - self._listener.opened_at
         self._announced = math.inf  # what is announced meanwhile, this query may not see
         cursor = await self._control.execute(
@@ -530,6 +592,7 @@ class Worker:
 
     async def _renew(self) -> None:
         assert self.id is not None
+        await self._have_read()
         asked_at = time.monotonic()
         tokens = [attempt.job.token for attempt in self._running.values()]
         rows = await renew(self._control, self.id, tokens, self._lease_time)
@@ -563,7 +626,7 @@ class Worker:
         self._look = True
 
     async def _settle(self) -> None:
-        """Step 2: end what was not simply completed. An outcome is dropped only once it is committed."""
+        """Step 3: end what was not simply completed. An outcome is dropped only once it is committed."""
         assert self.id is not None
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
             job = outcome.job
@@ -631,8 +694,3 @@ class Worker:
             (self.id,),
         )
         log.info("stopped", worker_id=str(self.id))
-
-
-def _start(attempts: Iterable[Attempt]) -> None:
-    for attempt in attempts:
-        attempt.start()

@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib
+import re
+from contextlib import nullcontext
 
 import psycopg
 import pytest
@@ -12,7 +14,7 @@ from sql import Migration, migrations
 from tests.conftest import Connect
 from tests.support.process import ROOT
 from tests.support.schema import describe
-from tests.support.steps import Connection, column, one
+from tests.support.steps import Connection, column, one, take_out
 
 NAMES = [migration.name for migration in migrations()]
 
@@ -71,7 +73,67 @@ async def test_functions_with_their_owners_rights_fix_their_search_path(connect:
         "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'public'::regnamespace"
         " AND prosecdef AND NOT coalesce(proconfig, '{}') @> '{\"search_path=pg_catalog, public, pg_temp\"}'"
     )
-    assert await column(conn, query) == []
+    assert await column(conn, query) == ["outbox_inserted()"]  # see the next test
+
+
+FOREIGN = """
+CREATE SCHEMA evil;
+CREATE FUNCTION evil.trap() RETURNS text LANGUAGE plpgsql AS 'BEGIN RAISE ''trapped''; END';
+CREATE VIEW evil.worker AS SELECT evil.trap()::boolean AS parked;
+CREATE DOMAIN evil.text AS pg_catalog.text CHECK (evil.trap() IS NULL);
+CREATE FUNCTION evil.current_setting(text) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.outbox_notify(text, timestamptz, bigint) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
+CREATE FUNCTION evil.same(bigint, integer) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
+CREATE OPERATOR evil.= (FUNCTION = evil.same, LEFTARG = text, RIGHTARG = text);
+CREATE OPERATOR evil.<> (FUNCTION = evil.same, LEFTARG = text, RIGHTARG = text);
+CREATE OPERATOR evil.= (FUNCTION = evil.same, LEFTARG = bigint, RIGHTARG = integer);
+CREATE FUNCTION evil.next(text, text) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.next(bigint) RETURNS bigint LANGUAGE sql RETURN evil.trap()::bigint;
+CREATE FUNCTION evil.next(bigint, bigint) RETURNS bigint LANGUAGE sql RETURN evil.trap()::bigint;
+CREATE FUNCTION evil.next(timestamptz, timestamptz) RETURNS timestamptz
+    LANGUAGE sql RETURN evil.trap()::timestamptz;
+CREATE AGGREGATE evil.count(*) (SFUNC = evil.next, STYPE = bigint);
+CREATE AGGREGATE evil.min(timestamptz) (SFUNC = evil.next, STYPE = timestamptz);
+CREATE AGGREGATE evil.min(bigint) (SFUNC = evil.next, STYPE = bigint);
+CREATE AGGREGATE evil.max(text) (SFUNC = evil.next, STYPE = text);
+"""
+
+
+@pytest.mark.parametrize(
+    "qualified",
+    [
+        "",
+        "public.worker",
+        "pg_catalog.current_setting",
+        "OPERATOR(pg_catalog.<>) 'read committed'",
+        "public.outbox_notify",
+        "::pg_catalog.text",
+        "pg_catalog.min(i.available_at)",
+        "pg_catalog.count(*)",
+        "OPERATOR(pg_catalog.=) 1",
+        "pg_catalog.max(i.ordering_key)",
+        "pg_catalog.min(i.id)",
+        "OPERATOR(pg_catalog.=) 'ready'",
+    ],
+)
+async def test_who_inserts_slips_the_trigger_nothing(qualified: str, connect: Connect) -> None:
+    """The one function that fixes no search_path names every schema, so that a caller's own is not looked
+    into. Taken out: of one name, and the caller's is taken.
+    """
+    conn = await connect()
+    await conn.execute(FOREIGN)
+    if qualified:
+        unqualified = re.sub(r"OPERATOR\(pg_catalog\.(.*?)\)|pg_catalog\.|public\.", r"\1", qualified)
+        await take_out(conn, "outbox_inserted", qualified, unqualified)
+    await conn.execute("SET search_path = evil, pg_catalog, public, pg_temp")
+    with pytest.raises(psycopg.errors.RaiseException) if qualified else nullcontext():
+        await conn.execute("INSERT INTO public.outbox (topic) VALUES ('t')")
+        await conn.execute(
+            "INSERT INTO public.worker (host, pid, version, topics, concurrency, parked)"
+            " VALUES ('h', 1, '0', '{t}', 1, true)"
+        )
+        await conn.execute("INSERT INTO public.outbox (topic) VALUES ('t')")
 
 
 UNEXPLAINED = """

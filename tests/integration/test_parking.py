@@ -142,7 +142,7 @@ async def test_last_look_comes_after_the_writers_ended(rule: Rule, connect: Conn
         async def _claim(self, *arguments: Any) -> Any:
             settling = self._parking.stage is Stage.SETTLING
             if rule == "taken out" and settling and not self._parking._waits_for:
-                return []
+                return 0
             return await super()._claim(*arguments)
 
         async def _schedule(self) -> None:
@@ -237,8 +237,8 @@ async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Co
     psql, producer = await connect(), await connect()
     if rule == "taken out":
         text = "current_setting('transaction_isolation')"
-        for function in ("outbox_inserted", "outbox_notify"):
-            await take_out(psql, function, text, "'read committed'")
+        await take_out(psql, "outbox_inserted", f"pg_catalog.{text}", "'read committed'")
+        await take_out(psql, "outbox_notify", text, "'read committed'")
     await producer.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
     await producer.execute("SELECT count(*) FROM worker")
     async with watched(database) as worker:

@@ -226,7 +226,7 @@ async def test_delete_of_a_worker_waits_for_a_row_that_is_locked(rule: Rule, con
     row = await add(psql)
     await claim(psql, lost)
     if rule == "taken out":
-        text = "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id FOR UPDATE;"
+        text = "PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;"
         await take_out(psql, "worker_ended", text, "NULL;")
     await handler.execute("BEGIN")
     await handler.execute("SELECT outbox_fence(%s, %s, 1)", (lost, row))
@@ -355,8 +355,8 @@ async def test_lease_born_while_others_sleep(rule: Rule, connect: Connect, datab
     if rule == "taken out":
         await take_out(
             psql,
-            "outbox_complete_and_claim",
-            "PERFORM outbox_notify_lease(turner, clock_timestamp() + lease);",
+            "outbox_keep_lease",
+            "PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);",
         )
     async with watched(database, lease=0.5) as worker:
         row = await add(psql, "other")

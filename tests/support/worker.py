@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from outbox import Claimed, Handler, Job
+from outbox import Handler, Job
 from outbox.handler import Run
 from outbox.settings import Settings
 from tests.support.process import ROOT, Process, running
@@ -116,12 +116,12 @@ class Watched(Worker):
         await self._step("writers")
         return await super()._writers()
 
-    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> list[Claimed]:
+    async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> int:
         await self._step("claim")
-        rows = await super()._claim(completed, wants, stay_parked)
+        count = await super()._claim(completed, wants, stay_parked)
         self.looks += 1
         await self._tell()
-        return rows
+        return count
 
     async def _schedule(self) -> None:
         await self._step("schedule")
