@@ -123,9 +123,7 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    IF idempotency_key IS NULL THEN
-        INSERT INTO session SELECT new_session.*;
-    ELSE
+    IF idempotency_key IS NOT NULL THEN
         -- In one statement, at whose end both are there for the foreign key.
         WITH first AS (
             INSERT INTO idempotency (user_id, key, request_hash, session_id, answer)
@@ -145,7 +143,7 @@ BEGIN
 
     -- As three statements 15 us more of 350.
     WITH s AS (
-        INSERT INTO session SELECT new_session.*
+        INSERT INTO session SELECT new_session.* WHERE idempotency_key IS NULL
     ),
     p AS (
         INSERT INTO prompt SELECT new_prompt.* WHERE prompt_text IS NOT NULL
