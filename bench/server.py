@@ -1,6 +1,8 @@
 """The one server that all contestants use, and what is read from it and from /proc."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,25 @@ import psycopg
 
 from embedded.postgres import EmbeddedPostgres
 
-STATE = Path(os.environ.get("BENCH_STATE", ".state/bench")).absolute()
+
+def state_directory(named: str) -> Path:
+    """Where BENCH_STATE says, by default (also when it is empty) .state/bench below the current directory.
+
+    Ends the program if git would see what is written there: a server's data do not belong into a commit.
+    """
+    directory = Path(named or ".state/bench").resolve()
+    there = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
+    # 0: ignored, 1: not ignored, 128: in no working tree.
+    asked = subprocess.run(
+        ["git", "-C", there, "check-ignore", "--quiet", f"{directory}/"], capture_output=True, check=False
+    )
+    if asked.returncode == 1:
+        print(f"BENCH_STATE: git does not ignore {directory}: name another directory", file=sys.stderr)
+        raise SystemExit(2)
+    return directory
+
+
+STATE = state_directory(os.environ.get("BENCH_STATE", ""))
 """Where servers, peers and results are kept; two benchmarks at once need two."""
 SETTINGS: dict[str, str | int] = {"shared_buffers": "512MB", "max_connections": 300, "max_wal_size": "4GB"}
 """All else is PostgreSQL's default: fsync and synchronous_commit are on."""
