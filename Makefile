@@ -119,6 +119,10 @@ bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/ben
 bench-quick: .venv/.bench ## The main ratios in a few minutes
 	@$(BIN)/python -m bench quick
 
+.PHONY: bench-scaling
+bench-scaling: .venv/.bench ## API processes, worker hosts, databases side by side; writes a table of docs/scaling.md
+	@$(BIN)/python -m bench.scaling
+
 .PHONY: bench-soak
 bench-soak: .venv/.bench ## A steady load for an hour; writes docs/soak.md
 	@$(BIN)/python -m bench.soak $(if $(MINUTES),--minutes '$(MINUTES)')

@@ -251,14 +251,18 @@ def working(
     topics: str = "bench.noop",
     options: Sequence[str] = (),
     settings: Mapping[str, str] = MappingProxyType({}),
+    prefix: Sequence[str] = (),
 ) -> Iterator[Process]:
-    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables."""
+    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables.
+
+    `prefix`: what its command is to be run by.
+    """
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
         command = [sys.executable, "-m", "worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency), *options]
     environment = {**_environment(contestant, url, tell=tell), **settings}
-    process = Process(command, environment, STATE / "workers.log")
+    process = Process([*prefix, *command], environment, STATE / "workers.log")
     try:
         yield process
     finally:
