@@ -83,7 +83,7 @@ class Run:
         try:
             found = measured(*arguments)
         except Exception as error:
-            self._failed(who, error)
+            self.failed(who, error)
             return
         for figure, value in found.items():
             self.add(figure, who, value)
@@ -99,9 +99,9 @@ class Run:
         try:
             self._part["once"][name] = measured(*arguments)
         except Exception as error:
-            self._failed(name, error)
+            self.failed(name, error)
 
-    def _failed(self, who: str, error: Exception) -> None:
+    def failed(self, who: str, error: Exception) -> None:
         text = f"{who}: {type(error).__name__}: {str(error)[-300:]}"
         self._part["failed"].append(text)
         _say(text)
@@ -117,7 +117,10 @@ class Run:
 def main() -> None:
     arguments = _arguments()
     if arguments.extent == "report":
-        write(load(arguments.json), DOCS)
+        parts = load(arguments.json)
+        if not parts:
+            sys.exit(f"{arguments.json} has no result: run `python -m bench all` first")
+        write(parts, DOCS)
         return
     names = arguments.only or [n for n in PARTS if not (arguments.extent == "quick" and n in _NOT_QUICK)]
     if not set(names) <= _ALONE and (
@@ -212,7 +215,7 @@ def _inserts(
                 for way, rate in workloads.inserts(run.server, kind, clients, seconds).items():
                     run.add(figure, way, rate)
             except Exception as error:
-                run._failed(figure, error)
+                run.failed(figure, error)
             peers = [c for c in run.chosen() if c.peer and c.variant == "best" and counts(c)]
             if run.quick and run.arguments.contestants is None:
                 continue

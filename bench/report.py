@@ -77,7 +77,8 @@ def _page(parts: Parts, shown: dict[str, Table], plots: dict[str, str]) -> Itera
         "",
         "Written by `make bench` (`python -m bench report` writes it again from the result); do not edit. "
         "What is measured, how, and what differs between the systems: [bench/README.md](../bench/README.md). "
-        "A load for an hour, and a foreign snapshot held for half of one: [soak.md](soak.md).",
+        "Where the time goes: [profile.md](profile.md). A load for an hour, and a foreign snapshot held for "
+        "half of one: [soak.md](soak.md).",
     )
     yield from _goals(parts)
     yield from _once(parts)
@@ -146,7 +147,7 @@ def _span(seen: Seen) -> str:
 def _provenance(parts: Parts) -> Iterator[str]:
     """Which part was measured when, where and by what."""
     yield from ("", "## When, where and how", "", "| part | UTC | commit | command |", "|---|---|---|---|")
-    for name, part in parts.items():
+    for name, part in ((name, parts[name]) for name in _MATTERS if name in parts):
         yield f"| {name} | {part['at']} | {part['commit']} | `{_command(name, part['arguments'])}` |"
     yield ""
     yield from _unique(parts, _where)
@@ -158,8 +159,11 @@ def _provenance(parts: Parts) -> Iterator[str]:
 
 
 def _command(part: str, arguments: dict[str, Any]) -> str:
-    return f"python -m bench {arguments['extent']} --only {part}" + "".join(
-        f" --{option.replace('_', '-')} {arguments[option]}" for option in _MATTERS[part]
+    options = [("only", part), *((option, arguments[option]) for option in _MATTERS[part])]
+    if some := arguments.get("contestants"):
+        options.append(("contestants", f'"{",".join(some)}"'))
+    return f"python -m bench {arguments['extent']}" + "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in options
     )
 
 

@@ -156,7 +156,7 @@ def _inserts(found: _Ratios) -> None:
             busy, working = (found.of(figure, f"sendoff, {mode}") for mode in ("busy", "working"))
             without = found.of(figure, "no trigger")
             found.add(f"{kind}{clients}_{plain}", busy, without)
-            found.add(f"{kind}{clients}_by_hand_{plain}", found.of(figure, "by hand, no trigger"), without)
+            found.add(f"{kind}{clients}_vs_by_hand", busy, found.of(figure, "by hand, no trigger"))
             found.add(f"{kind}{clients}_working_{plain}", working, without)
             found.add(
                 f"{kind}{clients}_always_notifying_{plain}", found.of(figure, "always notifying"), without

@@ -139,11 +139,12 @@ def test_goals(name: str, value: float, reached: bool) -> None:
 def test_the_page_says_what_was_reached_when_and_by_what(tmp_path: Path) -> None:
     failing = part({}, at="2026-01-03 00:00")
     failing["failed"] = ["dbos best: TimeoutError: not done in time"]
-    write({"latency": LATENCY, "drain1": DRAIN, "idle": failing}, tmp_path)
+    write({"drain1": DRAIN, "idle": failing, "latency": LATENCY}, tmp_path)
     page = (tmp_path / "benchmarks.md").read_text()
     assert "| start_p50_vs_floor | 2 | ≤ 1.15 | **no** |" in page
     assert "| drain1_vs_best_peer | 2 | ≥ 1.2 | yes |" in page
     assert "| sendoff c500 | 200 | 100 to 300 | 1.00 |\n| floor b100 | 200 | 200 | 1.00 |" in page
+    assert page.index("| latency | 2026-01-01") < page.index("| drain1 | 2026-01-02")
     drain = "python -m bench all --only drain1 --rounds 2 --rows 100 --again 1"
     assert f"| drain1 | 2026-01-02 00:00 | abc1234 | `{drain}` |" in page
     assert "dbos best: TimeoutError" in page

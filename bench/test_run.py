@@ -55,3 +55,12 @@ def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
     done = python(tmp_path, "-m", "bench", "quick", "--only", "latency,drain9")
     assert done.returncode == 2
     assert "unknown: drain9" in done.stderr
+
+
+def test_no_page_is_written_without_a_result(tmp_path: Path) -> None:
+    page = ROOT / "docs/benchmarks.md"
+    before = page.read_bytes()
+    done = python(tmp_path, "-m", "bench", "report")
+    assert done.returncode == 1
+    assert "has no result" in done.stderr
+    assert page.read_bytes() == before
