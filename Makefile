@@ -107,8 +107,9 @@ dashboard-figures: .venv/.complete chromium ## Measure page weight and time to t
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
 
-.venv/.bench: pyproject.toml .venv/.runtime
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,bench]'
+# With what the tests need: POST /sessions is measured with their OpenID Connect issuer.
+.venv/.bench: pyproject.toml .venv/.complete
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,test,bench]'
 	@touch $@
 
 .PHONY: bench

@@ -284,8 +284,11 @@ _NOT_QUICK = {"library", "workers", "held"}
 
 
 def _commit() -> str:
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    """What was measured. The page that a part writes does not make it another."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!docs"], check=False).returncode
+    return head.stdout.strip() + (" and changes" if changed else "")
 
 
 def _say(text: str) -> None:
