@@ -29,7 +29,7 @@ from typing import Any
 import psycopg
 
 from bench.contestant import ROOT, by_name, run, wait_until, working
-from bench.http import FASTEST, SESSIONS, accepts, api_tokens
+from bench.http import FASTEST, FILL, SESSIONS, accepts, api_tokens
 from bench.network import Host, Network, network
 from bench.server import STATE, Server, children_cpu_seconds, cpu_seconds, machine_cpu_seconds, settle
 from bench.workloads import OFF, ON, nothing_left
@@ -69,6 +69,7 @@ def apis(server: Server, net: Network, count: int, seconds: int) -> Cores:
     each = warm_up + seconds * FASTEST // SESSIONS
     tokens = api_tokens(server, [f"user-{number}" for number in range(each * count)])
     with server.connect("bench") as conn:
+        conn.execute(FILL)
         settle(conn)
     found: Cores = {}
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
