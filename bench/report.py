@@ -77,8 +77,8 @@ def _page(parts: Parts, shown: dict[str, Table], plots: dict[str, str]) -> Itera
         "",
         "Written by `make bench` (`python -m bench report` writes it again from the result); do not edit. "
         "What is measured, how, and what differs between the systems: [bench/README.md](../bench/README.md). "
-        "Where the time goes: [profile.md](profile.md). A load for an hour, and a foreign snapshot held for "
-        "half of one: [soak.md](soak.md).",
+        "Where the time goes: [profile.md](profile.md). A load for an hour: [soak.md](soak.md). A foreign "
+        "snapshot held for half an hour: [held.md](held.md).",
     )
     yield from _goals(parts)
     yield from _once(parts)
