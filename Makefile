@@ -107,8 +107,9 @@ dashboard-figures: .venv/.complete chromium ## Measure page weight and time to t
 fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for each operation
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
 
-.venv/.bench: pyproject.toml .venv/.runtime
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,bench]'
+# With what the tests need: POST /sessions is measured with their OpenID Connect issuer.
+.venv/.bench: pyproject.toml .venv/.complete
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,test,bench]'
 	@touch $@
 
 .PHONY: bench
@@ -118,6 +119,10 @@ bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/ben
 .PHONY: bench-quick
 bench-quick: .venv/.bench ## The main ratios in a few minutes
 	@$(BIN)/python -m bench quick
+
+.PHONY: bench-scaling
+bench-scaling: .venv/.bench ## API processes, worker hosts, databases side by side; writes a table of docs/scaling.md
+	@$(BIN)/python -m bench.scaling
 
 .PHONY: bench-soak
 bench-soak: .venv/.bench ## A steady load for an hour; writes docs/soak.md

@@ -52,12 +52,21 @@ class Contestant:
         return self.script not in ("sendoff.py", "floor.py")
 
 
-_PROCRASTINATE = "SELECT 1 FROM procrastinate_jobs WHERE status IN ('todo', 'doing') LIMIT 1"
-_OBAN = "SELECT 1 FROM oban_jobs WHERE state IN ('available', 'executing') LIMIT 1"
-_DBOS = "SELECT 1 FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING') LIMIT 1"
-_BOSS = "SELECT 1 FROM pgboss.job WHERE state < 'completed' AND name = 'noop' LIMIT 1"
-_SENDOFF = "SELECT 1 FROM outbox WHERE topic = 'bench.noop' AND state IN ('ready', 'running') LIMIT 1"
-_FLOOR = "SELECT 1 FROM job WHERE state <> 'done' LIMIT 1"
+def _left(table: str, *conditions: str) -> str:
+    """Claimable rows first, by their index; what runs is only looked for when there are none."""
+    return " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {c}" for c in conditions) + " LIMIT 1"
+
+
+_DEFER = (
+    "SELECT procrastinate_defer_jobs_v1("
+    "ARRAY[ROW('default', 'noop', 0, NULL, NULL, '{}', NULL)::procrastinate_job_to_defer_v1]);"
+)
+_SENDOFF = _left("outbox", *(f"topic = 'bench.noop' AND state = '{state}'" for state in ("ready", "running")))
+_FLOOR = _left("job", "state = 'ready'", "state = 'running'")
+_PROCRASTINATE = _left("procrastinate_jobs", "status = 'todo'", "status = 'doing'")
+_OBAN = _left("oban_jobs", "state = 'available'", "state = 'executing'")
+_DBOS = _left("dbos.workflow_status", "status = 'ENQUEUED'", "status = 'PENDING'")
+_BOSS = _left("pgboss.job", "name = 'noop' AND state < 'completed'")
 _GRAPHILE = "SELECT 1 FROM graphile_worker._private_jobs LIMIT 1"
 
 CONTESTANTS = [
@@ -69,7 +78,7 @@ CONTESTANTS = [
     *(
         Contestant(f"{name} {variant}", script, variant, remaining, insert, notifies=notifies)
         for name, script, remaining, insert, notifies in [
-            ("procrastinate", "procrastinate_.py", _PROCRASTINATE, None, True),
+            ("procrastinate", "procrastinate_.py", _PROCRASTINATE, _DEFER, True),
             (
                 "pgqueuer",
                 "pgqueuer_.py",
@@ -195,10 +204,13 @@ def _handlers() -> Path:
     """A directory with the metadata that makes the worker find the handler."""
     directory = STATE / "handlers"
     info = directory / "bench_handlers-1.dist-info"
-    if not info.exists():
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-handlers\nVersion: 1\n")
-        (info / "entry_points.txt").write_text("[sendoff.handlers]\nbench = sendoff:handler\n")
+    handlers = "[sendoff.handlers]\nbench = sendoff:handler\nbench_hold = sendoff:holder\n"
+    metadata = "Metadata-Version: 2.1\nName: bench-handlers\nVersion: 1\n"
+    info.mkdir(parents=True, exist_ok=True)
+    for name, text in (("entry_points.txt", handlers), ("METADATA", metadata)):
+        file = info / name
+        if not file.exists() or file.read_text() != text:  # another worker may be reading it
+            file.write_text(text)
     return directory
 
 
@@ -239,14 +251,18 @@ def working(
     topics: str = "bench.noop",
     options: Sequence[str] = (),
     settings: Mapping[str, str] = MappingProxyType({}),
+    prefix: Sequence[str] = (),
 ) -> Iterator[Process]:
-    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables."""
+    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables.
+
+    `prefix`: what its command is to be run by.
+    """
     command = _command(contestant, "work", contestant.variant)
     if contestant.script == "sendoff.py":
         command = [sys.executable, "-m", "worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency), *options]
     environment = {**_environment(contestant, url, tell=tell), **settings}
-    process = Process(command, environment, STATE / "workers.log")
+    process = Process([*prefix, *command], environment, STATE / "workers.log")
     try:
         yield process
     finally:

@@ -86,7 +86,7 @@ def api(
             [sys.executable, *command], env=environment, cwd=ROOT, stderr=log, stdout=log
         )
         try:
-            wait_until(lambda: _accepts(port), timeout=30)
+            wait_until(lambda: accepts(port), timeout=30)
             yield process, port
         finally:
             process.terminate()
@@ -106,12 +106,12 @@ def _askers(server: Server, name: str, users: int) -> Iterator[tuple[dict[str, s
             exp = int(time.time()) + 3600
             yield {"SENDOFF_OIDC_ISSUER": issuer.url}, [issuer.token(user, exp=exp) for user in names]
     elif name == "api token":
-        yield {"SENDOFF_REQUIRE_TOKEN": "1"}, _api_tokens(server, names)
+        yield {"SENDOFF_REQUIRE_TOKEN": "1"}, api_tokens(server, names)
     else:
         yield {"SENDOFF_DEV_IDENTITY": "1"}, [""] * users
 
 
-def _api_tokens(server: Server, names: list[str]) -> list[str]:
+def api_tokens(server: Server, names: list[str]) -> list[str]:
     import psycopg
 
     from outbox.token import create
@@ -123,9 +123,10 @@ def _api_tokens(server: Server, names: list[str]) -> list[str]:
     return asyncio.run(made())
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether somebody listens there."""
     with suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection((host, port), timeout=5).close()
         return True
     return False
 
@@ -201,7 +202,7 @@ def _requests(tokens: list[str]) -> Iterator[bytes]:
             yield request
 
 
-async def _load(port: int, seconds: float, tokens: list[str]) -> tuple[int, float]:
+async def _load(port: int, seconds: float, tokens: list[str], host: str) -> tuple[int, float]:
     loop = asyncio.get_running_loop()
     started = time.monotonic()
     end = started + seconds
@@ -210,7 +211,7 @@ async def _load(port: int, seconds: float, tokens: list[str]) -> tuple[int, floa
         mine = _requests(tokens[number::CONNECTIONS])
         _, client = await loop.create_connection(
             lambda mine=mine: _Client(mine, end),  # type: ignore[misc]
-            "127.0.0.1",
+            host,
             port,
         )
         clients.append(client)
@@ -222,5 +223,6 @@ if __name__ == "__main__":
     import uvloop
 
     cpu = time.process_time()
-    count, took = uvloop.run(_load(int(sys.argv[1]), float(sys.argv[2]), json.load(sys.stdin)))
+    at = sys.argv[3] if sys.argv[3:] else "127.0.0.1"
+    count, took = uvloop.run(_load(int(sys.argv[1]), float(sys.argv[2]), json.load(sys.stdin), at))
     print(count, took, time.process_time() - cpu)

@@ -4,24 +4,30 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
 from psycopg import Connection
 
-from bench.contestant import Contestant, Process, producing, run, wait_until, working
+from bench.contestant import Contestant, Process, by_name, producing, run, wait_until, working
 from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
 from embedded.postgres import free_port
 
+SENDOFF = by_name("sendoff c10")
 Figures = dict[str, float]
+Rates = dict[str, list[float]]
 
 
-def start_latency(server: Server, contestant: Contestant, count: int) -> Figures:
+def start_latency(server: Server, contestant: Contestant, count: int) -> dict[str, list[float]]:
     """Milliseconds from the return of the producer's commit to the start of the handler; one idle worker."""
     url = server.fresh("bench")
     run(contestant, url, "setup")
+    with server.connect("bench") as conn:
+        settle(conn)
     with working(contestant, url, tell=True) as worker, producing(contestant, url) as producer:
         taken = []
         for number in range(count + 20):
@@ -30,33 +36,52 @@ def start_latency(server: Server, contestant: Contestant, count: int) -> Figures
             committed, started = producer.heard(), worker.heard()
             if number >= 20:
                 taken.append((started - committed) / 1e6)
-    taken.sort()
-    return {"start_p50_ms": median(taken), "start_p99_ms": taken[int(len(taken) * 0.99)]}
+    return {"start_ms": taken}
 
 
-def drain(server: Server, contestant: Contestant, count: int, workers: int) -> Figures:
-    """Jobs a second, from the start of the first handler to when nothing is left."""
+def drain(server: Server, contestant: Contestant, count: int, workers: int, again: int) -> Rates:
+    """Jobs a second, from the start of the first handler to when nothing is left: of workers that have just
+    been started beside a full queue and, `warm`, of the same ones when the queue is filled again.
+    """
     url = server.fresh("bench")
     run(contestant, url, "setup")
     run(contestant, url, "fill", str(count))
-    with server.connect("bench") as conn:
+    rates: Rates = {}
+    with server.connect("bench") as conn, ExitStack() as stack:
         settle(conn)
-        first: list[Process] = []
-        contexts = [working(contestant, url) for _ in range(workers)]
-        try:
-            first = [context.__enter__() for context in contexts]
-            wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
-            ended = time.monotonic_ns()
-            started = min(_first(process) for process in first)
-        finally:
-            for context in contexts:
-                context.__exit__(None, None, None)
-    return {f"drain{workers}_per_s": count / ((ended - started) / 1e9)}
+        processes = [stack.enter_context(working(contestant, url)) for _ in range(workers)]
+        rates[f"drain{workers}_per_s"] = [_drained(conn, contestant, processes, count, 0)]
+        for _ in range(again):
+            settle(conn)
+            began = time.monotonic_ns()
+            run(contestant, url, "fill", str(count))
+            rate = _drained(conn, contestant, processes, count, began)
+            rates.setdefault(f"drain{workers}_warm_per_s", []).append(rate)
+    return rates
 
 
-def _first(process: Process) -> int:
+def _drained(
+    conn: Connection[Any], contestant: Contestant, processes: list[Process], count: int, began: int
+) -> float:
+    nothing_left(conn, contestant)
+    ended = time.monotonic_ns()
+    return count / ((ended - min(_first(process, began) for process in processes)) / 1e9)
+
+
+def nothing_left(conn: Connection[Any], contestant: Contestant) -> None:
+    """Wait until it is so. By index: a scan of the kept rows, up to 4 ms of a core every 5 ms, would burden
+    those who keep them.
+    """
+    conn.execute("SET enable_seqscan = off")
+    wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
+
+
+def _first(process: Process, began: int) -> int:
+    """When its first handler since then started."""
     try:
-        return process.heard(0.5)
+        while (at := process.heard(0.5)) < began:
+            pass
+        return at
     except TimeoutError:  # the other one took all
         return 2**63
 
@@ -66,52 +91,86 @@ ALWAYS = """
 CREATE FUNCTION always_notify() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN PERFORM pg_notify(''sendoff_wake'', ''x@0''); RETURN NULL; END';
 CREATE TRIGGER always_notify AFTER INSERT ON outbox FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
+ALTER TABLE outbox DISABLE TRIGGER always_notify;
 """
+# How a trigger is switched on; `ENABLE ALWAYS` is how the migration leaves Sendoff's own.
+ON, OFF = "ALTER TABLE outbox ENABLE ALWAYS TRIGGER {}", "ALTER TABLE outbox DISABLE TRIGGER {}"
+BURST = 2
+"""Seconds. In shorter bursts the new connections' plans would weigh."""
 
-AWAKE = "INSERT INTO worker (host, pid, version, topics, concurrency) VALUES ('h', 1, '0', '{bench.noop}', 1)"
 
+def inserts(server: Server, kind: str, clients: int, seconds: int) -> dict[str, float]:
+    """Inserts a second with and without triggers, by way. `kind`: `enqueue`, by pgbench, or `library`.
 
-def enqueue(server: Server, contestant: Contestant, clients: int, seconds: int, mode: str) -> Figures:
-    """Inserts a second by pgbench.
-
-    `plain`: without the trigger, nobody awake. `busy`: with it, a worker awake, its slots taken. `working`:
-    a worker takes and runs the rows meanwhile. `always`: a trigger that always notifies.
+    A worker is awake, its one slot taken, and sees none of the rows. All ways take turns in short bursts on
+    the same table, so that a moment's noise and the table's growth meet all of them.
     """
+    url = server.fresh("bench")
+    run(SENDOFF, url, "setup")
+    burst = max(1, min(BURST, seconds // 2))
+    flood = (str(clients), str(burst))
+
+    def by_pgbench() -> float:
+        return pgbench(server, url, INSERT, clients, burst)
+
+    def by_library() -> float:
+        return float(run(SENDOFF, url, "flood", *flood))
+
+    ways: dict[str, tuple[str | None, Callable[[], float]]] = {
+        "no trigger": (None, by_pgbench if kind == "enqueue" else by_library),
+        "sendoff, busy": ("outbox_inserted", by_pgbench if kind == "enqueue" else by_library),
+    }
+    if kind == "enqueue":
+        ways["always notifying"] = ("always_notify", by_pgbench)
+    else:
+        ways["by hand, no trigger"] = (None, lambda: float(run(SENDOFF, url, "flood-plain", *flood)))
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    with server.connect("bench") as conn, _awake(conn, url):
+        conn.execute(ALWAYS)
+        settle(conn)
+        for _ in range(seconds // burst):
+            for way in random.sample(list(ways), len(ways)):
+                trigger, measured = ways[way]
+                for name in ("outbox_inserted", "always_notify"):
+                    conn.execute((ON if name == trigger else OFF).format(name))
+                rates[way].append(measured())
+    return {way: median(found) for way, found in rates.items()}
+
+
+@contextmanager
+def _awake(conn: Connection[Any], url: str) -> Iterator[None]:
+    """A worker that is awake all the time: its one handler never ends."""
+    conn.execute("INSERT INTO outbox (topic) VALUES ('bench.hold')")
+    settings = {"SENDOFF_DRAIN_GRACE": "0"}
+    with working(replace(SENDOFF, concurrency=1), url, topics="bench.hold", settings=settings):
+        held = "SELECT 1 FROM worker AS w JOIN outbox AS o ON o.worker_id = w.id WHERE NOT w.parked"
+        wait_until(lambda: conn.execute(held).fetchone())
+        yield
+
+
+def enqueue_working(server: Server, contestant: Contestant, clients: int, seconds: int) -> Figures:
+    """Inserts a second by pgbench, a worker taking and running the rows meanwhile."""
     statement = contestant.insert or INSERT
-    rate = _inserted(server, contestant, mode, lambda url: pgbench(server, url, statement, clients, seconds))
+    rate = _working(server, contestant, lambda url: pgbench(server, url, statement, clients, seconds))
     return {f"enqueue{clients}_per_s": rate}
 
 
-def enqueue_by_library(
-    server: Server, contestant: Contestant, clients: int, seconds: int, mode: str
-) -> Figures:
-    """Inserts a second by the system's own library, from one process with so many connections.
-
-    `plain`: one INSERT of a topic without the trigger, by psycopg alone. `busy`, `working`: as in `enqueue`.
-    """
-    flood = ("flood-plain" if mode == "plain" else "flood", str(clients), str(seconds))
-    rate = _inserted(server, contestant, mode, lambda url: float(run(contestant, url, *flood)))
+def library_working(server: Server, contestant: Contestant, clients: int, seconds: int) -> Figures:
+    """The same by the system's own library, from one process with so many connections."""
+    flood = ("flood", str(clients), str(seconds))
+    rate = _working(server, contestant, lambda url: float(run(contestant, url, *flood)))
     return {f"library{clients}_per_s": rate}
 
 
-def _inserted(server: Server, contestant: Contestant, mode: str, rate: Callable[[str], float]) -> float:
-    """`rate` of a new database, given its URL, in one of the modes of `enqueue`."""
+def _working(server: Server, contestant: Contestant, rate: Callable[[str], float]) -> float:
     url = server.fresh("bench")
     run(contestant, url, "setup")
     with server.connect("bench") as conn:
-        if mode in ("plain", "always"):
-            conn.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
-        if mode == "always":
-            conn.execute(ALWAYS)
-        if mode == "busy":
-            conn.execute(AWAKE)
         settle(conn)
-        if mode != "working":
-            return rate(url)
         with working(contestant, url):
             time.sleep(1.5)
             found = rate(url)
-            wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
+            nothing_left(conn, contestant)
     return found
 
 
@@ -144,16 +203,16 @@ def pgbench(server: Server, url: str, statement: str, clients: int, seconds: int
     return float(found[1])
 
 
-def claim_cost(server: Server, sizes: dict[str, tuple[int, int]], claims: int) -> dict[str, float]:
-    """Milliseconds of one claim of 10 rows, median, by the name of a size: finished and ready rows beside it.
+def claim_cost(server: Server, sizes: dict[str, tuple[int, int]]) -> dict[str, list[list[float]]]:
+    """Milliseconds of claims of 10 rows, by the name of a size: finished and ready rows beside it.
 
-    One claim of each size after the other, so that a moment's noise meets all of them.
+    Five times 30 claims, one of each size after the other, so that a moment's noise meets all of them.
     """
     conns = {
         name: _prepared(server, f"bench_claim_{n}", *size) for n, (name, size) in enumerate(sizes.items())
     }
     taken: dict[str, list[float]] = {name: [] for name in sizes}
-    for _ in range(claims):
+    for _ in range(10 + 5 * 30):
         for name, (conn, worker) in conns.items():
             start = time.perf_counter()
             conn.execute(
@@ -163,7 +222,7 @@ def claim_cost(server: Server, sizes: dict[str, tuple[int, int]], claims: int) -
     for number, (conn, _) in enumerate(conns.values()):
         conn.close()
         server.drop(f"bench_claim_{number}")
-    return {name: median(times[10:]) for name, times in taken.items()}
+    return {name: [times[n : n + 30] for n in range(10, len(times), 30)] for name, times in taken.items()}
 
 
 def _prepared(
@@ -245,7 +304,7 @@ def held_snapshot(server: Server, contestant: Contestant, seconds: float) -> Fig
             while time.monotonic() < end:
                 conn.execute(fill)
                 start = time.monotonic()
-                wait_until(lambda: conn.execute(contestant.remaining).fetchone() is None, timeout=180)
+                nothing_left(conn, contestant)
                 found.append(20000 / (time.monotonic() - start))
             return found
 
@@ -284,7 +343,7 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
         with working(SENDOFF, url, options=options, settings={"SENDOFF_HEALTH_PORT": str(port)}):
             wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
             run(SENDOFF, url, "fill", str(count))
-            wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None, timeout=180)
+            nothing_left(conn, SENDOFF)
             span = conn.execute(
                 "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8 FROM outbox"
             ).fetchone()
@@ -294,7 +353,7 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
             for _ in range(200):
                 conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
                 time.sleep(0.02)
-            wait_until(lambda: conn.execute(SENDOFF.remaining).fetchone() is None)
+            nothing_left(conn, SENDOFF)
             time.sleep(1)
             vain = _in_vain(port) - before
     assert span is not None
@@ -310,12 +369,3 @@ def _in_vain(port: int) -> float:
         for line in lines
         if line.startswith("sendoff_worker_wakeups_in_vain_total")
     )
-
-
-SENDOFF = Contestant(
-    "sendoff c10",
-    "sendoff.py",
-    "default",
-    "SELECT 1 FROM outbox WHERE topic = 'bench.noop' AND state IN ('ready', 'running') LIMIT 1",
-    concurrency=10,
-)

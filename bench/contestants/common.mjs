@@ -2,16 +2,16 @@
 import { createInterface } from 'node:readline'
 
 const TELL = process.env.BENCH_TELL !== undefined
-let seen = false
+const QUIET = 100_000_000n // nanoseconds
+let last = 0n
 
 export const URL = process.env.DATABASE_URL
 
 export function mark() {
-  if (TELL) console.log('start', String(process.hrtime.bigint()))
-  else if (!seen) {
-    seen = true
-    console.log('first', String(process.hrtime.bigint()))
-  }
+  const now = process.hrtime.bigint()
+  if (TELL) console.log('start', String(now))
+  else if (now > last + QUIET) console.log('first', String(now))
+  last = now
 }
 
 export const stopped = () => new Promise((resolve) => process.once('SIGTERM', resolve))

@@ -2,9 +2,9 @@
 
     SCRIPT setup | fill N | work VARIANT | produce | flood CLIENTS SECONDS
 
-`work` runs a worker until SIGTERM and tells on stdout: `first NS` when the first handler starts, or, if
-BENCH_TELL is set, `start NS` for each. `produce` enqueues a job for each line of stdin and tells `committed
-NS`. `flood` enqueues as fast as so many clients can, and tells how many a second.
+`work` runs a worker until SIGTERM and tells on stdout: `first NS` when a handler starts after none has for
+QUIET, or, if BENCH_TELL is set, `start NS` for each. `produce` enqueues a job for each line of stdin and
+tells `committed NS`. `flood` enqueues as fast as so many clients can, and tells how many a second.
 All times are of the machine's monotonic clock, so that those of two processes can be compared.
 """
 
@@ -16,23 +16,25 @@ import time
 from collections.abc import Awaitable, Callable
 
 URL = os.environ.get("DATABASE_URL", "")
+QUIET = 100_000_000  # nanoseconds
 _TELL = "BENCH_TELL" in os.environ
-_seen = False
+_last = 0
 
 
 def mark() -> None:
     """A handler has started."""
-    global _seen
+    global _last
+    now = time.monotonic_ns()
     if _TELL:
-        _tell("start")
-    elif not _seen:
-        _seen = True
-        _tell("first")
+        _tell("start", now)
+    elif now > _last + QUIET:
+        _tell("first", now)
+    _last = now
 
 
-def _tell(what: str) -> None:
+def _tell(what: str, now: int) -> None:
     """In one write: the processes under one parent share its stdout."""
-    sys.stdout.write(f"{what} {time.monotonic_ns()}\n")
+    sys.stdout.write(f"{what} {now}\n")
     sys.stdout.flush()
 
 
@@ -47,7 +49,7 @@ async def produce(one: Callable[[], Awaitable[object]]) -> None:
         return
     while await asyncio.to_thread(sys.stdin.readline):
         await one()
-        _tell("committed")
+        _tell("committed", time.monotonic_ns())
 
 
 async def _flood(one: Callable[[], Awaitable[object]], seconds: float) -> float:

@@ -13,8 +13,7 @@ const open = async () => (utils ??= await makeWorkerUtils({ connectionString: UR
 await main({
   setup: async () => (await open()).migrate(),
   fill: async (n) =>
-    (await open()).withPgClient((client) =>
-      client.query("SELECT graphile_worker.add_job('noop', '{}') FROM generate_series(1, $1)", [n])),
+    (await open()).addJobs(Array.from({ length: n }, () => ({ identifier: 'noop', payload: {} }))),
   work: async (variant) => {
     const runner = await run({
       connectionString: URL, logger, noHandleSignals: true, taskList: { noop: () => mark() },

@@ -3,7 +3,8 @@ import { PgBoss } from 'pg-boss'
 import { main, mark, stopped, URL } from './common.mjs'
 
 const best = process.env.BENCH_VARIANT === 'best'
-const boss = new PgBoss({ connectionString: URL, ...(best ? { useListenNotify: true } : {}) })
+const max = 32 // connections, as many as the most clients that enqueue; its default is 10
+const boss = new PgBoss({ connectionString: URL, max, ...(best ? { useListenNotify: true } : {}) })
 boss.on('error', console.error)
 
 await main({

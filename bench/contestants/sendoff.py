@@ -1,5 +1,6 @@
 """Sendoff: the worker command as it is, its handler found through an entry point (bench/contestants.py)."""
 
+import asyncio
 import sys
 
 import common
@@ -14,7 +15,12 @@ async def noop(job: Job) -> None:
     common.mark()
 
 
+async def hold(job: Job) -> None:
+    await asyncio.Event().wait()
+
+
 handler = Handler("bench.noop", noop)
+holder = Handler("bench.hold", hold)
 
 
 async def setup() -> None:
@@ -32,17 +38,21 @@ async def work(variant: str) -> None:
 
 async def produce() -> None:
     settings = {"autocommit": True, "prepare_threshold": 1}
+    if common.CLIENTS == 1:  # to give a connection back to a pool would be counted after the commit
+        async with await psycopg.AsyncConnection.connect(common.URL, **settings) as one:
+            await common.produce(lambda: enqueue(one, "bench.noop"))
+        return
     async with AsyncConnectionPool(common.URL, kwargs=settings, min_size=common.CLIENTS, open=False) as pool:
 
         async def by_library() -> None:
             async with pool.connection() as conn:
                 await enqueue(conn, "bench.noop")
 
-        async def plain() -> None:
+        async def by_hand() -> None:
             async with pool.connection() as conn:
                 await conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
 
-        await common.produce(plain if "flood-plain" in sys.argv else by_library)
+        await common.produce(by_hand if "flood-plain" in sys.argv else by_library)
 
 
 if __name__ == "__main__":
