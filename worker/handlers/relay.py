@@ -96,7 +96,9 @@ async def _message(job: Job) -> tuple[bytes, dict[str, str]]:
     """Body and headers. Raises Fenced if the row is not this attempt's any more."""
     row_id, attempt = job.token
     async with job.connection() as conn:
-        cursor = await conn.execute(_MESSAGE, {"id": row_id, "attempt": attempt, "worker": job.worker_id})
+        # Not prepared: a plan made while the outbox was empty would read all of it.
+        values = {"id": row_id, "attempt": attempt, "worker": job.worker_id}
+        cursor = await conn.execute(_MESSAGE, values, prepare=False)
         found = await cursor.fetchone()
     if found is None:
         raise Fenced(row_id, attempt)

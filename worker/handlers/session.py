@@ -150,6 +150,7 @@ async def _load(job: Job) -> Turn | None:
             WHERE s.id = %s AND s.session_status = 'active'
             """,
             (job.payload.get("prompt_id"), job.payload["session_id"]),
+            prepare=False,  # a plan made while the tables were empty would read all of them
         )
         row = await cursor.fetchone()
     return None if row is None else Turn(*row)
@@ -309,6 +310,7 @@ async def _conclude(
             WHERE id = %s
             """,
             (*verdict, Jsonb(result), turn.prompt_id),
+            prepare=False,  # as above
         )
         if transcript or bundle or turn.agent_session or turn.bundle:
             await conn.execute(
