@@ -115,7 +115,7 @@ class Front:
         if look.levels is None:
             again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
             if self._slow and (again or took > VERY_SLOW):
-                log.info("front_is_far", look_took=round(took, 3))
+                log.debug("front_is_far", look_took=round(took, 3))
                 self._go_far(ended)
         if look.near:
             self._near_at = ended + took * NEAR_SHARE
@@ -128,7 +128,7 @@ class Front:
         """What a scout saw that was told these ends."""
         took = ended - began
         if took <= QUICK:
-            log.info("front_is_near")
+            log.debug("front_is_near")
             self.far = False
             self._trusted_until = ended + TRUST
             return
