@@ -301,10 +301,18 @@ END
 $$;
 
 CREATE TRIGGER outbox_session_run_payload
-    BEFORE INSERT OR UPDATE OF topic, payload ON outbox FOR EACH ROW
+    BEFORE INSERT ON outbox FOR EACH ROW
     WHEN (NEW.topic = 'session.run')
     EXECUTE FUNCTION session_run_payload();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_session_run_payload;
+
+-- AFTER: one BEFORE UPDATE, whatever its columns, has every row that is updated locked first: 4 % of a claim and
+-- completion.
+CREATE TRIGGER outbox_session_run_payload_update
+    AFTER UPDATE OF topic, payload ON outbox FOR EACH ROW
+    WHEN (NEW.topic = 'session.run')
+    EXECUTE FUNCTION session_run_payload();
+ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_session_run_payload_update;
 
 
 -- The consequences of a state. Runs inside the transaction that set it, after the outbox row is locked:

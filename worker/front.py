@@ -86,7 +86,7 @@ class Front:
         """Rows that the last scout saw and no look has gone to yet."""
         self._near_at = -math.inf
         self._trusted_until = -math.inf
-        self._clear = -math.inf
+        self._seen_all = self._clear = -math.inf
         self._slow = False
 
     def look(self, topics: Iterable[str], slots: int, now: float) -> Look:
@@ -102,21 +102,23 @@ class Front:
 
     def looked(self, look: Look, rows: Iterable[Claimed], began: float, ended: float) -> None:
         """What a look found, and how long it took."""
-        took = ended - began
         if look.levels is None:
-            again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
-            if self._slow and (again or took > VERY_SLOW):
-                log.info("front_is_far", look_took=round(took, 3))
-                self._go_far(ended)
-        if look.near:
-            self._near_at = ended + took * NEAR_SHARE
+            self._seen_all = began
+        self.gave_up(look, began, ended)
         if self.far:
             for row in rows:
                 self._reached((row.topic, row.priority), (row.available_at, row.id))
 
-    def gave_up(self, look: Look, began: float, now: float) -> None:
-        """A look failed, cut off after a lease at the latest."""
-        self.looked(look, (), began, now)
+    def gave_up(self, look: Look, began: float, ended: float) -> None:
+        """A look that found nothing: it failed, cut off after a lease at the latest."""
+        took = ended - began
+        if look.levels is None:
+            again, self._slow = self._slow, took > SLOW and ended > self._trusted_until
+            if self._slow and (again or took > VERY_SLOW):
+                log.debug("front_is_far", look_took=round(took, 3))
+                self._go_far(ended)
+        if look.near:
+            self._near_at = ended + took * NEAR_SHARE
 
     def scout_is_due(self, now: float) -> bool:
         """Not while rows that the last one brought wait for a slot: it would bring them again."""
@@ -126,7 +128,7 @@ class Front:
         """What a scout saw that was told these ends."""
         took = ended - began
         if took <= QUICK:
-            log.info("front_is_near")
+            log.debug("front_is_near")
             self.far = False
             self._trusted_until = ended + TRUST
             return
@@ -147,8 +149,11 @@ class Front:
         self.scout_at = now + max(REST, (now - began) * SHARE)
 
     def is_clear(self, since: float) -> bool:
-        """Whether no row was due after `since`, as far as the front is concerned."""
-        return not self.far or self._clear >= since
+        """Whether all that was due at `since` has been looked at: by a look from the front or, if that is
+        far, by a scout that saw nothing due. One does not do for the other: a look does not tell what is
+        due next, and a scout that was quick leaves what it saw to the next look.
+        """
+        return (self._clear if self.far else self._seen_all) >= since
 
     def _go_far(self, now: float) -> None:
         self.far, self._slow, self.scout_at, self._clear = True, False, now, -math.inf

@@ -564,6 +564,7 @@ class Worker:
     async def _schedule(self) -> None:
         """Step 5: set the one timer. Also how far the server's clock is from ours."""
         connected = time.monotonic() - self._listener.opened_at
+        far = self._front.far
         self._announced = math.inf  # what is announced meanwhile, this query may not see
         cursor = await self._control.execute(
             "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
@@ -571,7 +572,7 @@ class Worker:
             " FROM outbox_next_deadline(%s, %s, %s, %s)",
             (
                 self.id,
-                [] if self._front.far else list(self._topics),
+                [] if far else list(self._topics),
                 self._lease_time,
                 timedelta(seconds=connected),
             ),
@@ -585,7 +586,7 @@ class Worker:
         self._rescue_at = math.inf if lease_end is None else now + max(lease_end, self._look_again)
         if row_due is not None and row_due <= 0:
             self._repeat_look()  # parking, step 5
-        if self._front.far:
+        if far:
             self._look_at = self._far_look_at()
         self._look_at = min(self._look_at, self._announced)
         self._rescue_at = min(self._rescue_at, self._announced)
@@ -593,8 +594,10 @@ class Worker:
     def _far_look_at(self) -> float:
         """When the front is far: as soon as a scout may go, or a row that one saw is due."""
         front = self._front
+        if front.missed:
+            return -math.inf
         if not front.is_clear(self._asked_at):
-            return math.inf if self._scout.under_way and not front.missed else front.scout_at
+            return math.inf if self._scout.under_way else front.scout_at
         return math.inf if front.next_due is None else front.next_due.timestamp() - self._clock_offset
 
     def _repeat_look(self) -> None:

@@ -142,6 +142,7 @@ async def test_last_look_comes_after_the_writers_ended(rule: Rule, connect: Conn
         async def _claim(self, *arguments: Any) -> Any:
             settling = self._parking.stage is Stage.SETTLING
             if rule == "taken out" and settling and not self._parking._waits_for:
+                self._front._seen_all = math.inf  # it takes itself to have looked
                 return 0
             return await super()._claim(*arguments)
 

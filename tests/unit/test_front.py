@@ -133,7 +133,7 @@ def test_a_quick_scout_takes_looks_back_to_the_front_and_is_trusted_for_a_while(
 
 def test_a_look_that_was_cut_off_was_slow() -> None:
     front = Front()
-    front.gave_up(FRONT, began=0, now=6)
+    front.gave_up(FRONT, began=0, ended=6)
     assert front.look(TOPICS, 10, 6).levels == []
     assert front.scout_is_due(6)
 
@@ -146,8 +146,6 @@ def test_a_scout_that_failed_is_not_sent_again_at_once() -> None:
 
 
 def test_clear_says_a_scout_that_began_later_and_saw_nothing_due() -> None:
-    front = Front()
-    assert front.is_clear(0)  # the look from the front itself has seen all
     front = far(row(50))
     assert not front.is_clear(-100)
     front.scouted(dict(front.ends), [seen(60, due_in=3), seen(90, "u", due_in=2)], began=2, ended=4)
@@ -156,6 +154,24 @@ def test_clear_says_a_scout_that_began_later_and_saw_nothing_due() -> None:
     assert front.next_due == at(60)
     front.scouted(dict(front.ends), [seen(40)], began=22, ended=24)
     assert not front.is_clear(22)
+
+
+def test_clear_says_a_look_from_the_front_only_while_that_is_near() -> None:
+    """A slow one has seen all too, but nothing tells what is due next; a quick scout keeps nothing."""
+    front = Front()
+    front.looked(FRONT, [], began=0, ended=0.005)
+    assert front.is_clear(0)
+    front.gave_up(FRONT, began=1, ended=1.005)
+    assert not front.is_clear(1)
+    for time in (2, 3):
+        front.looked(FRONT, [row(5)], began=time, ended=time + 0.5)
+    assert front.far
+    assert not front.is_clear(2)
+    front.scouted(dict(front.ends), [seen(3)], began=4, ended=4.001)
+    assert not front.far
+    assert not front.is_clear(4)
+    front.looked(FRONT, [row(3)], began=5, ended=5.005)
+    assert front.is_clear(5)
 
 
 def test_the_levels_of_a_look_are_bounded() -> None:
