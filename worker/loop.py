@@ -411,7 +411,8 @@ class Worker:
             self._look = True
             return
         self._woken_at = asked_at
-        row, self._look = await self._claims.row(told[0])
+        row, still_there = await self._claims.row(told[0])
+        self._look |= still_there  # or a notification raised it meanwhile
         self._stats.looked(0 if row is None else 1)
         if row is not None:
             self._begin([row], asked_at)

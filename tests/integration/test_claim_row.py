@@ -20,12 +20,12 @@ from tests.support.steps import (
     get,
     new_worker,
     one,
-    run_out,
     take_out,
     until,
     with_and_without,
 )
 from tests.support.worker import hang, watched
+from worker import loop
 from worker.claim import Claims
 
 DONE = "SELECT state = 'done' FROM outbox WHERE id = %s"
@@ -37,6 +37,12 @@ async def claim_row(
 ) -> tuple[outbox.Claimed | None, bool]:
     """As the worker's loop does it; nothing is prepared, for there may be several on one connection."""
     return await Claims(conn, worker, presence, LEASE, pooled=True).row(row)
+
+
+@pytest.fixture(autouse=True)
+def every_row_is_lone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that follows another at once, for which a worker takes its flag down."""
+    monkeypatch.setattr(loop, "_BUSY", -1.0)
 
 
 @with_and_without
@@ -63,12 +69,6 @@ async def test_row_that_another_took(connect: Connect, database: str) -> None:
     psql = await connect()
     other = await new_worker(psql, "t")
     async with watched(database, concurrency=5) as worker:
-        await run_out(psql, other)
-        await psql.execute(
-            "UPDATE worker SET lease_until = clock_timestamp() + interval '1 h' WHERE id = %s", (other,)
-        )
-        await worker.hears_nothing_more(psql)
-        await worker.asleep()
         looks = worker.looks
         await psql.execute("BEGIN")
         row = await add(psql)
@@ -107,6 +107,26 @@ async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, da
             await worker.asleep_for(math.inf)
             await locker.execute("ROLLBACK")
             assert await worker.sleeps_for_ever(psql)
+
+
+async def test_news_that_come_meanwhile(
+    connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. W claims A by its id. 2. Before it has the answer, it hears of B, which has a key. 3. Both run."""
+    psql = await connect()
+    by_id = Claims.row
+    rows: list[int] = []
+
+    async def slowly(self: Claims, row_id: int) -> tuple[outbox.Claimed | None, bool]:
+        answer = await by_id(self, row_id)
+        rows.append(await add(psql, ordering_key="k"))
+        await worker.hears_nothing_more(psql)
+        return answer
+
+    monkeypatch.setattr(Claims, "row", slowly)
+    async with watched(database, concurrency=5) as worker:
+        await worker.has_run(await add(psql))
+        await worker.has_run(rows[0])
 
 
 @pytest.mark.parametrize(

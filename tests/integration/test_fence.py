@@ -102,7 +102,7 @@ async def value(conn: Connection, query: str, names: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("write", "function", "condition"),
     [
-        ("complete", "outbox_complete", "AND o.attempt = f.attempt "),
+        ("complete", "outbox_complete", " AND o.attempt = t.attempts[width_bucket(o.id, t.ids)]"),
         ("fail", "outbox_fail", "AND o.attempt = row_attempt "),
         ("hand back", "outbox_hand_back", "AND o.attempt = f.attempt "),
         ("end cancelled", "outbox_end_cancelled", "AND o.attempt = row_attempt "),
