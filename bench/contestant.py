@@ -73,6 +73,7 @@ CONTESTANTS = [
     Contestant("sendoff c10", "sendoff.py", "default", _SENDOFF, concurrency=10),
     Contestant("sendoff c100", "sendoff.py", "best", _SENDOFF, concurrency=100),
     Contestant("sendoff c500", "sendoff.py", "best", _SENDOFF, concurrency=500),
+    Contestant("sendoff c1000", "sendoff.py", "best", _SENDOFF, concurrency=1000),
     Contestant("floor b10", "floor.py", "b10", _FLOOR),
     Contestant("floor b100", "floor.py", "b100", _FLOOR),
     *(

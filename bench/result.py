@@ -48,7 +48,7 @@ SAMPLED = {
 """Their samples are pooled over the rounds: the p99 of a round of 100 would be its second worst."""
 
 PEERS = ("procrastinate", "pgqueuer", "oban", "dbos", "graphile", "pgboss")
-FASTEST = ("sendoff c500", "floor b100", "graphile best")
+FASTEST = ("sendoff c1000", "floor b100", "graphile best")
 """Each side's best setting. Graphile-worker has been the best peer in every run of all."""
 
 
