@@ -208,6 +208,7 @@ class Worker:
             )
             log.info("registered", worker_id=str(self.id), topics=sorted(self._topics))
         else:
+            await self._have_read()
             mine = [a.job.token for a in self._running.values()] + [o.job.token for o in self._ended]
             back = await reconnect(self._control, self.id, self._listener.presence, mine)
             if back:
@@ -382,6 +383,7 @@ class Worker:
         if self._look and self._free():  # rows keep coming; the handlers run while we wait for the next
             self._event.clear()
             return
+        await self._have_read()  # what runs decides for how long it may sleep
         until = min(self._rescue_at, self._probe_at)
         if self._free():  # else a row that is due could not start
             until = min(until, self._look_at)

@@ -24,7 +24,7 @@ from tests.support.steps import (
     until,
     with_and_without,
 )
-from tests.support.worker import watched
+from tests.support.worker import hang, watched
 from worker.claim import Claims
 
 
@@ -267,6 +267,16 @@ async def test_completed_key_is_free_for_the_claim_of_the_same_turn(connect: Con
     assert await claim_ids(conn, worker, 5) == [first]
     rows, refused = await outbox.complete_and_claim(conn, worker, [(first, 1)], ["t"], 5, lease=LEASE)
     assert ([row.id for row in rows], refused) == ([second], set())
+
+
+async def test_lease_is_renewed_when_the_first_claim_fills_all_slots(connect: Connect, database: str) -> None:
+    """Its row is not read yet when the worker goes to sleep."""
+    psql = await connect()
+    row = await add(psql)
+    async with watched(database, run=hang, concurrency=1, lease=1.0, started=False) as worker:
+        await worker.has_run(row)
+        await worker.renewed(2)
+        assert await get(psql, row, "attempt") == 1
 
 
 async def test_handler_that_ends_while_a_completion_is_on_its_way(
