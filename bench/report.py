@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 
 
 class Figure(NamedTuple):
-    """How a figure is shown. Best first; each row's ratio is to the first row that starts with `beside`."""
+    """How a figure is shown. Best first; each row's ratio is to the row `beside`, or the first that starts so."""
 
     title: str
     beside: str = "sendoff"
@@ -128,7 +128,9 @@ def _once(parts: Parts) -> Iterator[str]:
 
 def _section(figure: Figure, table: Table, plot: str | None) -> Iterator[str]:
     yield from ("", f"## {figure.title}", "")
-    reference = next((seen for name, seen in table.items() if name.startswith(figure.beside)), None)
+    reference = table.get(figure.beside) or next(
+        (seen for name, seen in table.items() if name.startswith(figure.beside)), None
+    )
     yield f"| | median | least to greatest | ÷ {figure.beside} |"
     yield "|---|---|---|---|"
     for name, seen in table.items():
