@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 
 
 class Figure(NamedTuple):
-    """How a figure is shown. Best first; each row's ratio is to the row `beside`, or the first that starts so."""
+    """How a figure is shown. Best first; ratios are to the row `beside`, or the first that starts so."""
 
     title: str
     beside: str = "sendoff"
