@@ -4,8 +4,8 @@
 -- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
 -- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
 -- brings its timer forward. "TOPIC@0#ID": that is the row ID, without an ordering_key, the only one that
--- its statement inserted of TOPIC. "#ID@0" is for worker ID alone: its life was ended. Channel
--- sendoff_cancel carries the id of a running row to be stopped.
+-- its statement inserted of TOPIC, which is the first of its transaction to insert any. "#ID@0" is for
+-- worker ID alone: its life was ended. Channel sendoff_cancel carries the id of a running row to be stopped.
 --
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
@@ -71,12 +71,15 @@ BEGIN
             pg_catalog.min(i.available_at),
             CASE
                 WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) 1 AND pg_catalog.max(i.ordering_key) IS NULL
+                    AND coalesce(pg_catalog.current_setting('sendoff.named', true), '') OPERATOR(pg_catalog.<>) 'yes'
                 THEN pg_catalog.min(i.id)
             END
         )
         FROM inserted AS i
         WHERE i.state OPERATOR(pg_catalog.=) 'ready'
         GROUP BY i.topic;
+        -- The next of this transaction are not named: NOTIFY sends once what is the same.
+        PERFORM pg_catalog.set_config('sendoff.named', 'yes', true);
     END IF;
     RETURN NULL;
 END

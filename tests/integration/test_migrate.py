@@ -82,6 +82,8 @@ CREATE FUNCTION evil.trap() RETURNS text LANGUAGE plpgsql AS 'BEGIN RAISE ''trap
 CREATE VIEW evil.worker AS SELECT evil.trap()::boolean AS parked;
 CREATE DOMAIN evil.text AS pg_catalog.text CHECK (evil.trap() IS NULL);
 CREATE FUNCTION evil.current_setting(text) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.current_setting(text, boolean) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.set_config(text, text, boolean) RETURNS text LANGUAGE sql RETURN evil.trap();
 CREATE FUNCTION evil.outbox_notify(text, timestamptz, bigint) RETURNS text LANGUAGE sql RETURN evil.trap();
 CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
 CREATE FUNCTION evil.same(bigint, integer) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
@@ -105,8 +107,11 @@ CREATE AGGREGATE evil.max(text) (SFUNC = evil.next, STYPE = text);
     [
         "",
         "public.worker",
-        "pg_catalog.current_setting",
+        "pg_catalog.current_setting('transaction_isolation')",
+        "pg_catalog.current_setting('sendoff.named', true)",
+        "pg_catalog.set_config",
         "OPERATOR(pg_catalog.<>) 'read committed'",
+        "OPERATOR(pg_catalog.<>) 'yes'",
         "public.outbox_notify",
         "::pg_catalog.text",
         "pg_catalog.min(i.available_at)",

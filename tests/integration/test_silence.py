@@ -133,6 +133,18 @@ async def test_notification_names_the_lone_row(rows: str, payloads: list[str], c
     assert sorted(await heard(conn, listener)) == payloads
 
 
+async def test_a_transaction_names_one_row(connect: Connect) -> None:
+    """Of the others it says the same, and NOTIFY says that once: a loop of inserts fills no queue."""
+    conn, listener = await connect(), await connect()
+    await listener.execute("LISTEN sendoff_wake")
+    await conn.execute(PARKED)
+    async with conn.transaction():
+        rows = [await add(conn) for _ in range(4)]
+    assert sorted(await heard(conn, listener)) == ["t@0", f"t@0#{rows[0]}"]
+    row = await add(conn)
+    assert await heard(conn, listener) == [f"t@0#{row}"]
+
+
 async def heard(conn: Connection, listener: Connection) -> list[str]:
     await conn.execute("SELECT pg_notify('sendoff_wake', 'end')")
     found: list[str] = []
