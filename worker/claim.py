@@ -67,8 +67,20 @@ class Claims:
         """Claim the row that a notification told of. None if it could not be had so, and then whether it is
         still there and has to be looked for by a turn: no other worker may have taken it.
         """
-        result = await self._send(_ROW, [self._worker, b"%d" % row_id, self._lease, self._presence])
-        rows, still_there = Answer(result, self._reader).read()
+        if not self.ask_row(row_id):
+            await self._prepare(_ROW)
+            self.ask_row(row_id)
+        return await self.row_answer()
+
+    def ask_row(self, row_id: int) -> bool:
+        """Send the claim of the row; `row_answer` is to be awaited next. False, and nothing sent, if the
+        statement is not prepared yet.
+        """
+        return self._post(_ROW, [self._worker, b"%d" % row_id, self._lease, self._presence])
+
+    async def row_answer(self) -> tuple[Claimed | None, bool]:
+        """What `row` returns."""
+        rows, still_there = Answer(await self._answer(), self._reader).read()
         return (rows[0] if rows else None), bool(still_there)
 
     async def turn(
@@ -105,16 +117,26 @@ class Claims:
         return {token for token in tokens if token[0] not in ended}
 
     async def _send(self, query: bytes, values: Sequence[bytes | None]) -> pq.abc.PGresult:
+        if not self._post(query, values):
+            await self._prepare(query)
+            self._post(query, values)
+        return await self._answer()
+
+    def _post(self, query: bytes, values: Sequence[bytes | None]) -> bool:
+        """False if it is to be prepared first."""
         server = self._conn.pgconn
         if self._pooled:  # the next statement may meet another of the pooler's connections
             server.send_query_params(query, values, result_format=pq.Format.BINARY)
-            return await self._answer()
-        if query not in self._prepared:
-            server.send_prepare(_name(query), query)
-            await self._answer()
-            self._prepared.add(query)
-        server.send_query_prepared(_name(query), values, result_format=pq.Format.BINARY)
-        return await self._answer()
+        elif query in self._prepared:
+            server.send_query_prepared(_name(query), values, result_format=pq.Format.BINARY)
+        else:
+            return False
+        return True
+
+    async def _prepare(self, query: bytes) -> None:
+        self._conn.pgconn.send_prepare(_name(query), query)
+        await self._answer()
+        self._prepared.add(query)
 
     async def _answer(self) -> pq.abc.PGresult:
         result: pq.abc.PGresult

@@ -3,9 +3,9 @@
 It sleeps until something happens: a notification, a handler that ended, the one next deadline, or a lost
 connection. Then it takes a turn:
 
-1. A lease that is due is renewed, a rescue that is due is done.
-2. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at
+1. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at
    everything takes twice as long.
+2. A lease that is due is renewed, a rescue that is due is done.
 3. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
    with the next claim, in one commit and one round trip.
 4. Free slots are filled: claim, while rows keep coming; when none comes, park (worker/park.py). Under load
@@ -104,6 +104,10 @@ class Worker:
         self._look = True
         self._told: list[int] = []
         """Lone rows that notifications told of since the last turn."""
+        self._asleep = False
+        """The loop's task waits for its event: nothing is under way on its connection."""
+        self._row_asked_at: float | None = None
+        """A lone row has been asked for in the meantime; its answer comes before all else."""
         self._arriving = 0
         """Rows that were claimed and are not read yet."""
         self._reading: asyncio.Task[int] | None = None
@@ -199,6 +203,7 @@ class Worker:
         self._parking.wake()
         self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
         self._probe_sent, self._probe_at = None, self._next_probe()
+        self._row_asked_at = None  # of another connection
         if self.id is None:
             self.id = await register(
                 self._control,
@@ -303,16 +308,37 @@ class Worker:
                 self._bring_forward(int(due) / 1000)
                 return
             self._woken("notify")
-            if lone:
-                self._told.append(int(lone))
-            else:
+            if not lone:
                 self._look = True
+            elif not self._ask_for(int(lone)):
+                self._told.append(int(lone))
             self._event.set()
         elif channel == CANCEL:
             if (attempt := self._running.get(int(payload))) is not None:
                 attempt.stop(Stop.CANCEL)
         elif channel == PROBE and payload == self._probe_sent:
             self._probe_sent, self._probe_at = None, self._next_probe()
+
+    def _ask_for(self, row_id: int) -> bool:
+        """Step 1, while the loop's task sleeps on: the server is at it when it wakes, 0.1 ms later. Whether
+        it has been sent.
+        """
+        now = time.monotonic()
+        if not self._asleep or self._event.is_set() or self._look or self._told or not self._is_lone(now):
+            return False
+        try:
+            if not self._claims.ask_row(row_id):
+                return False
+        except psycopg.Error:  # the turn finds out
+            return False
+        self._row_asked_at = self._woken_at = now
+        return True
+
+    def _is_lone(self, now: float) -> bool:
+        """Whether a row that was told of now is to be claimed by its id. Not by a worker that it would fill,
+        which is then not parked, nor by one that was woken a moment ago: there is load.
+        """
+        return self._parking.stage is PARKED and now - self._woken_at > _BUSY and self._free() > 1
 
     def _bring_forward(self, due: float) -> None:
         """`due` is by the server's clock; it may be a row or a lease, so look for both."""
@@ -359,6 +385,7 @@ class Worker:
             await self._sleep()
 
     async def _turn(self) -> None:
+        await self._take_told()
         now = time.monotonic()
         if self._running and now >= self._lease.renew_at:
             await self._renew()
@@ -371,7 +398,6 @@ class Worker:
             self._look = True
         if self.draining and not self._told_draining:
             await self._tell_draining()
-        await self._take_told()
         await self._settle()
         await self._fill()
 
@@ -391,7 +417,9 @@ class Worker:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
             timer = None if until == math.inf else self._event_at(until)
+            self._asleep = True
             await self._event.wait()
+            self._asleep = False
             if timer is not None:
                 timer.cancel()
         self._event.clear()
@@ -403,17 +431,22 @@ class Worker:
         return 0 if self.draining else self._concurrency - len(self._running) - self._arriving
 
     async def _take_told(self) -> None:
-        """Step 2. Told of several, awake, or woken again at once, it looks for all there is instead."""
+        """Step 1. Told of several, awake, or woken again at once, it looks for all there is instead."""
         told, self._told = self._told, []
-        if not told or self._look:
+        asked_at = self._row_asked_at
+        if asked_at is not None:
+            self._row_asked_at = None
+            self._look |= bool(told)
+            row, still_there = await self._claims.row_answer()
+        elif not told or self._look:
             return
-        asked_at = time.monotonic()
-        asleep = self._parking.stage is PARKED and asked_at - self._woken_at > _BUSY
-        if len(told) > 1 or not asleep or self._free() < 2:  # a worker whose slots are full is not parked
-            self._look = True
-            return
-        self._woken_at = asked_at
-        row, still_there = await self._claims.row(told[0])
+        else:
+            asked_at = time.monotonic()
+            if len(told) > 1 or not self._is_lone(asked_at):
+                self._look = True
+                return
+            self._woken_at = asked_at
+            row, still_there = await self._claims.row(told[0])
         self._look |= still_there  # or a notification raised it meanwhile
         self._stats.looked(0 if row is None else 1)
         if row is not None:

@@ -114,16 +114,16 @@ async def test_news_that_come_meanwhile(
 ) -> None:
     """1. W claims A by its id. 2. Before it has the answer, it hears of B, which has a key. 3. Both run."""
     psql = await connect()
-    by_id = Claims.row
+    by_id = Claims.row_answer
     rows: list[int] = []
 
-    async def slowly(self: Claims, row_id: int) -> tuple[outbox.Claimed | None, bool]:
-        answer = await by_id(self, row_id)
+    async def slowly(self: Claims) -> tuple[outbox.Claimed | None, bool]:
+        answer = await by_id(self)
         rows.append(await add(psql, ordering_key="k"))
         await worker.hears_nothing_more(psql)
         return answer
 
-    monkeypatch.setattr(Claims, "row", slowly)
+    monkeypatch.setattr(Claims, "row_answer", slowly)
     async with watched(database, concurrency=5) as worker:
         await worker.has_run(await add(psql))
         await worker.has_run(rows[0])
