@@ -116,7 +116,7 @@ COMMENT ON FUNCTION outbox_settled(text, timestamptz) IS
     'The state that a row is in when the statement that wrote it so has ended.';
 
 CREATE FUNCTION outbox_settle() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     cancelled boolean := outbox_settled(NEW.state, NEW.cancel_requested_at) <> NEW.state;
@@ -195,7 +195,7 @@ ALTER TABLE topic ENABLE ALWAYS TRIGGER topic_changed;
 -- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
 -- missed the mark.
 CREATE FUNCTION outbox_free_key() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND NEW.blocked AND NEW.state <> 'ready' THEN -- by hand: nothing else blocks such a row

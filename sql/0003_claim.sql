@@ -15,7 +15,9 @@
 -- empty would read all of it. So there must be no way to a row but its index, whatever the planner believes:
 -- enable_seqscan is off (4,000 instructions a call, of 70,000 of the cheapest); a join by id is written as a
 -- range, which can be neither hashed nor merged, nor begin with outbox read in the order of id (1 % of a
--- batch's completion); and rows found by another index are ordered by id + 0, which no index gives.
+-- batch's completion); and rows found by another index are ordered by id + 0, which no index gives. And jit is
+-- off: before PostgreSQL 18 a scan that is off and yet the only way, as of worker, looks so dear that it would be
+-- compiled each time. The library's connections have it off; those of a pooler and of psql may not.
 
 CREATE TYPE outbox_claimed AS (
     id           bigint,
@@ -111,7 +113,7 @@ COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
 -- width_bucket finds a row's place in the sorted ids.
 CREATE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
 LANGUAGE sql VOLATILE ROWS 100
-SET enable_seqscan = off SET enable_bitmapscan = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'done' ELSE 'cancelled' END,
@@ -197,7 +199,7 @@ CREATE FUNCTION outbox_complete_and_claim(
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 100
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -330,7 +332,7 @@ CREATE FUNCTION outbox_claim_row(
     claimer uuid, row_id bigint, lease interval, stay_parked boolean DEFAULT true, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
 LANGUAGE plpgsql VOLATILE ROWS 1
-SET enable_seqscan = off -- its plans are made when the tables may be empty
+SET jit = off SET enable_seqscan = off -- its plans are made when the tables may be empty
 AS $$
 DECLARE
     me      worker;
@@ -384,7 +386,7 @@ COMMENT ON FUNCTION outbox_claim(uuid, text[], integer, interval, boolean, integ
 -- was requested.
 CREATE FUNCTION outbox_fence(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     SELECT o.cancel_requested_at IS NOT NULL
     FROM outbox AS o
@@ -426,7 +428,7 @@ CREATE FUNCTION outbox_fail(
     permanent   boolean DEFAULT false
 ) RETURNS text
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE
@@ -452,7 +454,7 @@ CREATE FUNCTION outbox_hand_back(
     holder uuid, ids bigint[], attempts integer[], delay interval DEFAULT interval '0'
 ) RETURNS SETOF bigint
 LANGUAGE sql VOLATILE ROWS 10
-SET enable_seqscan = off SET enable_bitmapscan = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
@@ -472,7 +474,7 @@ COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
 -- or such a handler would spin.
 CREATE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
@@ -492,7 +494,7 @@ CREATE FUNCTION outbox_reconnect(
     worker_back uuid, connection integer, ids bigint[], attempts integer[]
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE ROWS 10
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     me worker;
@@ -529,7 +531,7 @@ COMMENT ON FUNCTION outbox_reconnect(uuid, integer, bigint[], integer[]) IS
 CREATE FUNCTION outbox_renew(renewer uuid, lease interval, ids bigint[], attempts integer[])
 RETURNS TABLE (id bigint, attempt integer, cancel boolean)
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off SET enable_bitmapscan = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
 #variable_conflict use_column
 BEGIN
@@ -554,7 +556,7 @@ COMMENT ON FUNCTION outbox_renew(uuid, interval, bigint[], integer[]) IS
 -- or a DELETE typed into psql. The worker's row has been locked by the statement that ended it; the rows
 -- are freed by a new one, whose snapshot shows what a claim in flight had claimed.
 CREATE FUNCTION worker_ended() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -593,7 +595,7 @@ ALTER TABLE worker ENABLE ALWAYS TRIGGER worker_deleted;
 -- sleepers are told: it was not a rescuer that ended it, perhaps, and what they know of is its old lease.
 CREATE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     freed     integer;
@@ -652,7 +654,7 @@ COMMENT ON FUNCTION outbox_end_worker(uuid, text) IS
 -- long to renew. A worker's row that is locked is skipped: its claim or renewal is in flight.
 CREATE FUNCTION outbox_rescue(rescuer uuid, lease interval, connected interval) RETURNS integer
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     lost    uuid;
@@ -711,7 +713,7 @@ CREATE FUNCTION outbox_next_deadline(
 LANGUAGE plpgsql VOLATILE
 -- Planned once, as the claim is: planning anew took two thirds of the 0.65 ms that a call took.
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -780,7 +782,7 @@ CREATE FUNCTION outbox_scout(
 ) RETURNS TABLE (topic text, priority smallint, available_at timestamptz, id bigint, due_in double precision)
 LANGUAGE plpgsql VOLATILE ROWS 10
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -848,7 +850,7 @@ COMMENT ON FUNCTION outbox_scout(text[], text[], smallint[], timestamptz[], bigi
 
 CREATE FUNCTION outbox_cancel(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     -- A ready row ends at once; a running one when its worker has stopped it.
     UPDATE outbox
@@ -865,7 +867,7 @@ COMMENT ON FUNCTION outbox_cancel(bigint) IS
 
 CREATE FUNCTION outbox_retry(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     UPDATE outbox
     SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL,
@@ -879,7 +881,7 @@ COMMENT ON FUNCTION outbox_retry(bigint) IS
 
 CREATE FUNCTION outbox_discard(row_id bigint) RETURNS text
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     UPDATE outbox SET state = 'cancelled' WHERE id = row_id AND state || '' = 'dead' RETURNING state
 $$;

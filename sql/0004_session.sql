@@ -63,7 +63,7 @@ COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API 
 -- sees the first. No limit, no lock. Without seqscan: a plan made while the table is empty would stay.
 CREATE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     locked text;
@@ -95,7 +95,7 @@ CREATE FUNCTION session_create(
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -176,7 +176,7 @@ CREATE FUNCTION prompt_create(
     OUT outcome text, OUT answer jsonb
 )
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -237,7 +237,7 @@ COMMENT ON FUNCTION prompt_create(uuid, text, text, boolean, text, bytea, text, 
 -- when its worker has stopped it.
 CREATE FUNCTION session_cancel(of_session uuid, OUT cancelled integer, OUT cancelling integer)
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     WITH found AS MATERIALIZED (
         SELECT o.id FROM outbox AS o
@@ -269,7 +269,7 @@ COMMENT ON FUNCTION session_cancel(uuid) IS
 -- deadlock this can end in rolls everything back, and the caller repeats.
 CREATE FUNCTION session_archive(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
     PERFORM session_cancel(of_session);
@@ -319,7 +319,7 @@ ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_session_run_payload_update;
 -- the prompt follows the row, the session follows its rows, and once nothing is left to run a sandbox
 -- that is still held becomes a row of topic sandbox.return.
 CREATE FUNCTION session_follow() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     of_session uuid := (OLD.payload ->> 'session_id')::uuid;
@@ -423,7 +423,7 @@ CREATE FUNCTION message_append(
     OUT fenced boolean, OUT cancel boolean, OUT last_seq bigint, OUT watched boolean
 )
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE

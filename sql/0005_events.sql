@@ -21,7 +21,7 @@ COMMENT ON COLUMN watcher.presence IS 'The advisory lock (1397048890, presence) 
 
 -- VOLATILE, for a snapshot of its own, taken after the caller's write; where it has none, for sure.
 CREATE FUNCTION session_watched(of_session uuid) RETURNS boolean
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
     RETURN current_setting('transaction_isolation') <> 'read committed'

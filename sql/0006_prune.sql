@@ -9,7 +9,7 @@ CREATE FUNCTION outbox_prune(
     OUT deleted integer, OUT next_id bigint
 )
 LANGUAGE sql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     WITH page AS MATERIALIZED (
         SELECT id, state, created_at, finished_at FROM outbox
@@ -34,7 +34,7 @@ CREATE FUNCTION session_prune(
     archived_before timestamptz, quiet_before timestamptz, page_size integer
 ) RETURNS integer
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 -- Arrays and subqueries of one row, not joins, which may read a table in full: see 0003_claim.sql.
 DECLARE

@@ -458,7 +458,7 @@ CREATE FUNCTION outbox_ready(
     OUT topic text, OUT reason text
 )
 LANGUAGE sql STABLE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     SELECT
         p.workers > 0 AND coalesce(p.since_limit <= f.since, true),
@@ -505,7 +505,7 @@ COMMENT ON COLUMN outbox_alert.reported IS 'When the last alert was given, by a 
 CREATE FUNCTION outbox_stuck(stuck_after interval)
 RETURNS TABLE (topic text, id bigint, since timestamptz, reason text, detail text)
 LANGUAGE sql STABLE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     SELECT DISTINCT ON (s.topic) s.topic, s.id, s.since, q.reason, q.detail
     FROM (
@@ -529,7 +529,7 @@ COMMENT ON FUNCTION outbox_stuck(interval) IS
 CREATE FUNCTION outbox_stuck_report(stuck_after interval, repeat interval)
 RETURNS TABLE (stuck boolean, topic text, id bigint, waited interval, reason text, detail text)
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 BEGIN
@@ -556,7 +556,7 @@ COMMENT ON FUNCTION outbox_stuck_report(interval, interval) IS
 
 CREATE FUNCTION outbox_stuck_deadline(stuck_after interval) RETURNS interval
 LANGUAGE sql STABLE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
     SELECT min(d.since) + stuck_after - statement_timestamp()
     FROM (

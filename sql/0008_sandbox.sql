@@ -82,7 +82,7 @@ CREATE FUNCTION sandbox_begin(
     intent uuid, of_session uuid, of_outbox bigint, of_attempt integer
 ) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     held jsonb;
@@ -108,7 +108,7 @@ COMMENT ON FUNCTION sandbox_begin(uuid, uuid, bigint, integer) IS
 -- Ends the intent: the session holds the sandbox. False: the session is gone, nothing was recorded.
 CREATE FUNCTION sandbox_hold(intent uuid, of_session uuid, borrowed jsonb) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
     UPDATE session SET sandbox = borrowed WHERE id = of_session;
@@ -127,7 +127,7 @@ COMMENT ON FUNCTION sandbox_hold(uuid, uuid, jsonb) IS 'Records a borrowed sandb
 -- transaction, so that no turn takes over what is being returned.
 CREATE FUNCTION sandbox_let_go(of_session uuid, returned jsonb) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     held jsonb;

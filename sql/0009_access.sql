@@ -146,7 +146,7 @@ COMMENT ON FUNCTION webhook_enqueue(session, text, prompt, text) IS
 
 -- Its name sorts behind session_follow's: prompt and session have followed the row by now.
 CREATE FUNCTION session_webhook() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     of_session session;
