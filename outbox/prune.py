@@ -1,7 +1,10 @@
 """Deletes what is past its retention, page by page: each is a transaction of its own, so that no lock is
-held for long. For the built-in topic `outbox.prune` and for `sendoff prune`.
+held for long. After each it rests for as long as that took, so that half of a core is left to others.
+For the built-in topic `outbox.prune` and for `sendoff prune`.
 """
 
+import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -43,6 +46,7 @@ async def prune(
     async with connect() as conn:
         last_id = (await _call(conn, "SELECT coalesce(max(id), 0) FROM outbox"))[0]
     while from_id is not None:
+        began = time.monotonic()
         async with connect() as conn:
             deleted, from_id = await _call(
                 conn,
@@ -51,14 +55,17 @@ async def prune(
             )
         pruned.rows += deleted
         tell(pruned, min(1.0, from_id / last_id) if from_id is not None and last_id else 1.0)
+        await asyncio.sleep(time.monotonic() - began)
     deleted = 1
     while deleted:
+        began = time.monotonic()
         async with connect() as conn:
             (deleted,) = await _call(
                 conn, "SELECT session_prune(%s, %s, %s)", (finished_before, quiet_before, _PAGE)
             )
         pruned.others += deleted
         tell(pruned, None)
+        await asyncio.sleep(time.monotonic() - began)
     return pruned
 
 

@@ -1,10 +1,19 @@
 """Housekeeping is an outbox row that schedules its successor."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
+import pytest
+
+from outbox.prune import Pruned, prune
+from outbox.settings import Settings
 from tests.conftest import Connect
 from tests.support.process import running
+from tests.support.steps import Connection
 
 
 async def test_what_is_past_its_retention_goes_and_the_rest_stays(
@@ -73,3 +82,30 @@ async def test_what_is_past_its_retention_goes_and_the_rest_stays(
         )
     ).fetchall()
     assert successors == [("done", False, 32767), ("ready", True, 32767)]
+
+
+async def test_rests_after_each_page_as_long_as_it_took(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a long deletion takes a core from the claims beside it. The clock moves on by a second a look."""
+    conn = await connect()
+    await conn.execute(
+        "INSERT INTO outbox (topic, state, worker_id, finished_at)"
+        " SELECT 't', 'done', gen_random_uuid(), now() FROM generate_series(1, 2500)"
+    )
+    clock = count(0.0)
+    rests: list[float] = []
+    pages: list[Pruned] = []
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+
+    @asynccontextmanager
+    async def again() -> AsyncIterator[Connection]:
+        yield conn
+
+    monkeypatch.setattr("outbox.prune.asyncio", SimpleNamespace(sleep=rest))
+    monkeypatch.setattr("outbox.prune.time", SimpleNamespace(monotonic=clock.__next__))
+    await prune(again, Settings(database_url=database, retention=0), lambda done, _: pages.append(done))
+    assert pages[-1].rows == 2500
+    assert rests == [1.0] * len(pages)
