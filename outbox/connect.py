@@ -75,10 +75,11 @@ def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None
 
 def cut_after(conn: psycopg.AsyncConnection[Any], seconds: float) -> asyncio.TimerHandle:
     """What `bounded` sets and cancels."""
-    return asyncio.get_running_loop().call_later(seconds, _cut, conn)
+    return asyncio.get_running_loop().call_later(seconds, cut, conn)
 
 
-def _cut(conn: psycopg.AsyncConnection[Any]) -> None:
+def cut(conn: psycopg.AsyncConnection[Any]) -> None:
+    """Break the connection at once, without a word to the server: whoever waits on it is told."""
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.pgconn.socket)) as peer:
         peer.shutdown(socket.SHUT_RDWR)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import psycopg
 
+from outbox.connect import bounded, cut
 from outbox.lean import without
 from outbox.log import get_logger
 from outbox.settings import Settings
@@ -40,6 +41,7 @@ SHARE = 20
 FIRST = 1.0
 """Seconds for which a process that starts waits for its first look."""
 _WEBHOOK_TIMEOUT = 10.0
+_LONGEST = 120.0  # seconds of a look; on a path gone silent it would never end
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
@@ -54,6 +56,7 @@ class StuckWatch:
         self._timer: asyncio.TimerHandle | None = None
         self._not_before = -math.inf
         self._looking: asyncio.Task[None] | None = None
+        self._conn: psycopg.AsyncConnection[Any] | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
     def work_came(self) -> None:
@@ -64,9 +67,15 @@ class StuckWatch:
         """Forget the timer; end a look under way."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = self._telling | ({self._looking} if self._looking is not None else set())
-        for task in tasks:
+        for task in self._telling:
             task.cancel()
+        tasks = set(self._telling)
+        if self._looking is not None:
+            if self._conn is not None:
+                cut(self._conn)  # cancelled, psycopg would ask the server to cancel too, and wait
+            else:
+                self._looking.cancel()
+            tasks.add(self._looking)
         if tasks:
             await asyncio.wait(tasks)
 
@@ -87,10 +96,14 @@ class StuckWatch:
     async def _look_again(self) -> None:
         try:
             async with self._connect() as conn:
-                await self.look(conn)
+                self._conn = conn
+                with bounded(conn, _LONGEST):
+                    await self.look(conn)
         except Exception as error:  # the database is away: whoever needs it says so louder
             log.info("stuck_look_failed", error=str(error).strip())
             self._arm(self._after)
+        finally:
+            self._conn = None
 
     async def first_look(self, conn: psycopg.AsyncConnection[Any]) -> None:
         """A look by a process that starts, given up to the background if it takes long."""

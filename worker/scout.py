@@ -9,10 +9,13 @@ from typing import Any
 import psycopg
 from psycopg.rows import args_row
 
+from outbox.connect import bounded, cut
 from outbox.log import get_logger
-from worker.front import CARRIES, Front, Seen
+from worker.front import CARRIES, Ends, Front, Seen
 
 log = get_logger(__name__)
+
+_LONGEST = 120.0  # seconds; on a path gone silent it would never come back
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
@@ -27,6 +30,7 @@ class Scout:
         self._connect = connect
         self._back = back
         self._task: asyncio.Task[None] | None = None
+        self._conn: psycopg.AsyncConnection[Any] | None = None
 
     @property
     def under_way(self) -> bool:
@@ -38,30 +42,23 @@ class Scout:
             self._task = asyncio.create_task(self._go(list(topics)), name="scout")
 
     async def close(self) -> None:
-        """End the one under way."""
+        """End the one under way. Were it cancelled, psycopg would ask the server to cancel too, and wait."""
         if self._task is not None:
-            self._task.cancel()
+            if self._conn is not None:
+                cut(self._conn)
+            else:
+                self._task.cancel()
             await asyncio.wait([self._task])
 
     async def _go(self, topics: list[str]) -> None:
         began = time.monotonic()
         try:
-            async with self._connect() as conn, conn.cursor(row_factory=args_row(Seen)) as cursor:
-                known = dict(self._front.ends)
-                began = time.monotonic()
-                await cursor.execute(
-                    "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)",
-                    (
-                        topics,
-                        [topic for topic, _ in known],
-                        [priority for _, priority in known],
-                        [at for at, _ in known.values()],
-                        [row_id for _, row_id in known.values()],
-                        CARRIES,
-                    ),
-                    binary=True,
-                )
-                seen = await cursor.fetchall()
+            async with self._connect() as conn:
+                self._conn = conn
+                with bounded(conn, _LONGEST):
+                    known = dict(self._front.ends)
+                    began = time.monotonic()
+                    seen = await _scout(conn, topics, known)
         except Exception as error:  # the database is away: the loop says so louder
             log.info("scout_failed", error=str(error).strip())
             self._front.scout_failed(began, time.monotonic())
@@ -69,4 +66,23 @@ class Scout:
             ended = time.monotonic()
             self._front.scouted(known, seen, began, ended)
             log.debug("scouted", seconds=round(ended - began, 3), seen=len(seen))
+        finally:
+            self._conn = None
         self._back()
+
+
+async def _scout(conn: psycopg.AsyncConnection[Any], topics: list[str], known: Ends) -> list[Seen]:
+    async with conn.cursor(row_factory=args_row(Seen)) as cursor:
+        await cursor.execute(
+            "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)",
+            (
+                topics,
+                [topic for topic, _ in known],
+                [priority for _, priority in known],
+                [at for at, _ in known.values()],
+                [row_id for _, row_id in known.values()],
+                CARRIES,
+            ),
+            binary=True,
+        )
+        return await cursor.fetchall()

@@ -6,13 +6,26 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from psycopg import AsyncConnection
 
 from outbox.claim import Level, complete_and_claim, hand_back
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import FEW_BUFFERS, explain
-from tests.support.steps import Connection, Rule, add, column, get, new_worker, one, until, with_and_without
+from tests.support.steps import (
+    Connection,
+    Rule,
+    add,
+    column,
+    get,
+    new_worker,
+    one,
+    until,
+    waits,
+    with_and_without,
+)
 from tests.support.worker import Watched, watched
 from worker import front
+from worker.scout import Scout
 
 CLAIM = (
     "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s, %s, %s)"
@@ -248,3 +261,30 @@ async def test_a_front_that_is_quick_again_is_used_again(
         await worker.asleep()
         assert not worker._front.far
         assert await column(psql, "SELECT state FROM outbox WHERE topic = 't'") == ["done"]
+
+
+async def test_an_end_does_not_wait_for_a_scout_on_a_silent_path(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the server is silent because of a lock. psycopg would ask it to cancel, and wait for an answer."""
+    psql, locker, conn = await connect(), await connect(), await connect()
+    asked: list[AsyncConnection[Any]] = []
+
+    async def ask(self: AsyncConnection[Any], *, timeout: float = 0) -> None:
+        asked.append(self)
+
+    @asynccontextmanager
+    async def one_connection() -> AsyncIterator[Connection]:
+        yield conn
+
+    monkeypatch.setattr(AsyncConnection, "cancel_safe", ask)
+    await locker.execute("BEGIN")
+    await locker.execute("LOCK TABLE outbox")
+    near = front.Front()
+    near.far = True
+    scout = Scout(near, one_connection, lambda: None)
+    scout.send(["t"])
+    await waits(psql, conn)
+    await scout.close()
+    assert asked == []
+    assert not scout.under_way
