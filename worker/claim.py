@@ -139,8 +139,8 @@ class Claims:
 
     async def _answer(self) -> pq.abc.PGresult:
         result: pq.abc.PGresult
-        # By psycopg's wait, which looks again now and then: uvloop does not call a reader whose connection was
-        # reset, and what waits for it alone waits for ever.
+        # By psycopg's wait, which looks again now and then: uvloop does not call a reader whose connection
+        # was reset, and what waits for that alone waits for ever.
         (result,) = await self._conn.wait(generators.execute(self._conn.pgconn))
         if result.status == pq.ExecStatus.FATAL_ERROR:
             error = error_from_result(result)
