@@ -103,6 +103,7 @@ async def hear(conn: psycopg.AsyncConnection[Any], heard: Heard) -> None:
     def read() -> None:
         try:
             server.consume_input()
+            server.consume_input()  # an end that came with last words: uvloop may tell of both but once
             while note := server.notifies():
                 heard(note.relname.decode(), note.extra.decode())
         except Exception as error:

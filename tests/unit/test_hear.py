@@ -1,0 +1,64 @@
+"""outbox.connect.hear: the end of a connection is noticed however it comes."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import psycopg
+import pytest
+import uvloop
+
+from outbox.connect import hear
+
+
+class Server:
+    """As libpq: reads what is there, once a call, and raises at the end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.socket = sock.fileno()
+
+    def consume_input(self) -> None:
+        try:
+            if not self._sock.recv(16384):
+                raise psycopg.OperationalError("closed")
+        except BlockingIOError:
+            pass
+        except ConnectionError as error:
+            raise psycopg.OperationalError("reset") from error
+
+    def notifies(self) -> None:
+        return None
+
+
+async def nothing(timeout: float) -> AsyncIterator[None]:
+    for _ in ():
+        yield None
+
+
+@pytest.mark.parametrize("end", ["closed", "reset", "reset with last words"])
+def test_end_is_noticed(end: str) -> None:
+    """uvloop tells of a reset but once; what was sent before it is read first."""
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+        ours.setblocking(False)
+        conn = SimpleNamespace(notifies=nothing, pgconn=Server(ours))
+        hearing = asyncio.create_task(hear(cast(Any, conn), lambda channel, payload: None))
+        await asyncio.sleep(0)
+        if "reset" in end:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if "words" in end:
+            theirs.sendall(b"terminating connection")
+        theirs.close()
+        async with asyncio.timeout(10):
+            with pytest.raises(psycopg.OperationalError):
+                await hearing
+        ours.close()
+
+    uvloop.run(run())
