@@ -19,14 +19,14 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
     """`url` with keepalive and user timeout for `lease`; a pooler takes no server options."""
     seconds = lease.total_seconds()
-    # jit is off: before PostgreSQL 18 a scan that is switched off (sql/0003_claim.sql) but is the only way
-    # looks so dear that each call would be compiled.
     # First probe after a third, then ten at most over the rest, so that silence is known before the
     # lease is out. The kernel counts whole seconds, and refuses more than 127 probes.
     idle = max(1, int(seconds / 3))
     rest = max(1, int(seconds) - idle - 1)
     count = min(rest, 10)
     interval = rest // count
+    # jit is off: before PostgreSQL 18 a scan that is switched off (sql/0003_claim.sql) but is the only way
+    # looks so dear that each call would be compiled.
     server = (
         f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
         f"-c tcp_keepalives_count={count} "

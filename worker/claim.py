@@ -66,16 +66,17 @@ class Claims:
         """Claim the row that a notification told of. None if it could not be had so, and then whether it is
         still there and has to be looked for by a turn: no other worker may have taken it.
         """
-        if not self.ask_row(row_id):
-            await self._prepare(_ROW)
-            self.ask_row(row_id)
+        await self._send(_ROW, self._row_values(row_id))
         return await self.row_answer()
 
     def ask_row(self, row_id: int) -> bool:
         """Send the claim of the row; `row_answer` is to be awaited next. False, and nothing sent, if the
         statement is not prepared yet.
         """
-        return self._post(_ROW, [self._worker, b"%d" % row_id, self._lease, self._presence])
+        return self._post(_ROW, self._row_values(row_id))
+
+    def _row_values(self, row_id: int) -> list[bytes | None]:
+        return [self._worker, b"%d" % row_id, self._lease, self._presence]
 
     async def row_answer(self) -> tuple[Claimed | None, bool]:
         """What `row` returns."""
@@ -106,20 +107,22 @@ class Claims:
             self._presence,
             *where[1:],
         ]
-        return Answer(await self._send(_TURN, values), self._reader)
+        await self._send(_TURN, values)
+        return Answer(await self._answer(), self._reader)
 
     async def complete(self, tokens: Sequence[Token]) -> set[Token]:
         """Without a claim. Returns those that were fenced."""
-        result = await self._send(_COMPLETE, [self._worker, *(text.encode() for text in arrays(tokens))])
+        await self._send(_COMPLETE, [self._worker, *(text.encode() for text in arrays(tokens))])
+        result = await self._answer()
         self._reader.set_pgresult(result)
         ended = {row[0] for row in self._reader.load_rows(0, result.ntuples, tuple)}
         return {token for token in tokens if token[0] not in ended}
 
-    async def _send(self, query: bytes, values: Sequence[bytes | None]) -> pq.abc.PGresult:
+    async def _send(self, query: bytes, values: Sequence[bytes | None]) -> None:
+        """Prepared first, if it is not yet."""
         if not self._post(query, values):
             await self._prepare(query)
             self._post(query, values)
-        return await self._answer()
 
     def _post(self, query: bytes, values: Sequence[bytes | None]) -> bool:
         """False if it is to be prepared first."""
