@@ -102,10 +102,10 @@ async def hear(conn: psycopg.AsyncConnection[Any], heard: Heard) -> None:
 
     def read() -> None:
         try:
-            server.consume_input()
-            server.consume_input()  # an end that came with last words: uvloop may tell of both but once
-            while note := server.notifies():
-                heard(note.relname.decode(), note.extra.decode())
+            for _ in range(2):  # an end that came with last words: uvloop may tell of both but once
+                server.consume_input()
+                while note := server.notifies():
+                    heard(note.relname.decode(), note.extra.decode())
         except Exception as error:
             loop.remove_reader(descriptor)  # it stays readable
             if not broken.done():

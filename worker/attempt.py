@@ -5,7 +5,7 @@ Why a handler was stopped decides what becomes of its row, so a stop always name
 
 import asyncio
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -93,13 +93,9 @@ class Attempt:
 
     async def _run(self) -> None:
         row = self.job.row
-        timeout = row.timeout or self._handler.timeout
         about.set(self._log_fields)
-        # asyncio.timeout takes 2.9 us, also when it has nothing to time.
-        limit = nullcontext() if timeout is None else asyncio.timeout(timeout.total_seconds())
         if row.traceparent is None and not trace.exporting():
-            async with limit:
-                await self._call()
+            await self._call()
             return
         with trace.span(
             f"{row.topic} attempt",
@@ -114,8 +110,7 @@ class Attempt:
             not_errors=(HandBack, Cancelled, Fenced),
         ) as span:
             self.job.traceparent = span.traceparent
-            async with limit:
-                await self._call()
+            await self._call()
 
     def _log_fields(self) -> dict[str, object]:
         row = self.job.row
@@ -127,12 +122,13 @@ class Attempt:
     async def _call(self) -> None:
         if debugging():
             log.debug("started")
-        if self._handler.blocking:
-            await _in_thread(self._handler.run, self.job)
+        running = _in_thread if self._handler.blocking else _in_loop
+        timeout = self.job.row.timeout or self._handler.timeout
+        if timeout is None:  # asyncio.timeout takes 2.9 us, also when it has nothing to time
+            await running(self._handler.run, self.job)
         else:
-            running = self._handler.run(self.job)
-            assert running is not None
-            await running
+            async with asyncio.timeout(timeout.total_seconds()):
+                await running(self._handler.run, self.job)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._ended(self, self._outcome(task))
@@ -165,6 +161,12 @@ class Attempt:
             case _:
                 log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
                 return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
+
+
+async def _in_loop(run: Run, job: Job) -> None:
+    running = run(job)
+    assert running is not None
+    await running
 
 
 async def _in_thread(run: Run, job: Job) -> None:

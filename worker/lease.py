@@ -29,7 +29,7 @@ class Lease:
         self._contact = time.monotonic()
         self._until = self._contact
         self._timer: asyncio.TimerHandle | None = None
-        self._extended = asyncio.Event()
+        self._extended: asyncio.Event | None = None
         self.renew_at = self._until
 
     def renewed(self, asked_at: float) -> None:
@@ -60,11 +60,14 @@ class Lease:
 
     async def extended(self) -> None:
         """Return when the bound has been moved."""
+        if self._extended is None:
+            self._extended = asyncio.Event()
         await self._extended.wait()
 
     def _changed(self) -> None:
-        self._extended.set()
-        self._extended = asyncio.Event()
+        if self._extended is not None:
+            self._extended.set()
+            self._extended = None
         self._arm()
 
     def _arm(self) -> None:

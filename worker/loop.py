@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
+from functools import partial
 from random import uniform
 from typing import Any
 from uuid import UUID
@@ -53,6 +54,7 @@ from worker.lease import Lease
 from worker.listen import CANCEL, PROBE, WAKE, Listener
 from worker.metrics import STATS, Snapshot
 from worker.park import AWAKE, PARKED, SETTLING, Parking
+from worker.reply import Reply
 from worker.scout import Scout
 
 log = get_logger(__name__)
@@ -106,8 +108,8 @@ class Worker:
         """Lone rows that notifications told of since the last turn."""
         self._asleep = False
         """The loop's task waits for its event: nothing is under way on its connection."""
-        self._row_asked_at: float | None = None
-        """A lone row has been asked for in the meantime; its answer comes before all else."""
+        self._asked: Reply[Claimed | None] | None = None
+        """A lone row's claim under way; its answer comes before all else on the connection."""
         self._arriving = 0
         """Rows that were claimed and are not read yet."""
         self._reading: asyncio.Task[int] | None = None
@@ -187,6 +189,7 @@ class Worker:
                 settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
             )
             stack.push_async_callback(self._control.close)
+            stack.callback(self._forget_asked)
             set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
             with bounded(self._control, settings.lease):
                 await self._introduce()
@@ -203,7 +206,6 @@ class Worker:
         self._parking.wake()
         self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
         self._probe_sent, self._probe_at = None, self._next_probe()
-        self._row_asked_at = None  # of another connection
         if self.id is None:
             self.id = await register(
                 self._control,
@@ -224,6 +226,12 @@ class Worker:
         self._claims = Claims(
             self._control, self.id, self._listener.presence, self._lease_time, pooled=self._settings.pooled
         )
+        await self._claims.prepare()
+
+    def _forget_asked(self) -> None:
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         # A session that was terminated is no proof that the server is down; the next refusal is.
@@ -307,11 +315,11 @@ class Worker:
             if due != "0":  # not yet: bring the timer forward, without a query
                 self._bring_forward(int(due) / 1000)
                 return
-            self._woken("notify")
             if not lone:
                 self._look = True
             elif not self._ask_for(int(lone)):
                 self._told.append(int(lone))
+            self._woken("notify")
             self._event.set()
         elif channel == CANCEL:
             if (attempt := self._running.get(int(payload))) is not None:
@@ -327,12 +335,20 @@ class Worker:
         if not self._asleep or self._event.is_set() or self._look or self._told or not self._is_lone(now):
             return False
         try:
-            if not self._claims.ask_row(row_id):
-                return False
+            self._ask(row_id, now)
         except psycopg.Error:  # the turn finds out
             return False
-        self._row_asked_at = self._woken_at = now
         return True
+
+    def _ask(self, row_id: int, now: float) -> None:
+        self._asked = self._claims.row(row_id, partial(self._row_came, now))
+        self._woken_at = now
+
+    def _row_came(self, asked_at: float, row: Claimed | None, still_there: bool) -> Claimed | None:
+        self._look |= still_there
+        if row is not None:
+            self._start([row], asked_at)
+        return row
 
     def _is_lone(self, now: float) -> bool:
         """Whether a row that was told of now is to be claimed by its id. Not by a worker that it would fill,
@@ -433,25 +449,18 @@ class Worker:
     async def _take_told(self) -> None:
         """Step 1. Told of several, awake, or woken again at once, it looks for all there is instead."""
         told, self._told = self._told, []
-        asked_at = self._row_asked_at
-        if asked_at is not None:
-            self._row_asked_at = None
+        if self._asked is not None:
             self._look |= bool(told)
-            row, still_there = await self._claims.row_answer()
-        elif not told or self._look:
-            return
-        else:
-            asked_at = time.monotonic()
-            if len(told) > 1 or not self._is_lone(asked_at):
+        elif told and not self._look:
+            now = time.monotonic()
+            if len(told) == 1 and self._is_lone(now):
+                self._ask(told[0], now)
+            else:
                 self._look = True
-                return
-            self._woken_at = asked_at
-            row, still_there = await self._claims.row(told[0])
-        self._look |= still_there  # or a notification raised it meanwhile
-        self._stats.looked(0 if row is None else 1)
-        if row is not None:
-            self._begin([row], asked_at)
-            await asyncio.sleep(0)  # it starts before what else the turn does
+        if self._asked is not None:
+            row = await self._asked.done  # and its handler has begun
+            self._forget_asked()
+            self._count([] if row is None else [row])
 
     async def _fill(self) -> None:
         """Step 4: end what was completed and claim, then park or learn the deadline."""
@@ -546,9 +555,8 @@ class Worker:
         self._front.looked(look, rows, asked_at, asked_at + took)
         if completed:
             self._completed(completed, refused)
-        self._stats.looked(len(rows))
-        if rows:
-            self._begin(rows, asked_at)
+        self._start(rows, asked_at)
+        self._count(rows)
         return len(rows)
 
     async def _have_read(self) -> None:
@@ -557,14 +565,11 @@ class Worker:
             await self._reading
             self._reading = None
 
-    def _begin(self, rows: list[Claimed], asked_at: float) -> None:
+    def _start(self, rows: list[Claimed], asked_at: float) -> None:
+        """Let the handlers run of rows that a claim brought. What need not be done first, `_count` does."""
         assert self.id is not None
-        self._stuck.work_came()
-        self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
-        self._look_again = _LOOK_FIRST
-        self._lease.claimed(asked_at)
-        if debugging():
-            log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
+        if rows:
+            self._lease.claimed(asked_at)
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
             attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
@@ -572,6 +577,16 @@ class Worker:
             attempt.start()
         if self._full_stop:  # the drain's end came while the claim was on its way
             self._stop_all(Stop.DRAIN)
+
+    def _count(self, rows: list[Claimed]) -> None:
+        """A look is over, and brought these."""
+        self._stats.looked(len(rows))
+        if rows:
+            self._stuck.work_came()
+            self._stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
+            self._look_again = _LOOK_FIRST
+            if debugging():
+                log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
 
     def _drop(self, outcomes: list[Outcome]) -> None:
         """Once they are committed. Only these: handlers have ended since they were sent."""

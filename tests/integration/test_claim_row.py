@@ -36,7 +36,10 @@ async def claim_row(
     conn: Connection, worker: UUID, row: int, presence: int = 0
 ) -> tuple[outbox.Claimed | None, bool]:
     """As the worker's loop does it; nothing is prepared, for there may be several on one connection."""
-    return await Claims(conn, worker, presence, LEASE, pooled=True).row(row)
+    came: list[tuple[outbox.Claimed | None, bool]] = []
+    claims = Claims(conn, worker, presence, LEASE, pooled=True)
+    await claims.row(row, lambda *answer: came.append(answer)).done
+    return came[0]
 
 
 @pytest.fixture(autouse=True)
@@ -109,24 +112,19 @@ async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, da
             assert await worker.sleeps_for_ever(psql)
 
 
-async def test_news_that_come_meanwhile(
-    connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1. W claims A by its id. 2. Before it has the answer, it hears of B, which has a key. 3. Both run."""
-    psql = await connect()
-    by_id = Claims.row_answer
-    rows: list[int] = []
-
-    async def slowly(self: Claims) -> tuple[outbox.Claimed | None, bool]:
-        answer = await by_id(self)
+async def test_news_that_come_meanwhile(connect: Connect, database: str) -> None:
+    """1. W claims A by its id, and waits for its own row. 2. It hears of B, which has a key. 3. Both run."""
+    psql, locker = await connect(), await connect()
+    async with watched(database, concurrency=5) as worker:
+        await locker.execute("BEGIN")
+        await locker.execute("SELECT FROM worker FOR UPDATE")
+        rows = [await add(psql)]
+        await until(psql, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
         rows.append(await add(psql, ordering_key="k"))
         await worker.hears_nothing_more(psql)
-        return answer
-
-    monkeypatch.setattr(Claims, "row_answer", slowly)
-    async with watched(database, concurrency=5) as worker:
-        await worker.has_run(await add(psql))
-        await worker.has_run(rows[0])
+        await locker.execute("ROLLBACK")
+        for row in rows:
+            await worker.has_run(row)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""outbox.connect.hear: the end of a connection is noticed however it comes."""
+"""The end of a connection is noticed however it comes, by who listens (outbox.connect.hear) and by who waits
+for an answer (worker.reply).
+"""
 
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import pytest
 import uvloop
 
 from outbox.connect import hear
+from worker.reply import Reply
 
 
 class Server:
@@ -33,14 +36,27 @@ class Server:
     def notifies(self) -> None:
         return None
 
+    def is_busy(self) -> bool:
+        return True
+
 
 async def nothing(timeout: float) -> AsyncIterator[None]:
     for _ in ():
         yield None
 
 
+def listens(server: Server) -> Awaitable[None]:
+    conn = SimpleNamespace(notifies=nothing, pgconn=server)
+    return asyncio.create_task(hear(cast(Any, conn), lambda channel, payload: None))
+
+
+def waits(server: Server) -> Awaitable[None]:
+    return Reply(cast(Any, server), lambda result: None).done
+
+
 @pytest.mark.parametrize("end", ["closed", "reset", "reset with last words"])
-def test_end_is_noticed(end: str) -> None:
+@pytest.mark.parametrize("who", [listens, waits])
+def test_end_is_noticed(end: str, who: Callable[[Server], Awaitable[None]]) -> None:
     """uvloop tells of a reset but once; what was sent before it is read first."""
 
     async def run() -> None:
@@ -48,8 +64,7 @@ def test_end_is_noticed(end: str) -> None:
             ours = socket.create_connection(listener.getsockname())
             theirs, _ = listener.accept()
         ours.setblocking(False)
-        conn = SimpleNamespace(notifies=nothing, pgconn=Server(ours))
-        hearing = asyncio.create_task(hear(cast(Any, conn), lambda channel, payload: None))
+        noticed = who(Server(ours))
         await asyncio.sleep(0)
         if "reset" in end:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -58,7 +73,7 @@ def test_end_is_noticed(end: str) -> None:
         theirs.close()
         async with asyncio.timeout(10):
             with pytest.raises(psycopg.OperationalError):
-                await hearing
+                await noticed
         ours.close()
 
     uvloop.run(run())
