@@ -7,6 +7,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 from psycopg.types.json import set_json_dumps
 
 from outbox import enqueue, enqueue_many
@@ -73,6 +74,14 @@ async def test_payload_of_types_that_psycopg_was_taught(connect: Connect) -> Non
     set_json_dumps(lambda value: json.dumps(value, default=str), conn)
     row_id = await enqueue(conn, "t", payload)
     assert (await row(conn, row_id))["payload"] == {"id": str(UUID(int=7))}
+
+
+async def test_connection_that_makes_something_else_of_a_row(connect: Connect, database: str) -> None:
+    conn = await connect()
+    async with await psycopg.AsyncConnection.connect(database, row_factory=dict_row) as own:
+        row_id = await enqueue(own, "t", unique_key="u")
+        assert await enqueue(own, "t", unique_key="u", on_duplicate="keep") == row_id
+    assert await row(conn, row_id) == {**DEFAULTS, "unique_key": "u"}
 
 
 async def test_many_in_order(connect: Connect) -> None:
