@@ -74,8 +74,10 @@ CREATE DOMAIN prompt_state AS text
     CONSTRAINT prompt_status_known CHECK (VALUE IN ('queued', 'running', 'succeeded', 'failed', 'cancelled'));
 CREATE DOMAIN prompt_content AS text
     CONSTRAINT prompt_text_length CHECK (length(VALUE) BETWEEN 1 AND 200000);
+-- The length apart: counted by the expression itself, as {0,99}, it took 53,000 instructions of an insert's 265,000, and
+-- twice that for a long name, as it is a state of the automaton for each character.
 CREATE DOMAIN topic_name AS text
-    CONSTRAINT outbox_topic_form CHECK (VALUE ~ '^[a-z][a-z0-9_.-]{0,99}$');
+    CONSTRAINT outbox_topic_form CHECK (length(VALUE) <= 100 AND VALUE ~ '^[a-z][a-z0-9_.-]*$');
 CREATE DOMAIN state_name AS text
     CONSTRAINT outbox_state_known CHECK (VALUE IN ('ready', 'running', 'done', 'dead', 'cancelled'));
 CREATE DOMAIN key_text AS text

@@ -45,6 +45,13 @@ async def row(conn: Connection, row_id: int) -> dict[str, Any]:
     return dict(zip(NAMES, found, strict=True))
 
 
+async def test_any_topic_of_the_form(connect: Connect) -> None:
+    conn = await connect()
+    topics = ["a", "a-1_b.c", "a" * 100]
+    ids = [await enqueue(conn, topic) for topic in topics]
+    assert [(await row(conn, row_id))["topic"] for row_id in ids] == topics
+
+
 @pytest.mark.parametrize("names", [[], *([name] for name in GIVEN), list(GIVEN)], ids=",".join)
 async def test_each_argument_is_its_column(names: list[str], connect: Connect) -> None:
     conn = await connect()
@@ -56,7 +63,7 @@ async def test_each_argument_is_its_column(names: list[str], connect: Connect) -
 async def test_value_out_of_bounds(connect: Connect) -> None:
     conn = await connect()
     bad: list[dict[str, Any]] = [
-        {"topic": "T"},
+        *({"topic": topic} for topic in ("T", "", "1", "a b", "a\n", "aé", "a" * 101)),
         {"max_attempts": 0},
         {"ordering_key": ""},
         {"unique_key": "x" * 201},
