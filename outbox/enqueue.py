@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Literal
 
 import psycopg
+from psycopg.rows import scalar_row
 from psycopg.types.json import Jsonb
 
 from outbox import trace
@@ -98,17 +99,18 @@ async def enqueue(
         values["traceparent"] = trace_context
     statement = _insert(tuple(values), None if unique_key is None else on_duplicate)
     parameters = tuple(values.values())
+    cursor = conn.cursor(row_factory=scalar_row)  # the caller's connection may make something else of a row
     while True:
-        cursor = await conn.execute(statement, parameters)
-        if row := await cursor.fetchone():
-            return int(row[0])
+        await cursor.execute(statement, parameters)
+        if (row_id := await cursor.fetchone()) is not None:
+            return int(row_id)
         assert unique_key is not None
-        cursor = await conn.execute(_UNFINISHED, (unique_key,), prepare=False)
+        await cursor.execute(_UNFINISHED, (unique_key,), prepare=False)
         # None: the other row ended between the two statements, so that the key is free again.
-        if row := await cursor.fetchone():
+        if (row_id := await cursor.fetchone()) is not None:
             if on_duplicate == "keep":
-                return int(row[0])
-            raise Duplicate(unique_key, int(row[0]))
+                return int(row_id)
+            raise Duplicate(unique_key, int(row_id))
 
 
 async def enqueue_many(

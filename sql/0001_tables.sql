@@ -74,8 +74,10 @@ CREATE DOMAIN prompt_state AS text
     CONSTRAINT prompt_status_known CHECK (VALUE IN ('queued', 'running', 'succeeded', 'failed', 'cancelled'));
 CREATE DOMAIN prompt_content AS text
     CONSTRAINT prompt_text_length CHECK (length(VALUE) BETWEEN 1 AND 200000);
+-- The length apart: counted by the expression itself, as {0,99}, it took 53,000 instructions of an insert's 265,000, and
+-- twice that for a long name, as it is a state of the automaton for each character.
 CREATE DOMAIN topic_name AS text
-    CONSTRAINT outbox_topic_form CHECK (VALUE ~ '^[a-z][a-z0-9_.-]{0,99}$');
+    CONSTRAINT outbox_topic_form CHECK (length(VALUE) <= 100 AND VALUE ~ '^[a-z][a-z0-9_.-]*$');
 CREATE DOMAIN state_name AS text
     CONSTRAINT outbox_state_known CHECK (VALUE IN ('ready', 'running', 'done', 'dead', 'cancelled'));
 CREATE DOMAIN key_text AS text
@@ -84,6 +86,8 @@ CREATE DOMAIN traceparent_text AS text
     CONSTRAINT outbox_traceparent_length CHECK (length(VALUE) <= 200);
 CREATE DOMAIN attempt_limit AS integer
     CONSTRAINT outbox_max_attempts_range CHECK (VALUE BETWEEN 1 AND 32767);
+CREATE DOMAIN running_worker AS uuid
+    CONSTRAINT outbox_running_has_worker CHECK (VALUE IS NOT NULL);
 CREATE DOMAIN finite_time AS timestamptz
     CONSTRAINT outbox_available_is_finite CHECK (isfinite(VALUE));
 
@@ -193,16 +197,17 @@ CREATE TABLE outbox (
     cancel_requested_at timestamptz,
     created_at          timestamptz NOT NULL DEFAULT clock_timestamp(),
     started_at          timestamptz,
-    finished_at         timestamptz,
-    CONSTRAINT outbox_running_has_worker CHECK (state <> 'running' OR worker_id IS NOT NULL)
+    finished_at         timestamptz
 );
 
 -- The one index the claim reads: finished, running and blocked rows are not in it, so that its cost
 -- does not grow with them; rows of one topic and priority that are due come before those that are not.
 CREATE INDEX outbox_claimable ON outbox (topic, priority DESC, available_at, id)
     WHERE state = 'ready' AND NOT blocked;
--- Rescue, renewal and "who runs what" find a worker's rows.
-CREATE INDEX outbox_running ON outbox (worker_id) WHERE state = 'running';
+-- Rescue, renewal and "who runs what" find a worker's rows. The second column refuses a running row without
+-- one, which nobody would ever rescue: as a CHECK of the table that took 25,500 instructions of each statement that
+-- inserts or updates a row (of 286,000 of an update by key); the server keeps an index's expressions parsed.
+CREATE INDEX outbox_running ON outbox (worker_id, ((worker_id::running_worker) IS NULL)) WHERE state = 'running';
 -- A topic's limit counts its running rows.
 CREATE INDEX outbox_running_limited ON outbox (topic) WHERE state = 'running' AND limited;
 -- Order: the unfinished rows of a key by id, and never two running.

@@ -159,11 +159,11 @@ BEGIN
         RETURN NULL;
     END IF;
     SELECT s.* INTO of_session FROM session AS s
-    WHERE s.id = (OLD.payload ->> 'session_id')::uuid AND s.callback_url IS NOT NULL;
+    WHERE s.id = payload_uuid(OLD.payload, 'session_id') AND s.callback_url IS NOT NULL;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    SELECT p.* INTO of_prompt FROM prompt AS p WHERE p.id = (OLD.payload ->> 'prompt_id')::uuid;
+    SELECT p.* INTO of_prompt FROM prompt AS p WHERE p.id = payload_uuid(OLD.payload, 'prompt_id');
     IF of_prompt.status IN ('succeeded', 'failed', 'cancelled') THEN
         PERFORM webhook_enqueue(of_session, 'prompt.' || of_prompt.status, of_prompt, OLD.traceparent);
     END IF;

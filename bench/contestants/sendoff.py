@@ -10,6 +10,8 @@ from psycopg_pool import AsyncConnectionPool
 from outbox import Handler, Job, enqueue
 from outbox.migrate import migrate
 
+INSERT = "INSERT INTO outbox (topic) VALUES (%s) RETURNING id"
+
 
 async def noop(job: Job) -> None:
     common.mark()
@@ -50,7 +52,8 @@ async def produce() -> None:
 
         async def by_hand() -> None:
             async with pool.connection() as conn:
-                await conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
+                cursor = await conn.execute(INSERT, ("bench.noop",))
+                await cursor.fetchone()
 
         await common.produce(by_hand if "flood-plain" in sys.argv else by_library)
 

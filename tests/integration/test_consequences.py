@@ -233,3 +233,30 @@ async def test_the_seeds_query(connect: Connect) -> None:
     assert await shown() == [(session, "pending", "active")]
     await conn.execute("SELECT outbox_complete(%s, %s, '{1}')", (worker, [row]))
     assert await shown() == [(session, "completed", "active")]
+
+
+NONSENSE = [
+    {},
+    {"session_id": "x"},
+    {"session_id": 5, "prompt_id": {}},
+    {"session_id": "00000000-0000-0000-0000-00000000000"},
+]
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("payload", [*NONSENSE, {"prompt_id": "x"}], ids=str)
+async def test_payload_that_names_nonsense_hinders_nobody(
+    name: str, payload: dict[str, Any], connect: Connect
+) -> None:
+    """An error in what follows from a row would fail every claim that meets it."""
+    conn = await connect()
+    session = await add_session(conn)
+    if "session_id" not in payload and payload:
+        payload = {"session_id": str(session), **payload}
+    row = await add(conn, topic="session.run", payload=payload, max_attempts=1)
+    worker = await new_worker(conn)
+    query = "SELECT id FROM outbox_claim(%s, '{session.run}', 1, '1 min')"
+    assert await column(conn, query, worker) == [row]
+    for statement in ENDS[name][0].split(";"):
+        await conn.execute(statement.encode(), {"worker": worker, "row": row})
+    assert await column(conn, "SELECT id FROM outbox WHERE state = 'running'") == []

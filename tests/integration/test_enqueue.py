@@ -7,6 +7,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 from psycopg.types.json import set_json_dumps
 
 from outbox import enqueue, enqueue_many
@@ -44,6 +45,13 @@ async def row(conn: Connection, row_id: int) -> dict[str, Any]:
     return dict(zip(NAMES, found, strict=True))
 
 
+async def test_any_topic_of_the_form(connect: Connect) -> None:
+    conn = await connect()
+    topics = ["a", "a-1_b.c", "a" * 100]
+    ids = [await enqueue(conn, topic) for topic in topics]
+    assert [(await row(conn, row_id))["topic"] for row_id in ids] == topics
+
+
 @pytest.mark.parametrize("names", [[], *([name] for name in GIVEN), list(GIVEN)], ids=",".join)
 async def test_each_argument_is_its_column(names: list[str], connect: Connect) -> None:
     conn = await connect()
@@ -55,7 +63,7 @@ async def test_each_argument_is_its_column(names: list[str], connect: Connect) -
 async def test_value_out_of_bounds(connect: Connect) -> None:
     conn = await connect()
     bad: list[dict[str, Any]] = [
-        {"topic": "T"},
+        *({"topic": topic} for topic in ("T", "", "1", "a b", "a\n", "aé", "a" * 101)),
         {"max_attempts": 0},
         {"ordering_key": ""},
         {"unique_key": "x" * 201},
@@ -73,6 +81,14 @@ async def test_payload_of_types_that_psycopg_was_taught(connect: Connect) -> Non
     set_json_dumps(lambda value: json.dumps(value, default=str), conn)
     row_id = await enqueue(conn, "t", payload)
     assert (await row(conn, row_id))["payload"] == {"id": str(UUID(int=7))}
+
+
+async def test_connection_that_makes_something_else_of_a_row(connect: Connect, database: str) -> None:
+    conn = await connect()
+    async with await psycopg.AsyncConnection.connect(database, row_factory=dict_row) as own:
+        row_id = await enqueue(own, "t", unique_key="u")
+        assert await enqueue(own, "t", unique_key="u", on_duplicate="keep") == row_id
+    assert await row(conn, row_id) == {**DEFAULTS, "unique_key": "u"}
 
 
 async def test_many_in_order(connect: Connect) -> None:

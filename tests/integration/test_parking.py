@@ -20,6 +20,7 @@ from tests.support.steps import (
     add,
     get,
     one,
+    starts,
     take_out,
     until,
     with_and_without,
@@ -228,6 +229,53 @@ async def test_replica_role_does_not_silence_the_triggers(connect: Connect, data
 
 
 @with_and_without
+async def test_session_that_saw_nobody_looks_again_once_somebody_parks(
+    rule: Rule, connect: Connect, database: str
+) -> None:
+    """Step 2: the count that W raises ends what P knows.
+
+    1. P inserts and sees nobody parked. 2. W parks and sleeps. 3. P inserts, on the same connection.
+    """
+    psql, producer = await connect(), await connect()
+    await add(producer, topic="other")
+    if rule == "taken out":
+        await take_out(psql, "outbox_writers", "nextval('worker_parking')", "1")
+    async with watched(database) as worker:
+        row = await add(producer)
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
+async def test_session_counts_parkings_before_it_looks(rule: Rule, connect: Connect, database: str) -> None:
+    """Else it would take a look from before a parking for one from after it.
+
+    1. P inserts, looks, and sees nobody parked. 2. W raises its flag and the count. 3. P ends. 4. W sees no
+    writer, and sleeps. 5. P inserts, on the same connection. Taken out: P reads the count in step 3.
+    """
+    psql, producer = await connect(), await connect()
+    count = "parkings := pg_catalog.pg_sequence_last_value('public.worker_parking'::pg_catalog.regclass);"
+    remember = "PERFORM pg_catalog.set_config('sendoff.nobody_since', parkings, false);"
+    late = count if rule == "taken out" else ""
+    await take_out(psql, "outbox_inserted", remember, f"PERFORM pg_advisory_xact_lock(1); {late} {remember}")
+    raised = "PERFORM nextval('worker_parking');"
+    await take_out(psql, "outbox_writers", raised, f"{raised} PERFORM pg_advisory_xact_lock(2);")
+    await psql.execute("SELECT pg_advisory_lock(1), pg_advisory_lock(2)")
+    inserting = await starts(psql, producer, "INSERT INTO outbox (topic) VALUES ('other') RETURNING id")
+    async with watched(database, started=False) as worker:
+        await until(
+            psql,
+            "SELECT true FROM pg_stat_activity WHERE query LIKE '%outbox_writers%'"
+            " AND wait_event_type = 'Lock' AND datname = current_database()",
+        )
+        await psql.execute("SELECT pg_advisory_unlock(1)")
+        await inserting
+        await psql.execute("SELECT pg_advisory_unlock(2)")
+        await worker.asleep()
+        row = await add(producer)
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+
+
+@with_and_without
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Connect, database: str) -> None:
     """Its look may be stale, so it always notifies.
@@ -240,6 +288,7 @@ async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Co
         text = "current_setting('transaction_isolation')"
         await take_out(psql, "outbox_inserted", f"pg_catalog.{text}", "'read committed'")
         await take_out(psql, "outbox_notify", text, "'read committed'")
+    await add(producer, topic="other")
     await producer.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
     await producer.execute("SELECT count(*) FROM worker")
     async with watched(database) as worker:

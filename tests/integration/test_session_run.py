@@ -15,6 +15,7 @@ from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.place import Place, held
 from tests.support.process import Process
+from tests.support.steps import column
 
 
 @pytest.fixture
@@ -232,8 +233,17 @@ async def test_rows_from_psql_that_name_nonsense_die_with_a_reason(
         "INSERT INTO outbox (topic, payload)"
         " SELECT 'session.run', jsonb_build_object('session_id', id) FROM session"
     )
+    await conn.execute(
+        "INSERT INTO outbox (topic, payload)"
+        """ VALUES ('session.run', '{"session_id": "x"}'), ('session.run', '{}')"""
+    )
     async with place.worker() as worker:
-        await worker.event("ended", topic="session.run", state="dead")
+        last = None
+        for _ in range(3):
+            last = await worker.event("ended", after=last, topic="session.run", state="dead")
+    reasons = await column(conn, "SELECT errors -> 0 ->> 'error' FROM outbox ORDER BY id")
+    assert reasons[1].startswith("the payload names no session"), reasons
+    assert reasons[2].startswith("the payload names no session"), reasons
 
 
 def any_event(process: Process, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.conftest import Connect
@@ -192,3 +193,20 @@ async def test_nobody_is_woken_for_a_row_that_does_not_stay_ready(connect: Conne
     assert heard == []
     await conn.execute("SELECT outbox_retry(%s)", (row,))
     assert heard == ["t@0"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO outbox (topic, state) VALUES ('t', 'running')",
+        "UPDATE outbox SET state = 'running' WHERE id = %(ready)s",
+        "UPDATE outbox SET worker_id = NULL WHERE id = %(running)s",
+    ],
+)
+async def test_running_row_without_a_worker_is_refused(statement: str, connect: Connect) -> None:
+    """Nobody would ever rescue it."""
+    conn = await connect()
+    ids = {name: await made(conn, name, await new_worker(conn)) for name in ("ready", "running")}
+    with pytest.raises(psycopg.errors.CheckViolation) as refused:
+        await conn.execute(statement.encode(), ids)
+    assert refused.value.diag.constraint_name == "outbox_running_has_worker"

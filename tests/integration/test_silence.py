@@ -101,6 +101,7 @@ async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == []
     await conn.execute(PARKED)
+    await conn.execute("SELECT outbox_writers()")
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == (["t@0"] if rows else [])
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from psycopg import DataError
 from psycopg.types.json import Jsonb
 
 from outbox.errors import Permanent, Retry
@@ -139,20 +140,24 @@ async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets:
 
 
 async def _load(job: Job) -> Turn | None:
-    async with job.connection() as conn:
-        cursor = await conn.execute(
-            """
-            SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
-                m.agent_session, m.transcript, m.bundle
-            FROM session AS s
-            LEFT JOIN prompt AS p ON p.session_id = s.id AND p.id = %s
-            LEFT JOIN session_memory AS m ON m.session_id = s.id
-            WHERE s.id = %s AND s.session_status = 'active'
-            """,
-            (job.payload.get("prompt_id"), job.payload["session_id"]),
-            prepare=False,  # a plan made while the tables were empty would read all of them
-        )
-        row = await cursor.fetchone()
+    session_id, prompt_id = job.payload.get("session_id"), job.payload.get("prompt_id")
+    try:
+        async with job.connection() as conn:
+            cursor = await conn.execute(
+                """
+                SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
+                    m.agent_session, m.transcript, m.bundle
+                FROM session AS s
+                LEFT JOIN prompt AS p ON p.session_id = s.id AND p.id = %s
+                LEFT JOIN session_memory AS m ON m.session_id = s.id
+                WHERE s.id = %s AND s.session_status = 'active'
+                """,
+                (None if prompt_id is None else str(prompt_id), str(session_id)),
+                prepare=False,  # a plan made while the tables were empty would read all of them
+            )
+            row = await cursor.fetchone()
+    except DataError as error:  # a row from psql may name anything
+        raise Permanent(f"the payload names no session: {error}") from None
     return None if row is None else Turn(*row)
 
 
