@@ -159,8 +159,18 @@ COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
     'The row of a worker that has not ended, locked if it is to write. For the claim.';
 
 
--- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due.
-CREATE FUNCTION outbox_keep_lease(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS void
+-- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due. Asked
+-- apart, in SQL that becomes part of the caller's condition: a call of the other takes 18,000 instructions of the
+-- 487,000 of a lone row's claim, and is seldom due.
+CREATE FUNCTION outbox_lease_is_due(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS boolean
+LANGUAGE sql STABLE
+AS $$
+    SELECT me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked)
+$$;
+COMMENT ON FUNCTION outbox_lease_is_due(worker, timestamptz, interval, boolean) IS
+    'Whether a worker that has claimed needs outbox_extend_lease. For the claim.';
+
+CREATE FUNCTION outbox_extend_lease(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS void
 LANGUAGE plpgsql VOLATILE
 AS $$
 BEGIN
@@ -169,15 +179,13 @@ BEGIN
         -- had run out is news; an extended one is found when the known end passes.
         PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);
     END IF;
-    IF me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked) THEN
-        UPDATE worker
-        SET lease_until = greatest(lease_until, clock_timestamp() + lease), parked = parked AND stay_parked
-        WHERE id = me.id;
-    END IF;
+    UPDATE worker
+    SET lease_until = greatest(lease_until, clock_timestamp() + lease), parked = parked AND stay_parked
+    WHERE id = me.id;
 END
 $$;
-COMMENT ON FUNCTION outbox_keep_lease(worker, timestamptz, interval, boolean) IS
-    'Extends the lease of a worker that has claimed, when it must, and takes its flag down unless it stays parked. For the claim.';
+COMMENT ON FUNCTION outbox_extend_lease(worker, timestamptz, interval, boolean) IS
+    'Extends the lease of a worker that has claimed, and takes its flag down unless it stays parked. For the claim.';
 
 
 -- The worker's turn: ends what was completed and claims the next rows, in one commit and one round trip. Rows
@@ -312,8 +320,8 @@ BEGIN
     IF ids = '{}' THEN
         me := outbox_myself(turner, connection, to_write => claimed > 0);
     END IF;
-    IF claimed > 0 THEN
-        PERFORM outbox_keep_lease(me, moment, lease, stay_parked AND claimed < slots);
+    IF claimed > 0 AND outbox_lease_is_due(me, moment, lease, stay_parked AND claimed < slots) THEN
+        PERFORM outbox_extend_lease(me, moment, lease, stay_parked AND claimed < slots);
     END IF;
 END
 $$;
@@ -359,7 +367,9 @@ BEGIN
     WHERE o.id = row_id
     RETURNING o.id, o.topic::text, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
         o.traceparent::text, NULL::interval, moment - o.available_at, o.priority, o.available_at::timestamptz;
-    PERFORM outbox_keep_lease(me, moment, lease, stay_parked);
+    IF outbox_lease_is_due(me, moment, lease, stay_parked) THEN
+        PERFORM outbox_extend_lease(me, moment, lease, stay_parked);
+    END IF;
 END
 $$;
 COMMENT ON FUNCTION outbox_claim_row(uuid, bigint, interval, boolean, integer) IS

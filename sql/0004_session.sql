@@ -299,7 +299,9 @@ COMMENT ON FUNCTION payload_uuid(jsonb, text) IS 'The UUID that a payload has un
 
 -- The consequences of a state. Runs inside the transaction that set it, after the outbox row is locked:
 -- the prompt follows the row, the session follows its rows, and once nothing is left to run a sandbox
--- that is still held becomes a row of topic sandbox.return.
+-- that is still held becomes a row of topic sandbox.return. Last, an end is told (sql/0009_access.sql): as a
+-- trigger of its own, whose condition is read from its stored text by every statement that updates a row, that
+-- took 19,000 instructions of the 504,000 of a lone row's claim.
 CREATE FUNCTION session_follow() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
 AS $$
@@ -371,6 +373,11 @@ BEGIN
             coalesce(keep_until, clock_timestamp()),
             OLD.traceparent,
             32767); -- never gives up
+    END IF;
+    IF now_state NOT IN ('ready', 'running')
+        AND outbox_settled(OLD.state, OLD.cancel_requested_at) IN ('ready', 'running')
+    THEN
+        PERFORM session_tell_end(of_session, of_prompt, OLD.traceparent);
     END IF;
     RETURN NULL;
 END

@@ -144,47 +144,30 @@ $$;
 COMMENT ON FUNCTION webhook_enqueue(session, text, prompt, text) IS
     'Writes the row that delivers an event to the session''s callback_url.';
 
--- Its name sorts behind session_follow's: prompt and session have followed the row by now.
-CREATE FUNCTION session_webhook() RETURNS trigger
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp SET jit = off SET enable_seqscan = off
+-- Called by session_follow: prompt and session have followed the row by now.
+CREATE FUNCTION session_tell_end(of_session uuid, of_prompt uuid, trace text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
-    of_session session;
-    of_prompt  prompt;
+    s session;
+    p prompt;
 BEGIN
-    IF TG_OP = 'UPDATE'
-        AND (outbox_settled(OLD.state, OLD.cancel_requested_at) NOT IN ('ready', 'running')
-             OR outbox_settled(NEW.state, NEW.cancel_requested_at) IN ('ready', 'running'))
-    THEN
-        RETURN NULL;
-    END IF;
-    SELECT s.* INTO of_session FROM session AS s
-    WHERE s.id = payload_uuid(OLD.payload, 'session_id') AND s.callback_url IS NOT NULL;
+    SELECT * INTO s FROM session WHERE id = of_session AND callback_url IS NOT NULL;
     IF NOT FOUND THEN
-        RETURN NULL;
+        RETURN;
     END IF;
-    SELECT p.* INTO of_prompt FROM prompt AS p WHERE p.id = payload_uuid(OLD.payload, 'prompt_id');
-    IF of_prompt.status IN ('succeeded', 'failed', 'cancelled') THEN
-        PERFORM webhook_enqueue(of_session, 'prompt.' || of_prompt.status, of_prompt, OLD.traceparent);
+    SELECT * INTO p FROM prompt WHERE id = of_prompt;
+    IF p.status IN ('succeeded', 'failed', 'cancelled') THEN
+        PERFORM webhook_enqueue(s, 'prompt.' || p.status, p, trace);
     END IF;
-    IF of_session.inbox_status = 'completed' THEN
-        PERFORM webhook_enqueue(of_session, 'session.completed', NULL, OLD.traceparent);
+    IF s.inbox_status = 'completed' THEN
+        PERFORM webhook_enqueue(s, 'session.completed', NULL, trace);
     END IF;
-    RETURN NULL;
 END
 $$;
-
-CREATE TRIGGER session_webhook
-    AFTER UPDATE ON outbox FOR EACH ROW
-    WHEN (OLD.topic = 'session.run')
-    EXECUTE FUNCTION session_webhook();
-ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_webhook;
-
-CREATE TRIGGER session_webhook_delete
-    AFTER DELETE ON outbox FOR EACH ROW
-    WHEN (OLD.topic = 'session.run' AND OLD.state IN ('ready', 'running'))
-    EXECUTE FUNCTION session_webhook();
-ALTER TABLE outbox ENABLE ALWAYS TRIGGER session_webhook_delete;
+COMMENT ON FUNCTION session_tell_end(uuid, uuid, text) IS
+    'Enqueues the webhooks for the end of a turn, if its session has a callback_url.';
 
 CREATE FUNCTION session_webhook_archived() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp

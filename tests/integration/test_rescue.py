@@ -355,7 +355,7 @@ async def test_lease_born_while_others_sleep(rule: Rule, connect: Connect, datab
     if rule == "taken out":
         await take_out(
             psql,
-            "outbox_keep_lease",
+            "outbox_extend_lease",
             "PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);",
         )
     async with watched(database, lease=0.5) as worker:
