@@ -150,6 +150,14 @@ def test_a_look_that_was_cut_off_was_slow() -> None:
     assert front.scout_is_due(6)
 
 
+def test_ends_of_before_are_kept_when_the_front_goes_far() -> None:
+    front = Front()
+    front.looked(FRONT, [row(5)], began=0, ended=0.005)
+    front.gave_up(FRONT, began=0, ended=6)
+    assert front.far
+    assert [(lvl.topic, lvl.id) for lvl in front.look(TOPICS, 10, 6).levels or ()] == [("t", 5)]
+
+
 def test_a_scout_that_failed_is_not_sent_again_at_once() -> None:
     front = far(row(5))
     front.scout_failed(began=2, now=2)
