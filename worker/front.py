@@ -8,7 +8,7 @@ core, throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entri
 
 1. Looks from the front are timed. While rows keep coming they take a tenth of the time at most: others begin
    at the end of the last one, as in 2, but SOON earlier. At 7,100 rows/s the server spent 27 us on a row
-   after a VACUUM and 65 us a minute later; now 27 and 30. A worker that is about to sleep, or has ended a
+   after a VACUUM and 63 us a minute later; now 27 and 33. A worker that is about to sleep, or has ended a
    row whose ordering_key others wait for, looks from the front.
 2. After two slow ones in a row, or one that took a second, the loop reads nothing from the front any more:
    the front is far. (The first of a connection is slow for another reason: it is planned.) Looks begin at
