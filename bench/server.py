@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -104,10 +104,16 @@ def children_cpu_seconds(pid: int) -> float:
     return total / _TICKS
 
 
-def machine_cpu_seconds() -> float:
-    """How long the machine's cores have been busy, all together."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + softirq) / _TICKS
+def machine_cpu_seconds(cores: Collection[int] | None = None) -> float:
+    """How long the machine's cores, or these, have been busy, all together; what the host took from them
+    counts as well.
+    """
+    rows = dict(line.split(maxsplit=1) for line in Path("/proc/stat").read_text().splitlines())
+    total = 0
+    for name in ["cpu"] if cores is None else [f"cpu{core}" for core in cores]:
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, rows[name].split())
+        total += user + nice + system + irq + softirq + steal
+    return total / _TICKS
 
 
 def _stat(pid: int) -> list[str]:

@@ -15,8 +15,8 @@ def report(result: dict[str, Any]) -> None:
 
 
 def _soak(result: dict[str, Any]) -> dict[str, Any]:
-    """The first and the last ten minutes, the first five left out: until then nothing is pruned."""
-    calm = result["minutes_seen"][5:] or result["minutes_seen"]
+    """The first and the last ten minutes, those left out in which nothing was pruned yet."""
+    calm = result["minutes_seen"][-(-result["retention_s"] // 60) :] or result["minutes_seen"]
     first, last = calm[:10], calm[-10:]
 
     def ends(key: str) -> dict[str, float]:
@@ -31,12 +31,19 @@ def _soak(result: dict[str, Any]) -> dict[str, Any]:
         "peak": result["peak_per_s"],
         "sustained": result["sustained_per_s"],
     }
+    p99s = [m["p99_ms"] or 0 for m in result["minutes_seen"]]
+    found["p99_ms"], found["p99_worst_minute_ms"] = round(median(p99s), 1), max(p99s)
+    found["minutes_above_twice_p99"] = sum(p99 > 2 * median(p99s) for p99 in p99s)
+    for key in ("used", "others"):
+        found[key] = median(m[key] for m in result["minutes_seen"])
+    found["others_worst_minute"] = max(m["others"] for m in result["minutes_seen"])
     for key in ("p50_ms", "p99_ms", "table_mb", "index_mb", "worker_mb"):
         found |= ends(key)
     if "done" in result:
         made = result["produced"]
         found |= {"rows": made, "lost": made - result["done"], "left": result["left"], "odd": result["odd"]}
         found["unaccounted"] = result["last_id"] - result["pruned"] - result["kept"]
+        found["skipped"] = result["minutes_seen"][-1]["skipped"]
     return found
 
 
@@ -88,9 +95,12 @@ def _held(result: dict[str, Any]) -> dict[str, Any]:
 
 
 _NOTES = {
-    "soak": "`first` and `last`: medians of ten minutes. `lost`: rows inserted but never seen done; "
-    "`odd`: rows seen in another end than done, or with a second attempt; `unaccounted`: ids that "
-    "were given, less the rows that prune said it deleted, less those that are there.",
+    "soak": "Latency is from when a row was due to its claim; `p99_ms` is the median of the minutes' p99. "
+    "`first` and `last`: medians of ten minutes, those before the first rows were pruned left out. `used`, "
+    "`others`: the share of the cores' time that the soak and its server, and that other processes used. "
+    "`lost`: rows inserted but never seen done; `odd`: rows seen in another end than done, or with a second "
+    "attempt; `unaccounted`: ids that were given, less the rows that prune said it deleted, less those that "
+    "are there; `skipped`: rows that the producer did not insert, as 50,000 waited.",
     "held": "Ratios are to the median of the nine bursts before: `held_end` of the last three minutes of "
     "the hold, `after_minute_N` of three bursts in that minute after its end. `ratio_cpu`: of the "
     "CPU time that the worker and its session used for a row, before divided by then: what "

@@ -526,7 +526,8 @@ class Worker:
         asked_at = time.monotonic()
         awake = self._parking.stage is AWAKE
         self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
-        look = self._front.look(self._topics, wants, asked_at)
+        busy = awake and not any(o.job.row.ordering_key for o in completed)
+        look = self._front.look(self._topics, wants, asked_at, busy=busy)
         try:
             answer = await self._claims.turn(
                 [o.job.token for o in completed], self._topics, wants, look.levels, stay_parked=stay_parked

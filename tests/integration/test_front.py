@@ -1,7 +1,7 @@
 """A foreign transaction holds its snapshot, so that the entries of claimed rows stay: worker/front.py."""
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.support.steps import (
 )
 from tests.support.worker import Watched, watched
 from worker import front
+from worker.front import Look
 from worker.scout import Scout
 
 CLAIM = (
@@ -154,6 +155,45 @@ async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
     assert await look([Level("t", 0, start, first, alone=True)]) == [first]
     assert await look([Level("t", 0, start, first, alone=False)]) == [later]
     assert await look(None) == [urgent, early, other]
+
+
+async def test_under_load_looks_begin_where_the_last_ended_unless_a_key_was_freed(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "NEAR_SHARE", 1e9)
+    psql = await connect()
+    async with watched(database, "t", concurrency=10) as worker:
+        await worker.asleep_for(math.inf)
+        looks = keep_looks(worker, monkeypatch)
+        rows = await column(
+            psql, "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 200) RETURNING id"
+        )
+        await worker.has_run(rows[-1])
+        assert looks[0].levels is None
+        assert all(look.levels for look in looks[1:])
+        await worker.asleep_for(math.inf)
+        assert looks[-1].levels is None
+
+        async with psql.transaction():
+            keyed = [await add(psql, available_at=OLD, ordering_key="k") for _ in range(3)]
+            rows = await column(
+                psql, "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 200) RETURNING id"
+            )
+        await worker.has_run(rows[-1])
+        assert set(keyed) <= set(worker.ran)
+
+
+def keep_looks(worker: Watched, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+    """What it looks for from now on."""
+    looks: list[Look] = []
+    real = worker._front.look
+
+    def look(topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Look:
+        looks.append(real(topics, slots, now, busy=busy))
+        return looks[-1]
+
+    monkeypatch.setattr(worker._front, "look", look)
+    return looks
 
 
 @pytest.fixture

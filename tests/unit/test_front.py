@@ -7,7 +7,7 @@ import pytest
 from outbox import Claimed
 from outbox.claim import Level
 from worker import front as module
-from worker.front import NEAR, Front, Look, Seen
+from worker.front import NEAR, SOON, Front, Look, Seen
 
 T = datetime(2026, 1, 1, tzinfo=UTC)
 FRONT = Look(None)
@@ -47,6 +47,18 @@ def test_quick_looks_begin_at_the_front() -> None:
         front.looked(FRONT, [row(1)], began=0, ended=slow)
     assert front.look(TOPICS, 10, 0.5) == FRONT
     assert not front.scout_is_due(1)
+
+
+def test_while_rows_keep_coming_looks_from_the_front_take_a_tenth_of_the_time() -> None:
+    front = Front()
+    assert front.look(TOPICS, 10, 0, busy=True) == FRONT  # there is no end yet
+    front.looked(FRONT, [row(7), row(8)], began=0, ended=0.01)
+    between = Look([Level("t", 0, at(8) - SOON, 8, alone=False)])
+    front.looked(between, [row(9)], began=0.01, ended=0.1)
+    between = Look([Level("t", 0, at(9) - SOON, 9, alone=False)])
+    assert front.look(TOPICS, 10, 0.1, busy=True) == between
+    assert front.look(TOPICS, 10, 0.1) == FRONT
+    assert front.look(TOPICS, 10, 0.01 + 0.01 * module.NEAR_SHARE, busy=True) == FRONT
 
 
 def test_after_a_slow_look_the_next_begin_at_its_ends_topics_in_turn() -> None:
@@ -136,6 +148,14 @@ def test_a_look_that_was_cut_off_was_slow() -> None:
     front.gave_up(FRONT, began=0, ended=6)
     assert front.look(TOPICS, 10, 6).levels == []
     assert front.scout_is_due(6)
+
+
+def test_ends_of_before_are_kept_when_the_front_goes_far() -> None:
+    front = Front()
+    front.looked(FRONT, [row(5)], began=0, ended=0.005)
+    front.gave_up(FRONT, began=0, ended=6)
+    assert front.far
+    assert [(lvl.topic, lvl.id) for lvl in front.look(TOPICS, 10, 6).levels or ()] == [("t", 5)]
 
 
 def test_a_scout_that_failed_is_not_sent_again_at_once() -> None:
