@@ -5,11 +5,10 @@ sleeps: the trigger looks for a parked worker after its own write. The race to c
 sees nobody parked, and commits after the worker's last look. Hence, to park:
 
 1. Set `worker.parked` and commit. From here on, whoever looks sees the flag, and notifies.
-2. Count one parking more (worker_parking), then note which transactions hold a writer's lock
-   (RowExclusiveLock) on outbox now. Who missed the flag looked before step 1, and took that lock before
-   it looked: so it is among these, or has committed. A session that saw nobody parked does not look
-   again while the count stays: it reads the count under that lock. If it read it before this step, it is
-   among these too; if after, then it took its look with this count or a higher one, so after step 1.
+2. Raise outbox_sleepers, then note which transactions hold a writer's lock (RowExclusiveLock) on outbox
+   now. Who missed the flag looked before step 1, and took that lock before it looked: so it is among
+   these, or has committed. Who found outbox_sleepers down, and so did not look, read it under that lock
+   too: before it was raised, for while the flag is up nobody takes it down again.
 3. Claim, and come back, from milliseconds to a second later, until all of those have ended. Locks are
    released only after the commit is visible.
 4. Claim once more, in a statement begun after they were seen to have ended: it sees their rows. (The

@@ -81,7 +81,7 @@ CREATE SCHEMA evil;
 CREATE FUNCTION evil.trap() RETURNS text LANGUAGE plpgsql AS 'BEGIN RAISE ''trapped''; END';
 CREATE VIEW evil.worker AS SELECT evil.trap()::boolean AS parked;
 CREATE DOMAIN evil.text AS pg_catalog.text CHECK (evil.trap() IS NULL);
-CREATE VIEW evil.worker_parking AS SELECT 'no sequence';
+CREATE VIEW evil.outbox_sleepers AS SELECT 'no sequence';
 CREATE DOMAIN evil.regclass AS pg_catalog.regclass CHECK (evil.trap() IS NULL);
 CREATE FUNCTION evil.pg_sequence_last_value(pg_catalog.regclass) RETURNS bigint
     LANGUAGE sql RETURN evil.trap()::bigint;
@@ -89,6 +89,7 @@ CREATE FUNCTION evil.current_setting(text) RETURNS text LANGUAGE sql RETURN evil
 CREATE FUNCTION evil.current_setting(text, boolean) RETURNS text LANGUAGE sql RETURN evil.trap();
 CREATE FUNCTION evil.set_config(text, text, boolean) RETURNS text LANGUAGE sql RETURN evil.trap();
 CREATE FUNCTION evil.outbox_notify(text, timestamptz, bigint) RETURNS text LANGUAGE sql RETURN evil.trap();
+CREATE FUNCTION evil.outbox_all_awake() RETURNS text LANGUAGE sql RETURN evil.trap();
 CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
 CREATE FUNCTION evil.same(bigint, integer) RETURNS boolean LANGUAGE sql RETURN evil.trap()::boolean;
 CREATE OPERATOR evil.= (FUNCTION = evil.same, LEFTARG = text, RIGHTARG = text);
@@ -112,18 +113,16 @@ CREATE AGGREGATE evil.max(text) (SFUNC = evil.next, STYPE = text);
         "",
         "public.worker WHERE",
         "pg_catalog.pg_sequence_last_value",
-        "public.worker_parking",
+        "public.outbox_sleepers",
         "::pg_catalog.regclass",
-        "pg_catalog.current_setting('sendoff.nobody_since', true)",
-        "OPERATOR(pg_catalog.=) pg_catalog.current",
         "pg_catalog.current_setting('transaction_isolation')",
         "pg_catalog.current_setting('sendoff.named', true)",
         "pg_catalog.set_config",
         "OPERATOR(pg_catalog.<>) 'read committed'",
         "OPERATOR(pg_catalog.<>) 'yes'",
         "public.outbox_notify",
+        "public.outbox_all_awake",
         "::pg_catalog.text",
-        "parkings pg_catalog.text",
         "pg_catalog.min(i.available_at)",
         "pg_catalog.count(*)",
         "OPERATOR(pg_catalog.=) 1",
@@ -146,12 +145,13 @@ async def test_who_inserts_slips_the_trigger_nothing(qualified: str, connect: Co
     await conn.execute("SET search_path = evil, pg_catalog, public, pg_temp")
     trapped = (psycopg.errors.RaiseException, psycopg.errors.WrongObjectType)
     with pytest.raises(trapped) if qualified else nullcontext():
+        await conn.execute("SELECT pg_catalog.nextval('public.outbox_sleepers')")
         await conn.execute("INSERT INTO public.outbox (topic) VALUES ('t')")
         await conn.execute(
             "INSERT INTO public.worker (host, pid, version, topics, concurrency, parked)"
             " VALUES ('h', 1, '0', '{t}', 1, true)"
         )
-        await conn.execute("SELECT pg_catalog.nextval('public.worker_parking')")
+        await conn.execute("SELECT pg_catalog.nextval('public.outbox_sleepers')")
         await conn.execute("INSERT INTO public.outbox (topic) VALUES ('t')")
 
 

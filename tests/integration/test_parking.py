@@ -229,36 +229,42 @@ async def test_replica_role_does_not_silence_the_triggers(connect: Connect, data
 
 
 @with_and_without
-async def test_session_that_saw_nobody_looks_again_once_somebody_parks(
+async def test_who_need_not_look_must_again_once_somebody_parks(
     rule: Rule, connect: Connect, database: str
 ) -> None:
-    """Step 2: the count that W raises ends what P knows.
+    """Step 2: outbox_sleepers is raised.
 
-    1. P inserts and sees nobody parked. 2. W parks and sleeps. 3. P inserts, on the same connection.
+    1. P inserts; nobody is parked. 2. W parks and sleeps. 3. P inserts.
     """
     psql, producer = await connect(), await connect()
+    await psql.execute("SELECT outbox_writers()")
     await add(producer, topic="other")
     if rule == "taken out":
-        await take_out(psql, "outbox_writers", "nextval('worker_parking')", "1")
+        await take_out(psql, "outbox_writers", "nextval('outbox_sleepers')", "1")
     async with watched(database) as worker:
         row = await add(producer)
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
 
 
-@with_and_without
-async def test_session_counts_parkings_before_it_looks(rule: Rule, connect: Connect, database: str) -> None:
-    """Else it would take a look from before a parking for one from after it.
+@pytest.mark.parametrize("without", [None, "outbox_all_awake", "outbox_writers"])
+async def test_look_from_before_a_parking_takes_nothing_down(
+    without: str | None, connect: Connect, database: str
+) -> None:
+    """outbox_sleepers is raised and taken down under one lock.
 
-    1. P inserts, looks, and sees nobody parked. 2. W raises its flag and the count. 3. P ends. 4. W sees no
-    writer, and sleeps. 5. P inserts, on the same connection. Taken out: P reads the count in step 3.
+    1. P inserts, looks, and sees nobody parked. 2. W sets its flag and goes to raise outbox_sleepers. 3. P
+    takes it down and commits. 4. W sees no writer, and sleeps. 5. P inserts. Without the lock of either, W
+    raised it between P's look and P's word.
     """
     psql, producer = await connect(), await connect()
-    count = "parkings := pg_catalog.pg_sequence_last_value('public.worker_parking'::pg_catalog.regclass);"
-    remember = "PERFORM pg_catalog.set_config('sendoff.nobody_since', parkings, false);"
-    late = count if rule == "taken out" else ""
-    await take_out(psql, "outbox_inserted", remember, f"PERFORM pg_advisory_xact_lock(1); {late} {remember}")
-    raised = "PERFORM nextval('worker_parking');"
+    await psql.execute("SELECT nextval('outbox_sleepers')")
+    lowered, raised = "PERFORM setval(", "PERFORM nextval('outbox_sleepers');"
+    await take_out(psql, "outbox_all_awake", lowered, f"PERFORM pg_advisory_xact_lock(1); {lowered}")
     await take_out(psql, "outbox_writers", raised, f"{raised} PERFORM pg_advisory_xact_lock(2);")
+    if without == "outbox_all_awake":
+        await take_out(psql, without, "pg_try_advisory_xact_lock(1397048890, 0)", "true")
+    elif without == "outbox_writers":
+        await take_out(psql, without, "PERFORM pg_advisory_xact_lock(1397048890, 0);")
     await psql.execute("SELECT pg_advisory_lock(1), pg_advisory_lock(2)")
     inserting = await starts(psql, producer, "INSERT INTO outbox (topic) VALUES ('other') RETURNING id")
     async with watched(database, started=False) as worker:
@@ -272,7 +278,7 @@ async def test_session_counts_parkings_before_it_looks(rule: Rule, connect: Conn
         await psql.execute("SELECT pg_advisory_unlock(2)")
         await worker.asleep()
         row = await add(producer)
-        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
+        await (runs(worker, row) if without is None else is_missed(worker, psql, row))
 
 
 @with_and_without

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connect
-from tests.support.steps import Connection, add, get, until
+from tests.support.steps import Connection, add, get, one, until
 from tests.support.worker import command, install, watched
 
 IDLE = float(os.environ.get("SENDOFF_TEST_IDLE", "3"))
@@ -101,14 +101,40 @@ async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == []
     await conn.execute(PARKED)
-    await conn.execute("SELECT outbox_writers()")
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == (["t@0"] if rows else [])
 
 
 PARKED = """
-INSERT INTO worker (host, pid, version, topics, concurrency, parked) VALUES ('h', 1, '0', '{t,u}', 1, true)
+INSERT INTO worker (host, pid, version, topics, concurrency, parked) VALUES ('h', 1, '0', '{t,u}', 1, true);
+SELECT outbox_writers();
 """
+MAY_SLEEP = "SELECT pg_sequence_last_value('outbox_sleepers') IS NOT NULL"
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+async def test_old_snapshot_takes_nobody_for_awake(level: str, connect: Connect) -> None:
+    conn, other = await connect(), await connect()
+    await conn.execute("SELECT outbox_writers()")
+    await other.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
+    await other.execute("SELECT count(*) FROM worker")
+    await conn.execute(PARKED)
+    await other.execute("SELECT outbox_all_awake()")
+    assert await one(conn, MAY_SLEEP)
+
+
+async def test_nobody_looks_for_sleepers_once_one_saw_that_all_are_awake(connect: Connect) -> None:
+    """And that one keeps nobody from parking until its transaction ends."""
+    conn, other = await connect(), await connect()
+    await conn.execute(PARKED)
+    await add(conn)
+    assert await one(conn, MAY_SLEEP)
+    await conn.execute("UPDATE worker SET parked = false")
+    async with other.transaction():
+        await add(other)
+        assert not await one(conn, MAY_SLEEP)
+        await conn.execute("SELECT outbox_writers()")
+        assert await one(conn, MAY_SLEEP)
 
 
 @pytest.mark.parametrize(
