@@ -16,15 +16,14 @@ import select
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, LiteralString
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, sql
+from psycopg import AsyncConnection, sql
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import AsyncConnectionPool
 
+from app.pool import Connection, Pool, Row
 from app.problems import unavailable
 from outbox.connect import bounded, conninfo, cut_after
 from outbox.log import get_logger
@@ -40,7 +39,6 @@ PROBE_PAUSE = (0.05, 1.0)  # seconds, first and last
 
 Query = LiteralString | sql.SQL | sql.Composed
 Params = Sequence[Any] | Mapping[str, Any] | None
-Row = tuple[Any, ...]
 
 log = get_logger("app.database")
 
@@ -59,33 +57,16 @@ def _conninfo(settings: Settings) -> str:
     return make_conninfo(info, options=options)
 
 
-class _Connection(AsyncConnection[Row]):
-    @cached_property
-    def only_cursor(self) -> AsyncCursor[Row]:
-        """For one query after the other. A new one each time, with adapters of its own, took 12 us of 90."""
-        return self.cursor()
-
-
 class Database:
     """A pool of autocommit connections: each query is one transaction, one round trip."""
 
     def __init__(self, settings: Settings) -> None:
         self._conninfo = _conninfo(settings)
-        self._pool: AsyncConnectionPool[_Connection] = AsyncConnectionPool(
-            self._conninfo,
-            connection_class=_Connection,
-            # Behind a pooler the server may be another each time: nothing is prepared.
-            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 5},
-            min_size=1,
-            max_size=settings.pool_size,
-            open=False,
-            timeout=WAIT_TIMEOUT,
-            reconnect_timeout=0,  # gives up at once: the probe knows when to try again
-            reconnect_failed=self._not_replaced,
-        )
+        # Behind a pooler the server may be another each time: nothing is prepared.
+        self._prepare = None if settings.pooled else 5
+        self._pool = Pool(self._connect, settings.pool_size, self._not_opened)
         self._available = asyncio.Event()
         self._available.set()
-        self._waiting: set[asyncio.Timeout] = set()
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -96,7 +77,7 @@ class Database:
         await self._available.wait()
 
     async def open(self) -> None:
-        await self._pool.open(wait=False)
+        self._pool.open()
 
     async def close(self) -> None:
         if self._probe:
@@ -128,7 +109,7 @@ class Database:
                     raise
             finally:
                 timer.cancel()
-                await self._give_back(conn)
+                self._give_back(conn)
         raise AssertionError
 
     @asynccontextmanager
@@ -139,34 +120,31 @@ class Database:
             with bounded(conn, ANSWER_TIMEOUT):
                 yield conn
         finally:
-            await self._give_back(conn)
+            self._give_back(conn)
 
-    async def _take(self) -> _Connection:
+    async def _connect(self) -> Connection:
+        return await Connection.connect(self._conninfo, autocommit=True, prepare_threshold=self._prepare)
+
+    async def _take(self) -> Connection:
         while True:
             if not self.available:
                 raise unavailable()
             try:
-                async with asyncio.timeout(None) as waiting:
-                    self._waiting.add(waiting)
-                    try:
-                        conn = await self._pool.getconn()
-                    finally:
-                        self._waiting.discard(waiting)
+                conn = await self._pool.take(WAIT_TIMEOUT)
             except TimeoutError:
                 raise unavailable() from None
             if not _dead(conn):
                 return conn
             await conn.close()
-            await self._pool.putconn(conn)
-            self._suspect()
+            self._give_back(conn)
 
-    async def _give_back(self, conn: _Connection) -> None:
+    def _give_back(self, conn: Connection) -> None:
         if conn.closed:
             self._suspect()
-        await self._pool.putconn(conn)
+        self._pool.give_back(conn)
 
-    def _not_replaced(self, pool: AsyncConnectionPool[_Connection]) -> None:
-        if pool.get_stats()["pool_size"] == 0:
+    def _not_opened(self) -> None:
+        if self._pool.size == 0:
             self._begin_outage()
         self._suspect()
 
@@ -180,7 +158,7 @@ class Database:
             try:
                 conn = await AsyncConnection.connect(self._conninfo)
             except psycopg.Error as error:
-                if self._pool.get_stats()["pool_size"] == 0:
+                if self._pool.size == 0:
                     self._begin_outage()
                 log.warning("database_not_reached", error=str(error))
             else:
@@ -196,10 +174,7 @@ class Database:
         if self.available:
             self._available.clear()
             log.warning("database_down")
-        now = asyncio.get_running_loop().time()
-        for waiting in self._waiting:
-            if not waiting.expired():
-                waiting.reschedule(now)
+        self._pool.refuse()
 
 
 def _dead(conn: AsyncConnection) -> bool:
