@@ -12,26 +12,14 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import cached_property
-from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, pq
+from psycopg import pq
+
+from app.connection import Connection
 
 LIFETIME = 3600.0  # seconds: a server process grows with what it has planned
 LOOK = 600.0  # seconds between looks for what was not needed
-
-Row = tuple[Any, ...]
-
-
-class Connection(AsyncConnection[Row]):
-    until = 0.0
-    """When it is old, by the loop's clock."""
-
-    @cached_property
-    def only_cursor(self) -> AsyncCursor[Row]:
-        """For one query after the other. A new one each time, with adapters of its own, took 12 us of 90."""
-        return self.cursor()
 
 
 class Pool:

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app import pool as pool_module
-from app.pool import Connection, Pool
+from app.connection import Connection
+from app.pool import Pool
 from tests.support.api import TIMEOUT
 
 Make = Callable[[int], Pool]
