@@ -55,7 +55,8 @@ COMMENT ON FUNCTION repo_key(text) IS
 -- Domains, so that a value is checked when it is written. A CHECK of the table is read from its stored text
 -- and compiled by every statement that updates a row, a claim and a completion as well.
 -- Measured: topic alone 5 of 27 us a row in batches; all of outbox's 0.1 ms of a claim of one row; session's
--- and prompt's 40 of 320 us that a session cost the server.
+-- and prompt's 40 of 320 us that a session cost the server. No {0,99} in an expression: what counts is worked
+-- out anew each time, a sixth of an insert's 313,000 instructions.
 CREATE DOMAIN inbox_state AS text
     CONSTRAINT session_inbox_status_known CHECK (VALUE IN ('active', 'pending', 'completed', 'archived'));
 CREATE DOMAIN session_state AS text
@@ -75,7 +76,7 @@ CREATE DOMAIN prompt_state AS text
 CREATE DOMAIN prompt_content AS text
     CONSTRAINT prompt_text_length CHECK (length(VALUE) BETWEEN 1 AND 200000);
 CREATE DOMAIN topic_name AS text
-    CONSTRAINT outbox_topic_form CHECK (VALUE ~ '^[a-z][a-z0-9_.-]{0,99}$');
+    CONSTRAINT outbox_topic_form CHECK (VALUE ~ '^[a-z][a-z0-9_.-]*$' AND length(VALUE) <= 100);
 CREATE DOMAIN state_name AS text
     CONSTRAINT outbox_state_known CHECK (VALUE IN ('ready', 'running', 'done', 'dead', 'cancelled'));
 CREATE DOMAIN key_text AS text

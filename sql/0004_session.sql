@@ -291,8 +291,13 @@ COMMENT ON FUNCTION session_archive(uuid) IS 'Cancels a session''s turns and arc
 CREATE FUNCTION session_run_payload() RETURNS trigger
 LANGUAGE plpgsql
 AS $$
+DECLARE
+    given text := NEW.payload ->> 'session_id';
 BEGIN
-    IF NEW.payload ->> 'session_id' !~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN
+    -- As one expression, {8}(-{4}){3}-{12}, 76,000 of the 1,230,000 instructions of a session posted.
+    IF given NOT LIKE '________-____-____-____-____________' OR given ~ '[^0-9a-f-]'
+        OR length(replace(given, '-', '')) <> 32
+    THEN
         RAISE EXCEPTION 'the session_id in the payload of a row of topic session.run is no UUID'
             USING ERRCODE = 'check_violation', TABLE = 'outbox', CONSTRAINT = 'outbox_session_run_payload';
     END IF;
