@@ -113,10 +113,10 @@ class Pool:
         try:
             conn = await self._open_one()
         except psycopg.Error:
-            self._opening = None
             self._failed()
             return
-        self._opening = None
+        finally:
+            self._opening = None
         self.size += 1
         conn.until = asyncio.get_running_loop().time() + LIFETIME
         self.give_back(conn)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from psycopg import OperationalError
 
 from app import pool as pool_module
 from app.connection import Connection
@@ -151,3 +152,25 @@ async def test_end_while_one_is_being_opened(make: Make) -> None:
     await asyncio.sleep(0)
     await pool.close()
     assert (pool.size, pool.free) == (0, 0)
+
+
+async def test_one_that_could_not_be_opened_is_tried_again_whatever_the_reason(database: str) -> None:
+    errors: list[Exception] = [OperationalError("no"), OSError("never")]
+    failed: list[bool] = []
+
+    async def connect() -> Connection:
+        if errors:
+            raise errors.pop(0)
+        return await Connection.connect(database, autocommit=True)
+
+    pool = Pool(connect, 1, lambda: failed.append(True))
+    for error in (None, OSError):
+        waiting = asyncio.create_task(pool.take(TIMEOUT))
+        await asyncio.sleep(0)
+        assert pool._opening is not None
+        (done,), _ = await asyncio.wait([pool._opening])
+        assert type(done.exception()) is (error or type(None))
+        waiting.cancel()
+    async with taken(pool, 1):
+        assert len(failed) == 1  # the database's errors alone tell of an outage
+    await pool.close()
