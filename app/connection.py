@@ -36,9 +36,6 @@ Params = Sequence[Any] | Mapping[str, Any] | None
 
 
 class Connection(AsyncConnection[Row]):
-    until = 0.0
-    """When it is old, by the loop's clock (app/pool.py)."""
-
     async def rows(self, query: Query, params: Params = None) -> list[Row]:
         """All rows of one statement. One query after the other."""
         if isinstance(query, Statement):

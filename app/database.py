@@ -21,9 +21,9 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import AsyncConnectionPool
 
 from app.connection import Connection, Params, Query, Row
-from app.pool import Pool
 from app.problems import unavailable
 from outbox.connect import bounded, conninfo, cut_after
 from outbox.log import get_logger
@@ -59,11 +59,21 @@ class Database:
 
     def __init__(self, settings: Settings) -> None:
         self._conninfo = _conninfo(settings)
-        # Behind a pooler the server may be another each time: nothing is prepared.
-        self._prepare = None if settings.pooled else 5
-        self._pool = Pool(self._connect, settings.pool_size, self._not_opened)
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            self._conninfo,
+            connection_class=Connection,
+            # Behind a pooler the server may be another each time: nothing is prepared.
+            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 5},
+            min_size=1,
+            max_size=settings.pool_size,
+            open=False,
+            timeout=WAIT_TIMEOUT,
+            reconnect_timeout=0,  # gives up at once: the probe knows when to try again
+            reconnect_failed=self._not_replaced,
+        )
         self._available = asyncio.Event()
         self._available.set()
+        self._waiting: set[asyncio.Timeout] = set()
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -74,7 +84,7 @@ class Database:
         await self._available.wait()
 
     async def open(self) -> None:
-        self._pool.open()
+        await self._pool.open(wait=False)
 
     async def close(self) -> None:
         if self._probe:
@@ -104,7 +114,7 @@ class Database:
                     raise
             finally:
                 timer.cancel()
-                self._give_back(conn)
+                await self._give_back(conn)
         raise AssertionError
 
     @asynccontextmanager
@@ -115,31 +125,34 @@ class Database:
             with bounded(conn, ANSWER_TIMEOUT):
                 yield conn
         finally:
-            self._give_back(conn)
-
-    async def _connect(self) -> Connection:
-        return await Connection.connect(self._conninfo, autocommit=True, prepare_threshold=self._prepare)
+            await self._give_back(conn)
 
     async def _take(self) -> Connection:
         while True:
             if not self.available:
                 raise unavailable()
             try:
-                conn = await self._pool.take(WAIT_TIMEOUT)
+                async with asyncio.timeout(None) as waiting:
+                    self._waiting.add(waiting)
+                    try:
+                        conn = await self._pool.getconn()
+                    finally:
+                        self._waiting.discard(waiting)
             except TimeoutError:
                 raise unavailable() from None
             if not _dead(conn):
                 return conn
             await conn.close()
-            self._give_back(conn)
+            await self._pool.putconn(conn)
+            self._suspect()
 
-    def _give_back(self, conn: Connection) -> None:
+    async def _give_back(self, conn: Connection) -> None:
         if conn.closed:
             self._suspect()
-        self._pool.give_back(conn)
+        await self._pool.putconn(conn)
 
-    def _not_opened(self) -> None:
-        if self._pool.size == 0:
+    def _not_replaced(self, pool: AsyncConnectionPool[Connection]) -> None:
+        if pool.get_stats()["pool_size"] == 0:
             self._begin_outage()
         self._suspect()
 
@@ -153,7 +166,7 @@ class Database:
             try:
                 conn = await AsyncConnection.connect(self._conninfo)
             except psycopg.Error as error:
-                if self._pool.size == 0:
+                if self._pool.get_stats()["pool_size"] == 0:
                     self._begin_outage()
                 log.warning("database_not_reached", error=str(error))
             else:
@@ -169,7 +182,10 @@ class Database:
         if self.available:
             self._available.clear()
             log.warning("database_down")
-        self._pool.refuse()
+        now = asyncio.get_running_loop().time()
+        for waiting in self._waiting:
+            if not waiting.expired():
+                waiting.reschedule(now)
 
 
 def _dead(conn: AsyncConnection) -> bool:

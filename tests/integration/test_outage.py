@@ -91,7 +91,7 @@ async def test_request_that_waits_for_a_connection_is_refused_when_the_outage_be
         database = api.context.database
         async with database.connection():
             waiting = [asyncio.create_task(api.client.get("/sessions")) for _ in range(5)]
-            await until(lambda: database._pool.waiting == 5)
+            await until(lambda: len(database._waiting) == 5)
             await asyncio.to_thread(postgres.stop)
         for task in waiting:
             assert_unavailable(await task)
@@ -119,7 +119,7 @@ async def test_no_connection_left_is_no_outage_while_we_have_one(
             await connect(postgres.url)
     async with AsyncExitStack() as taken:
         await taken.enter_async_context(database.connection())
-        while database._pool.free:
+        while database._pool.get_stats()["pool_available"]:
             await taken.enter_async_context(database.connection())
         waiting = asyncio.create_task(api.client.get("/sessions"))
         await until(lambda: database._probe is not None)
