@@ -36,7 +36,8 @@ FOREVER = 2**40  # seconds since 1970; an issuer may write any number
 REMEMBERED = 10_000  # tokens of the issuer
 API_TOKEN_STREAM = 3600.0  # seconds until a stream must show again that its API token is not revoked
 
-_BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
+# The case of the token's own characters is not ignored: 1 us, and not 7.
+_BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
 
 
 @dataclass(frozen=True)

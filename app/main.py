@@ -1,6 +1,7 @@
 """The API process: the Starlette application, and uvicorn around it."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -134,6 +135,9 @@ def run(settings: Settings) -> None:
             everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
             warning = f"no authentication: {everybody} is operator"
             log.warning("dev_identity", host=settings.host, warning=warning)
+        # As in worker/cli.py.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         try:
             server.run([listening])
         finally:

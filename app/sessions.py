@@ -15,6 +15,7 @@ from starlette.responses import Response
 from app import cursor
 from app.answer import json_response
 from app.body import idempotency_key, read_body, read_query, traceparent
+from app.connection import Statement
 from app.context import context
 from app.identity import Identity
 from app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
@@ -27,7 +28,8 @@ _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 # One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
 # that may not be seen leaves `new` empty, so that nothing is called.
-_CREATE = """
+_CREATE = Statement(
+    """
 WITH new AS MATERIALIZED (
     SELECT uuid_v7() AS id, now() AS at
     WHERE %(parent)s::uuid IS NULL
@@ -48,13 +50,16 @@ CROSS JOIN LATERAL session_create(
     %(most_sessions)s::integer
 ) AS c
 """
+)
 
-_CREATE_PROMPT = """
+_CREATE_PROMPT = Statement(
+    """
 SELECT outcome, answer::text
 FROM prompt_create(
     %(id)s::uuid, %(scope)s::text, %(prompt)s::text, %(worker_present)s::boolean,
     %(key)s::text, %(request_hash)s::bytea, %(trace)s::text, %(user_id)s::text, %(most_sessions)s::integer)
 """
+)
 
 _SHOW = """
 SELECT (session_json(s) || jsonb_build_object(

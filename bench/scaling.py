@@ -67,7 +67,7 @@ def apis(server: Server, net: Network, count: int, seconds: int) -> Cores:
     run(WORKER, url, "setup")
     warm_up = FASTEST // SESSIONS
     each = warm_up + seconds * FASTEST // SESSIONS
-    tokens = api_tokens(server, [f"user-{number}" for number in range(each * count)])
+    tokens = api_tokens(url, [f"user-{number}" for number in range(each * count)])
     with server.connect("bench") as conn:
         conn.execute(FILL)
         settle(conn)

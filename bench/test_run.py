@@ -56,6 +56,14 @@ def test_parts_of_a_quick_run(state: Path) -> None:
     )
 
 
+def test_sessions_posted_to_the_api_and_to_the_bare_route(state: Path) -> None:
+    done = python(state, "-m", "bench", "quick", "--only", "http", "--rounds", "1", "--seconds", "1")
+    assert done.returncode == 0, done.stderr
+    (part,) = json.loads((state / "quick.json").read_text())["parts"].values()
+    assert part["failed"] == []
+    assert part["figures"]["post_sessions_per_s"].keys() == {"bare", "bearer"}
+
+
 def test_inserts_with_and_without_triggers(state: Path) -> None:
     done = python(state, "-c", ENQUEUE)
     assert done.stdout.strip() == "no trigger;sendoff, busy;always notifying", done.stderr

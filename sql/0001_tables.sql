@@ -55,7 +55,8 @@ COMMENT ON FUNCTION repo_key(text) IS
 -- Domains, so that a value is checked when it is written. A CHECK of the table is read from its stored text
 -- and compiled by every statement that updates a row, a claim and a completion as well.
 -- Measured: topic alone 5 of 27 us a row in batches; all of outbox's 0.1 ms of a claim of one row; session's
--- and prompt's 40 of 320 us that a session cost the server.
+-- and prompt's 40 of 320 us that a session cost the server. No {0,99} in an expression: what counts is worked
+-- out anew each time, a sixth of an insert's 313,000 instructions.
 CREATE DOMAIN inbox_state AS text
     CONSTRAINT session_inbox_status_known CHECK (VALUE IN ('active', 'pending', 'completed', 'archived'));
 CREATE DOMAIN session_state AS text
