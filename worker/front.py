@@ -7,9 +7,10 @@ While a foreign transaction holds its snapshot (a dump, a forgotten psql), nothi
 core, throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entries take 3.5 s. So:
 
 1. Looks from the front are timed. While rows keep coming they take a tenth of the time at most: others begin
-   at the end of the last one, as in 2, but SOON earlier. At 7,100 rows/s the server spent 27 us on a row
-   after a VACUUM and 63 us a minute later; now 27 and 33. A worker that is about to sleep, or has ended a
-   row whose ordering_key others wait for, looks from the front.
+   at the end of the last one, as in 2, but SOON earlier. At 7,500 rows/s on one core the server spent 27 us
+   on a row after a VACUUM and 37 a minute later, now 33. When the worker had been stopped for 5 s it was 60
+   until the next VACUUM, and 15 s until it had caught up; now 30, and 4 s. A worker that is about to sleep,
+   or has ended a row whose ordering_key others wait for, looks from the front.
 2. After two slow ones in a row, or one that took a second, the loop reads nothing from the front any more:
    the front is far. (The first of a connection is slow for another reason: it is planned.) Looks begin at
    the end of the last one, by topic and priority: at the last row claimed there, by available_at and id.
