@@ -38,7 +38,11 @@ async def claim_row(
     """As the worker's loop does it; nothing is prepared, for there may be several on one connection."""
     came: list[tuple[outbox.Claimed | None, bool]] = []
     claims = Claims(conn, worker, presence, LEASE, pooled=True)
-    await claims.row(row, lambda *answer: came.append(answer)).done
+    reply = claims.row(row, lambda *answer: came.append(answer))
+    try:
+        await reply.done
+    finally:
+        reply.close()
     return came[0]
 
 

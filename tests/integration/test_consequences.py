@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from psycopg.types.json import Jsonb
 
 import outbox
 from tests.conftest import Connect
@@ -260,3 +261,20 @@ async def test_payload_that_names_nonsense_hinders_nobody(
     for statement in ENDS[name][0].split(";"):
         await conn.execute(statement.encode(), {"worker": worker, "row": row})
     assert await column(conn, "SELECT id FROM outbox WHERE state = 'running'") == []
+
+
+SESSION = "0193a1b2-0000-7000-8000-00000000000f"
+NO_SESSIONS = [
+    "", "x", SESSION[:-1], f"{SESSION}0", f"{SESSION}\n", SESSION.replace("f", "g"),
+    SESSION.replace("-", ""), SESSION.replace("-7", "7-"), SESSION.replace("0193", "01-3"), "-" * 36,
+]  # fmt: skip
+
+
+async def test_a_payload_names_a_session_by_its_uuid(connect: Connect) -> None:
+    psql = await connect()
+    query = "SELECT payload_uuid(%s, 'session_id')"
+    for session in (SESSION, SESSION.upper()):
+        assert await one(psql, query, Jsonb({"session_id": session})) == UUID(SESSION)
+    for nothing in (*NO_SESSIONS, None, 7, {}):
+        assert await one(psql, query, Jsonb({"session_id": nothing})) is None
+    assert await one(psql, query, Jsonb({})) is None

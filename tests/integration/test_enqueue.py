@@ -86,23 +86,6 @@ async def test_what_is_a_topic(connect: Connect) -> None:
             await conn.execute("SELECT %s::topic_name", (topic,))
 
 
-SESSION = "0193a1b2-0000-7000-8000-00000000000f"
-NO_SESSIONS = [
-    "", "x", SESSION.upper(), SESSION[:-1], f"{SESSION}0", f"{SESSION}\n", SESSION.replace("f", "g"),
-    SESSION.replace("-", ""), SESSION.replace("-7", "7-"), SESSION.replace("0193", "01-3"), "-" * 36,
-]  # fmt: skip
-
-
-async def test_a_turn_names_a_session_by_its_uuid(connect: Connect) -> None:
-    conn = await connect()
-    for payload in ({"session_id": SESSION}, {}):
-        await enqueue(conn, "session.run", payload)
-    for session in NO_SESSIONS:
-        await enqueue(conn, "other", {"session_id": session})
-        with pytest.raises(psycopg.errors.CheckViolation, match="session_id"):
-            await enqueue(conn, "session.run", {"session_id": session})
-
-
 async def test_payload_of_types_that_psycopg_was_taught(connect: Connect) -> None:
     conn = await connect()
     payload = {"id": UUID(int=7)}
