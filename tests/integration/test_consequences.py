@@ -275,6 +275,7 @@ async def test_a_payload_names_a_session_by_its_uuid(connect: Connect) -> None:
     query = "SELECT payload_uuid(%s, 'session_id')"
     for session in (SESSION, SESSION.upper()):
         assert await one(psql, query, Jsonb({"session_id": session})) == UUID(SESSION)
-    for nothing in (*NO_SESSIONS, None, 7, {}):
-        assert await one(psql, query, Jsonb({"session_id": nothing})) is None
+    no_sessions: list[Any] = [*NO_SESSIONS, None, 7, {}]
+    for no_session in no_sessions:
+        assert await one(psql, query, Jsonb({"session_id": no_session})) is None
     assert await one(psql, query, Jsonb({})) is None
