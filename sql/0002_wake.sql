@@ -10,7 +10,8 @@
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
 --   1397048887  an ordering_key      1397048888  a topic's limit      1397048889  migration
---   1397048890  outbox_sleepers
+--   1397048890  who watches sessions (sql/0005_events.sql)    1397048891  outbox_sleepers
+--   1397048892  a user's sessions, counted
 
 CREATE VIEW worker_present AS
 SELECT w.*
@@ -71,7 +72,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public,
 AS $$
 BEGIN
     -- An older snapshot would not show who has parked since.
-    IF current_setting('transaction_isolation') = 'read committed' AND pg_try_advisory_xact_lock(1397048890, 0) THEN
+    IF current_setting('transaction_isolation') = 'read committed' AND pg_try_advisory_xact_lock(1397048891, 0) THEN
         PERFORM FROM worker WHERE parked;
         IF NOT FOUND THEN
             PERFORM setval('outbox_sleepers', 1, false);
@@ -331,7 +332,7 @@ CREATE FUNCTION outbox_writers() RETURNS text[]
 LANGUAGE plpgsql VOLATILE
 AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock(1397048890, 0);
+    PERFORM pg_advisory_xact_lock(1397048891, 0);
     PERFORM nextval('outbox_sleepers');
     RETURN (
         SELECT coalesce(array_agg(DISTINCT l.virtualtransaction), '{}')

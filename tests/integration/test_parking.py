@@ -262,9 +262,9 @@ async def test_look_from_before_a_parking_takes_nothing_down(
     await take_out(psql, "outbox_all_awake", lowered, f"PERFORM pg_advisory_xact_lock(1); {lowered}")
     await take_out(psql, "outbox_writers", raised, f"{raised} PERFORM pg_advisory_xact_lock(2);")
     if without == "outbox_all_awake":
-        await take_out(psql, without, "pg_try_advisory_xact_lock(1397048890, 0)", "true")
+        await take_out(psql, without, "pg_try_advisory_xact_lock(1397048891, 0)", "true")
     elif without == "outbox_writers":
-        await take_out(psql, without, "PERFORM pg_advisory_xact_lock(1397048890, 0);")
+        await take_out(psql, without, "PERFORM pg_advisory_xact_lock(1397048891, 0);")
     await psql.execute("SELECT pg_advisory_lock(1), pg_advisory_lock(2)")
     inserting = await starts(psql, producer, "INSERT INTO outbox (topic) VALUES ('other') RETURNING id")
     async with watched(database, started=False) as worker:
