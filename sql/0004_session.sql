@@ -313,13 +313,14 @@ AS $$
 DECLARE
     of_session uuid := payload_uuid(OLD.payload, 'session_id');
     of_prompt  uuid := payload_uuid(OLD.payload, 'prompt_id');
+    was_state  text := outbox_settled(OLD.state, OLD.cancel_requested_at);
     now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled'
                                ELSE outbox_settled(NEW.state, NEW.cancel_requested_at) END;
     held       jsonb;
     next_status text;
     keep_until timestamptz;
 BEGIN
-    IF TG_OP = 'UPDATE' AND now_state = outbox_settled(OLD.state, OLD.cancel_requested_at) THEN
+    IF TG_OP = 'UPDATE' AND now_state = was_state THEN
         RETURN NULL;
     END IF;
     -- The lock first, then new statements: who changes another row of this session comes before or after.
@@ -379,9 +380,7 @@ BEGIN
             OLD.traceparent,
             32767); -- never gives up
     END IF;
-    IF now_state NOT IN ('ready', 'running')
-        AND outbox_settled(OLD.state, OLD.cancel_requested_at) IN ('ready', 'running')
-    THEN
+    IF was_state IN ('ready', 'running') AND now_state NOT IN ('ready', 'running') THEN
         PERFORM session_tell_end(of_session, of_prompt, OLD.traceparent);
     END IF;
     RETURN NULL;
