@@ -1,7 +1,6 @@
 """The API process: the Starlette application, and uvicorn around it."""
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from app.routes import routes
 from app.tracing import Tracing
 from outbox import trace
 from outbox.errors import ConfigurationError
+from outbox.lean import collect_seldom
 from outbox.log import configure, get_logger
 from outbox.settings import Settings
 from outbox.stuck import StuckWatch
@@ -135,9 +135,7 @@ def run(settings: Settings) -> None:
             everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
             warning = f"no authentication: {everybody} is operator"
             log.warning("dev_identity", host=settings.host, warning=warning)
-        # As in worker/cli.py.
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
+        collect_seldom()
         try:
             server.run([listening])
         finally:

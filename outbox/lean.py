@@ -1,5 +1,8 @@
-"""Imports a library without what it takes along where it finds it, but does not need."""
+"""A process that is lean: libraries without what they take along where they find it, but do not need, and a
+garbage collector that looks seldom.
+"""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,3 +18,9 @@ def without(*names: str) -> Iterator[None]:
     finally:
         for name in absent:
             del sys.modules[name]
+
+
+def collect_seldom() -> None:
+    """Once all that stays is there: it is never looked at again, and the rest 50,000 objects later."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import gc
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import uvloop
 from outbox import log, trace
 from outbox.errors import ConfigurationError, SchemaError
 from outbox.handler import Handler, installed_handlers
+from outbox.lean import collect_seldom
 from outbox.settings import Settings, load
 from worker import health
 from worker.loop import Worker
@@ -75,8 +75,7 @@ def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -
         return uvloop.run(_supervise(settings, children))
     # What start-up made stays; a batch of rows makes thousands of objects that the reference count frees.
     # With Python's default the collector took 20 % of the time of a drain.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    collect_seldom()
     uvloop.run(_work(settings, handlers, relay, arguments.concurrency, arguments.parent))
     return 0
 
