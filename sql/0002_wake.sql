@@ -4,8 +4,9 @@
 -- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
 -- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
 -- brings its timer forward. "TOPIC@0#ID": that is the row ID, without an ordering_key, the only one that
--- its statement inserted of TOPIC, which is the first of its transaction to insert any. "#ID@0" is for
--- worker ID alone: its life was ended. Channel sendoff_cancel carries the id of a running row to be stopped.
+-- its statement inserted of TOPIC, which is the first of its transaction to insert any; "TOPIC@0#ID,PRESENCE,N"
+-- names the worker that is to take it, one of N (worker/standby.py). "#ID@0" is for worker ID alone: its life was
+-- ended, or its flag taken down. Channel sendoff_cancel carries the id of a running row to be stopped.
 --
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
@@ -29,19 +30,31 @@ COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN conn
 
 
 -- VOLATILE, so that in READ COMMITTED each look has a snapshot of its own, taken after the caller's write.
--- `lone`: the row's id, if it is one that a sleeper may take by itself.
+-- `lone`: the row's id, if it is one that a sleeper may take by itself. Of several one is drawn, at random: so the
+-- work is spread, and one that hangs is not drawn each time. A presence may be null, of who registered without one.
 CREATE FUNCTION outbox_notify(row_topic text, due timestamptz, lone bigint DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
+DECLARE
+    asleep   integer[];
+    sleepers integer;
+    named    text;
 BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed'
-        OR EXISTS (SELECT FROM worker WHERE parked AND (row_topic = '*' OR row_topic = ANY (topics)))
-    THEN
-        PERFORM pg_notify('sendoff_wake', row_topic || '@' || CASE
-            WHEN due <= clock_timestamp() THEN 0 || coalesce('#' || lone, '')
-            ELSE ceil(extract(epoch FROM due) * 1000)::bigint::text
-        END);
+    IF current_setting('transaction_isolation') = 'read committed' THEN
+        asleep := ARRAY(
+            SELECT presence FROM worker WHERE parked AND (row_topic = '*' OR row_topic = ANY (topics))
+        );
+        sleepers := cardinality(asleep);
+        IF sleepers = 0 THEN
+            RETURN;
+        ELSIF sleepers > 1 THEN
+            named := ',' || asleep[1 + floor(random() * sleepers)::integer] || ',' || sleepers;
+        END IF;
     END IF;
+    PERFORM pg_notify('sendoff_wake', row_topic || '@' || CASE
+        WHEN due <= clock_timestamp() THEN 0 || coalesce('#' || lone || coalesce(named, ''), '')
+        ELSE ceil(extract(epoch FROM due) * 1000)::bigint::text
+    END);
 END
 $$;
 COMMENT ON FUNCTION outbox_notify(text, timestamptz, bigint) IS
@@ -297,6 +310,53 @@ CREATE TRIGGER outbox_cancel_requested
     )
     EXECUTE FUNCTION outbox_cancel_requested();
 ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_cancel_requested;
+
+
+-- Standing by, step 2 (worker/standby.py).
+CREATE FUNCTION outbox_pass_on(ids bigint[]) RETURNS void
+LANGUAGE sql VOLATILE
+SET jit = off SET enable_seqscan = off
+AS $$
+    SELECT outbox_notify(o.topic, o.available_at)
+    FROM unnest(ids) AS f (id)
+    JOIN outbox AS o ON o.id >= f.id AND o.id <= f.id
+    WHERE o.state || '' = 'ready'
+$$;
+COMMENT ON FUNCTION outbox_pass_on(bigint[]) IS
+    'Tells the parked workers of rows that the one named for them has no slot for.';
+
+
+-- Standing by, steps 3 and 4. A row that has been claimed once is not waited for: whatever made it ready again has
+-- notified. Who holds the lock of its worker's row claims, and so is awake.
+CREATE FUNCTION outbox_stand_in(ids bigint[], named integer[]) RETURNS SETOF bigint
+LANGUAGE plpgsql VOLATILE ROWS 10
+SET jit = off SET enable_seqscan = off
+AS $$
+DECLARE
+    row_id bigint;
+    absent integer;
+    asleep uuid;
+BEGIN
+    FOR row_id, absent IN
+        SELECT o.id, f.presence
+        FROM unnest(ids, named) AS f (id, presence)
+        JOIN outbox AS o ON o.id >= f.id AND o.id <= f.id
+        WHERE o.state || '' = 'ready' AND o.attempt = 0
+    LOOP
+        UPDATE worker SET parked = false
+        WHERE id IN (
+            SELECT w.id FROM worker AS w WHERE w.parked AND w.presence = absent FOR NO KEY UPDATE SKIP LOCKED
+        )
+        RETURNING id INTO asleep;
+        IF FOUND THEN
+            PERFORM pg_notify('sendoff_wake', '#' || asleep || '@0');
+        END IF;
+        RETURN NEXT row_id;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION outbox_stand_in(bigint[], integer[]) IS
+    'Which of these rows still wait, though workers were named for them by presence; takes the flags of those down.';
 
 
 -- Parking, step 1 (worker/park.py). Also clears the flags of sleepers that died, which would make every

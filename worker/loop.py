@@ -3,8 +3,8 @@
 It sleeps until something happens: a notification, a handler that ended, the one next deadline, or a lost
 connection. Then it takes a turn:
 
-1. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at
-   everything takes twice as long.
+1. A lone row that it was told of in its sleep, and named for (worker/standby.py), is claimed by its id,
+   before all else: a look at everything takes twice as long.
 2. A lease that is due is renewed, a rescue that is due is done.
 3. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
    with the next claim, in one commit and one round trip.
@@ -56,6 +56,7 @@ from worker.metrics import STATS, Snapshot
 from worker.park import AWAKE, PARKED, SETTLING, Parking
 from worker.reply import Reply
 from worker.scout import Scout
+from worker.standby import Standby
 
 log = get_logger(__name__)
 
@@ -69,9 +70,10 @@ brought none, and 250 ms after its slots were last full. Each time it parks and 
 its row behind, which every producer's look at the flags reads past while somebody holds an old snapshot."""
 
 _SMALL = 50
-"""Rows for which a turn is not divided: what a turn costs for itself is more than what two at once save. With 10
-slots, whole turns in place of halves: one worker 4,500 to 9,500 rows/s on a busy machine, 10 workers 7,000 to
-10,000, 50 workers 5,700 to 10,700. With 100 slots it is all one; with 500, halves are a tenth faster."""
+"""Rows for which a turn is not divided: what a turn costs for itself is more than what two at once save.
+With 10 slots, whole turns in place of halves, on a busy machine: one worker 4,500 to 9,500 rows/s, 10 workers
+7,000 to 10,000, 50 workers 5,700 to 10,700. With 100 slots it is all one; with 500, halves are a tenth faster
+"""
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
@@ -111,6 +113,8 @@ class Worker:
         self._look = True
         self._told: list[int] = []
         """Lone rows that notifications told of since the last turn."""
+        self._standby = Standby()
+        self._flag_taken_down = False
         self._asleep = False
         """The loop's task waits for its event: nothing is under way on its connection."""
         self._asked: Reply[Claimed | None] | None = None
@@ -319,18 +323,35 @@ class Worker:
             due, _, lone = due.partition("#")
             if due != "0":  # not yet: bring the timer forward, without a query
                 self._bring_forward(int(due) / 1000)
-                return
-            if not lone:
-                self._look = True
-            elif not self._ask_for(int(lone)):
-                self._told.append(int(lone))
-            self._woken("notify")
-            self._event.set()
+            elif not lone:
+                self._flag_taken_down |= topic.startswith("#")
+                self._look_now()
+            else:
+                self._heard_of(*map(int, lone.split(",")))
         elif channel == CANCEL:
             if (attempt := self._running.get(int(payload))) is not None:
                 attempt.stop(Stop.CANCEL)
         elif channel == PROBE and payload == self._probe_sent:
             self._probe_sent, self._probe_at = None, self._next_probe()
+
+    def _look_now(self) -> None:
+        self._look = True
+        self._woken("notify")
+        self._event.set()
+
+    def _heard_of(self, row_id: int, named: int | None = None, asleep: int = 1) -> None:
+        """A lone row, and which worker is to take it: one of so many, by its presence; None: any."""
+        if named is None or named == self._listener.presence:
+            if named is not None:
+                self._standby.own.add(row_id)
+            if not self._ask_for(row_id):
+                self._told.append(row_id)
+            self._woken("notify")
+            self._event.set()
+        elif self._parking.stage is not AWAKE and self._standby.stand_by(
+            row_id, named, asleep, time.monotonic()
+        ):
+            self._event.set()  # for the timer
 
     def _ask_for(self, row_id: int) -> bool:
         """Step 1, while the loop's task sleeps on: the server is at it when it wakes, 0.1 ms later. Whether
@@ -406,6 +427,9 @@ class Worker:
             await self._sleep()
 
     async def _turn(self) -> None:
+        if self._flag_taken_down:
+            self._flag_taken_down = False
+            self._parking.wake()
         await self._take_told()
         now = time.monotonic()
         if self._running and now >= self._lease.renew_at:
@@ -417,10 +441,14 @@ class Worker:
         if now >= self._look_at:
             self._woken("deadline")
             self._look = True
+        if now >= self._standby.ask_at and self._free():
+            await self._stand_in(now)
         if self.draining and not self._told_draining:
             await self._tell_draining()
         await self._settle()
         await self._fill()
+        if self._standby.own:
+            await self._pass_on()
 
     async def _sleep(self) -> None:
         if self._nap:
@@ -433,7 +461,7 @@ class Worker:
         await self._have_read()  # what runs decides for how long it may sleep
         until = min(self._rescue_at, self._probe_at)
         if self._free():  # else a row that is due could not start
-            until = min(until, self._look_at)
+            until = min(until, self._look_at, self._standby.ask_at)
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
@@ -466,6 +494,29 @@ class Worker:
             row = await self._asked.done  # and its handler has begun
             self._forget_asked()
             self._count([] if row is None else [row])
+
+    async def _stand_in(self, now: float) -> None:
+        """Steps 3 and 4 of worker/standby.py."""
+        rows, named = self._standby.take_due(now)
+        if rows:
+            self._woken("standby")
+            cursor = await self._control.execute("SELECT outbox_stand_in(%s, %s)", (rows, named))
+            left = [row[0] for row in await cursor.fetchall()]
+            if left:
+                self._told += left
+                self._event.set()
+            elif not self._look:
+                self._stats.looked(0)
+
+    async def _pass_on(self) -> None:
+        """Step 2 of worker/standby.py, once it is known what the slots were filled with."""
+        await self._have_read()
+        own = self._standby.own
+        if own and not self._free():
+            await self._control.execute("SELECT outbox_pass_on(%s)", (list(own),))
+            own.clear()
+        elif self._parking.stage is not AWAKE and not (self._look or self._told or self._asked):
+            own.clear()  # it has looked: they run, or are another's
 
     async def _fill(self) -> None:
         """Step 4: end what was completed and claim, then park or learn the deadline."""
@@ -576,6 +627,7 @@ class Worker:
         assert self.id is not None
         if rows:
             self._lease.claimed(asked_at)
+            self._standby.own.difference_update(row.id for row in rows)
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
             attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)

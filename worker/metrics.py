@@ -51,7 +51,7 @@ HISTOGRAMS = {
 }
 
 OUTCOMES = ("done", "retry", "dead", "cancelled", "handed_back", "fenced")
-CAUSES = ("notify", "deadline", "reconnect")
+CAUSES = ("notify", "deadline", "standby", "reconnect")
 
 _ATTEMPTS = "sendoff_worker_attempts"
 _WAKEUPS = ("sendoff_worker_wakeups", "sendoff_worker_wakeups_in_vain")
@@ -107,7 +107,7 @@ class Stats:
         times.add(seconds)
 
     def woken(self, cause: str) -> None:
-        """A look for rows was caused: notify, deadline or reconnect. Until it is over, the first counts."""
+        """A look for rows was caused, by one of CAUSES. Until it is over, the first counts."""
         if self._cause is None:
             self._cause = cause
             self.count("sendoff_worker_wakeups", cause)

@@ -19,9 +19,10 @@ sees nobody parked, and commits after the worker's last look. Hence, to park:
 A worker that is woken and keeps free slots stays parked: its flag was never down, so every producer
 since step 1 has notified. Filling its slots clears the flag, in the claim's own commit.
 
-Told of one row by its id, a parked worker claims that row alone (outbox_claim_row). Whatever else has
-become claimable since step 4 was notified of by itself. Was the row taken by another, it sleeps on without
-a look; is it still there, locked or of a limited topic, the worker looks for everything, as in step 5.
+Told of one row by its id, a parked worker claims that row alone (outbox_claim_row), or stands by if another
+was named (worker/standby.py). Whatever else has become claimable since step 4 was notified of by itself. Was
+the row taken by another, it sleeps on without a look; is it still there, locked or of a limited topic, the
+worker looks for everything, as in step 5.
 
 A lost LISTEN connection loses notifications: after it, all starts again at step 1.
 """

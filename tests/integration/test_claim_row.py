@@ -57,7 +57,8 @@ async def test_sleeper_takes_the_row_without_a_look(rule: Rule, connect: Connect
     """1. W sleeps. 2. A row is inserted. 3. W runs and ends it, and has not claimed in general."""
     psql = await connect()
     if rule == "taken out":  # an id in the payload
-        await take_out(psql, "outbox_notify", "0 || coalesce('#' || lone, '')", "0::text")
+        named = "0 || coalesce('#' || lone || coalesce(named, ''), '')"
+        await take_out(psql, "outbox_notify", named, "0::text")
     async with watched(database, concurrency=5) as worker:
         looks = worker.looks
         for _ in range(3):

@@ -169,7 +169,7 @@ class Watched(Worker):
         return self._in_sleep and self._parking.stage is Stage.PARKED and not self._event.is_set()
 
     def _timer(self) -> float:
-        until = min(self._look_at, self._rescue_at, self._probe_at)
+        until = min(self._look_at, self._rescue_at, self._probe_at, self._standby.ask_at)
         if self._running:
             until = min(until, self._lease.renew_at)
         return until - time.monotonic()
