@@ -88,8 +88,11 @@ Heard = Callable[[str, str], None]
 """Is called with the channel and the payload of a notification."""
 
 
-async def hear(conn: psycopg.AsyncConnection[Any], heard: Heard) -> None:
-    """Pass on what a LISTEN connection hears, until it breaks; nothing else may be sent on it meanwhile.
+async def hear(
+    conn: psycopg.AsyncConnection[Any], heard: Heard, answered: Callable[[], None] = lambda: None
+) -> None:
+    """Pass on what a LISTEN connection hears, until it breaks. `answered` is called when something was read,
+    for who sends a statement meanwhile, by libpq and not by psycopg.
 
     psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten idle
     minutes. Raises psycopg.OperationalError when the connection is broken, and what `heard` raises.
@@ -106,6 +109,7 @@ async def hear(conn: psycopg.AsyncConnection[Any], heard: Heard) -> None:
                 server.consume_input()
                 while note := server.notifies():
                     heard(note.relname.decode(), note.extra.decode())
+            answered()
         except Exception as error:
             loop.remove_reader(descriptor)  # it stays readable
             if not broken.done():

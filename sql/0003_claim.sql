@@ -332,10 +332,12 @@ COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[],
 -- One row, of which a notification told: what a worker asleep does first. It takes only a row that no rule of the
 -- claim above has anything to say about; any other is left to that. Of the server's time it takes 0.2 ms, a claim
 -- of one row in general 0.35.
--- 1. Lock the row, without waiting, if it is due, of no ordering_key, and of a topic without limit or timeout.
--- 2. Else say whether somebody has to look for it: it may be locked by one who rolls back. If it is not ready it
---    was taken, and nobody has to: of N workers that are told of a row, N - 1 find that out.
--- 3. Lock the worker's row, as every claim does, and take the row.
+-- It waits for no lock, for its connection is to hear what comes next (worker/listen.py).
+-- 1. Lock the row, if it is due, of no ordering_key, and of a topic without limit or timeout.
+-- 2. Lock the worker's row, as every claim does, if it has not ended and not given this connection up.
+-- 3. Could that not be had, say whether somebody has to look for the row: it may be locked by one who rolls back.
+--    If it is not ready it was taken, and nobody has to. That the worker has ended, the look finds out.
+-- 4. Take the row.
 CREATE FUNCTION outbox_claim_row(
     claimer uuid, row_id bigint, lease interval, stay_parked boolean DEFAULT true, connection integer DEFAULT NULL
 ) RETURNS SETOF outbox_claimed
@@ -353,14 +355,18 @@ BEGIN
     WHERE o.id = row_id AND o.state || '' = 'ready' AND NOT o.blocked AND o.available_at <= moment
       AND o.ordering_key IS NULL AND NOT EXISTS (SELECT FROM topic AS t WHERE t.name = o.topic)
     FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
+    IF FOUND THEN
+        SELECT w.* INTO me FROM worker AS w
+        WHERE w.id = claimer AND w.ended_at IS NULL AND (w.presence = connection) IS NOT FALSE
+        FOR NO KEY UPDATE SKIP LOCKED;
+    END IF;
+    IF me.id IS NULL THEN
         RETURN QUERY
         SELECT o.id, NULL::text, NULL::text, NULL::jsonb, o.attempt, 0, 0, NULL::text, NULL::interval,
             NULL::interval, NULL::smallint, NULL::timestamptz
         FROM outbox AS o WHERE o.id = row_id AND o.state || '' = 'ready';
         RETURN;
     END IF;
-    me := outbox_myself(claimer, connection, to_write => true);
     RETURN QUERY
     UPDATE outbox AS o
     SET state = 'running', attempt = o.attempt + 1, worker_id = claimer, started_at = moment, limited = false

@@ -16,6 +16,7 @@ from psycopg.errors import error_from_result
 
 from outbox.claim import Claimed, Level, arrays, as_ended
 from outbox.handler import Connection
+from worker.listen import Listener
 from worker.reply import Reply
 
 _ROW = b"SELECT * FROM outbox_claim_row($1, $2, $3, true, $4)"
@@ -48,19 +49,20 @@ class Answer:
 
 class Claims:
     """A worker's claims and completions, on its connection, which is in autocommit. Nothing else may be under
-    way there meanwhile.
+    way there meanwhile. A lone row's claim goes over its LISTEN connection.
 
     All raise WorkerEnded if a rescue came first.
     """
 
     def __init__(
-        self, conn: Connection, worker_id: UUID, presence: int, lease: timedelta, *, pooled: bool
+        self, conn: Connection, listener: Listener, worker_id: UUID, lease: timedelta, *, pooled: bool
     ) -> None:
         self._conn = conn
+        self._listener = listener
         self._pooled = pooled
         self._reader: abc.Transformer = Transformer(conn)
         self._worker = str(worker_id).encode()
-        self._presence = b"%d" % presence
+        self._presence = b"%d" % listener.presence
         self._lease = b"%f s" % lease.total_seconds()
 
     def row(self, row_id: int, arrived: Callable[[Claimed | None, bool], T]) -> Reply[T]:
@@ -72,8 +74,8 @@ class Claims:
             rows, still_there = Answer(_checked(result), self._reader).read()
             return arrived(rows[0] if rows else None, bool(still_there))
 
-        self._post(_ROW, [self._worker, b"%d" % row_id, self._lease, self._presence])
-        return Reply(self._conn.pgconn, read)
+        values = [self._worker, b"%d" % row_id, self._lease, self._presence]
+        return self._listener.ask(_name(_ROW), values, read)
 
     async def turn(
         self,
@@ -112,8 +114,9 @@ class Claims:
 
     async def prepare(self) -> None:
         """Before all else. Nothing through a pooler: the next statement may meet another connection."""
+        await self._listener.prepare(_name(_ROW), _ROW)
         if not self._pooled:
-            for query in (_ROW, _TURN, _COMPLETE):
+            for query in (_TURN, _COMPLETE):
                 self._conn.pgconn.send_prepare(_name(query), query)
                 await self._answer()
 

@@ -118,7 +118,7 @@ class Worker:
         self._asleep = False
         """The loop's task waits for its event: nothing is under way on its connection."""
         self._asked: Reply[Claimed | None] | None = None
-        """A lone row's claim under way; its answer comes before all else on the connection."""
+        """A lone row's claim under way, on the LISTEN connection; its answer comes before all else."""
         self._arriving = 0
         """Rows that were claimed and are not read yet."""
         self._reading: asyncio.Task[int] | None = None
@@ -198,7 +198,6 @@ class Worker:
                 settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
             )
             stack.push_async_callback(self._control.close)
-            stack.callback(self._forget_asked)
             set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
             with bounded(self._control, settings.lease):
                 await self._introduce()
@@ -213,6 +212,7 @@ class Worker:
         """Make this life known, under the presence of this LISTEN connection; read the marks we missed."""
         await check_schema(self._control)
         self._parking.wake()
+        self._asked = None
         self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
         self._probe_sent, self._probe_at = None, self._next_probe()
         if self.id is None:
@@ -233,14 +233,9 @@ class Worker:
                 await self._renew()
             log.info("reconnected", worker_id=str(self.id), running=len(self._running))
         self._claims = Claims(
-            self._control, self.id, self._listener.presence, self._lease_time, pooled=self._settings.pooled
+            self._control, self._listener, self.id, self._lease_time, pooled=self._settings.pooled
         )
         await self._claims.prepare()
-
-    def _forget_asked(self) -> None:
-        if self._asked is not None:
-            self._asked.close()
-            self._asked = None
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         # A session that was terminated is no proof that the server is down; the next refusal is.
@@ -491,8 +486,9 @@ class Worker:
             else:
                 self._look = True
         if self._asked is not None:
-            row = await self._asked.done  # and its handler has begun
-            self._forget_asked()
+            with self._listener.bounded(self._settings.lease):
+                row = await self._asked.done  # and its handler has begun
+            self._asked = None
             self._count([] if row is None else [row])
 
     async def _stand_in(self, now: float) -> None:

@@ -4,11 +4,9 @@ import math
 from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 
 import outbox
-from outbox.errors import WorkerEnded
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
 from tests.support.steps import (
@@ -20,13 +18,13 @@ from tests.support.steps import (
     get,
     new_worker,
     one,
+    starts,
     take_out,
     until,
     with_and_without,
 )
 from tests.support.worker import hang, watched
 from worker import loop
-from worker.claim import Claims
 
 DONE = "SELECT state = 'done' FROM outbox WHERE id = %s"
 ROW = "SELECT id FROM outbox_claim_row(%s, %s, '10 min')"
@@ -35,15 +33,14 @@ ROW = "SELECT id FROM outbox_claim_row(%s, %s, '10 min')"
 async def claim_row(
     conn: Connection, worker: UUID, row: int, presence: int = 0
 ) -> tuple[outbox.Claimed | None, bool]:
-    """As the worker's loop does it; nothing is prepared, for there may be several on one connection."""
-    came: list[tuple[outbox.Claimed | None, bool]] = []
-    claims = Claims(conn, worker, presence, LEASE, pooled=True)
-    reply = claims.row(row, lambda *answer: came.append(answer))
-    try:
-        await reply.done
-    finally:
-        reply.close()
-    return came[0]
+    """The row, and else whether it is still there."""
+    cursor = await conn.execute(
+        "SELECT * FROM outbox_claim_row(%s, %s, %s, true, %s)", (worker, row, LEASE, presence)
+    )
+    found = [outbox.Claimed._make(came) for came in await cursor.fetchall()]
+    if found and found[0].topic is not None:
+        return found[0], False
+    return None, bool(found)
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +115,7 @@ async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, da
 
 
 async def test_news_that_come_meanwhile(connect: Connect, database: str) -> None:
-    """1. W claims A by its id, and waits for its own row. 2. It hears of B, which has a key. 3. Both run."""
+    """1. W's own row is locked: it looks for A, and waits. 2. It hears of B, which has a key. 3. Both run."""
     psql, locker = await connect(), await connect()
     async with watched(database, concurrency=5) as worker:
         await locker.execute("BEGIN")
@@ -186,13 +183,10 @@ async def test_worker_that_has_ended_takes_nothing(rule: Rule, connect: Connect)
     worker, row = await new_worker(psql), await add(psql)
     await psql.execute("SELECT outbox_end_worker(%s, 'test')", (worker,))
     if rule == "taken out":
-        await take_out(
-            psql, "outbox_claim_row", "me := outbox_myself(claimer, connection, to_write => true);"
-        )
+        await take_out(psql, "outbox_claim_row", "AND w.ended_at IS NULL")
         assert await one(psql, ROW, worker, row) == row
         return
-    with pytest.raises(WorkerEnded):
-        await claim_row(psql, worker, row)
+    assert await claim_row(psql, worker, row) == (None, True)
     assert await get(psql, row) == "ready"
 
 
@@ -200,9 +194,25 @@ async def test_connection_that_was_given_up_takes_nothing(connect: Connect) -> N
     psql = await connect()
     worker = await outbox.register(psql, ["t"], presence=8)
     row = await add(psql)
-    with pytest.raises(psycopg.errors.RaiseException, match="was given up"):
-        await claim_row(psql, worker, row, presence=7)
+    assert await claim_row(psql, worker, row, presence=7) == (None, True)
     assert await get(psql, row) == "ready"
+    assert (await claim_row(psql, worker, row, presence=8))[0] is not None
+
+
+@with_and_without
+async def test_waits_for_no_lock_of_its_worker(rule: Rule, connect: Connect) -> None:
+    """A rescue holds it, say; while it waited the worker would not hear what comes next."""
+    psql, locker = await connect(), await connect()
+    worker, row = await new_worker(psql), await add(psql)
+    await locker.execute("BEGIN")
+    await locker.execute("SELECT FROM worker WHERE id = %s FOR NO KEY UPDATE", (worker,))
+    if rule == "taken out":
+        await take_out(psql, "outbox_claim_row", "FOR NO KEY UPDATE SKIP LOCKED", "FOR NO KEY UPDATE")
+        claiming = await starts(locker, psql, ROW, worker, row)
+        await locker.execute("ROLLBACK")
+        await claiming
+    else:
+        assert await claim_row(psql, worker, row) == (None, True)
 
 
 async def test_lease_covers_the_row(connect: Connect) -> None:

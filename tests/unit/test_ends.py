@@ -1,5 +1,5 @@
 """The end of a connection is noticed however it comes, by who listens (outbox.connect.hear) and by who waits
-for an answer (worker.reply).
+for an answer on the same connection (worker.reply).
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from outbox.connect import hear
-from worker.reply import Reply
+from worker.listen import Listener
 
 
 class Server:
@@ -36,6 +36,9 @@ class Server:
     def notifies(self) -> None:
         return None
 
+    def send_query_prepared(self, *what: object, result_format: int) -> None:
+        pass
+
     def is_busy(self) -> bool:
         return True
 
@@ -51,7 +54,10 @@ def listens(server: Server) -> Awaitable[None]:
 
 
 def waits(server: Server) -> Awaitable[None]:
-    return Reply(cast(Any, server), lambda result: None).done
+    conn = SimpleNamespace(notifies=nothing, pgconn=server)
+    listener = Listener(cast(Any, conn), 1, lambda channel, payload: None)
+    listener.start(lambda: None)
+    return listener.ask(b"", [], lambda result: None).done
 
 
 @pytest.mark.parametrize("end", ["closed", "reset", "reset with last words"])
