@@ -345,8 +345,8 @@ LANGUAGE plpgsql VOLATILE ROWS 1
 SET jit = off SET enable_seqscan = off -- its plans are made when the tables may be empty
 AS $$
 DECLARE
-    me      worker;
-    moment  timestamptz := clock_timestamp();
+    moment       timestamptz := clock_timestamp();
+    lease_is_due boolean; -- null: nothing may be claimed
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'a claim needs READ COMMITTED' USING ERRCODE = 'object_not_in_prerequisite_state';
@@ -356,11 +356,12 @@ BEGIN
       AND o.ordering_key IS NULL AND NOT EXISTS (SELECT FROM topic AS t WHERE t.name = o.topic)
     FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        SELECT w.* INTO me FROM worker AS w
+        -- Not the whole row: 28,000 instructions of 458,000.
+        SELECT outbox_lease_is_due(w, moment, lease, stay_parked) INTO lease_is_due FROM worker AS w
         WHERE w.id = claimer AND w.ended_at IS NULL AND (w.presence = connection) IS NOT FALSE
         FOR NO KEY UPDATE SKIP LOCKED;
     END IF;
-    IF me.id IS NULL THEN
+    IF lease_is_due IS NULL THEN
         RETURN QUERY
         SELECT o.id, NULL::text, NULL::text, NULL::jsonb, o.attempt, 0, 0, NULL::text, NULL::interval,
             NULL::interval, NULL::smallint, NULL::timestamptz
@@ -373,8 +374,8 @@ BEGIN
     WHERE o.id = row_id
     RETURNING o.id, o.topic::text, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
         o.traceparent::text, NULL::interval, moment - o.available_at, o.priority, o.available_at::timestamptz;
-    IF outbox_lease_is_due(me, moment, lease, stay_parked) THEN
-        PERFORM outbox_extend_lease(me, moment, lease, stay_parked);
+    IF lease_is_due THEN
+        PERFORM outbox_extend_lease(w, moment, lease, stay_parked) FROM worker AS w WHERE w.id = claimer;
     END IF;
 END
 $$;
