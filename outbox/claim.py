@@ -9,11 +9,11 @@ import socket
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import args_row
+from psycopg.rows import TupleRow, args_row, tuple_row
 
 from outbox.errors import Fenced, WorkerEnded
 
@@ -62,7 +62,8 @@ async def register(
     presence: int | None = None,
 ) -> UUID:
     """Make this process known as a worker and return its id, under which it claims."""
-    cursor = await conn.execute(
+    cursor = await _execute(
+        conn,
         "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
         " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id",
         (socket.gethostname(), os.getpid(), version("sendoff"), list(topics), concurrency, presence),
@@ -104,7 +105,8 @@ async def reconnect(
     Raises WorkerEnded if a rescue came first.
     """
     try:
-        cursor = await conn.execute(
+        cursor = await _execute(
+            conn,
             "SELECT * FROM outbox_reconnect(%s, %s, %s::bigint[], %s::integer[])",
             (worker_id, presence, *arrays(running)),
         )
@@ -164,7 +166,8 @@ async def complete(
     conn: psycopg.AsyncConnection[Any], worker_id: UUID, rows: Iterable[tuple[int, int]]
 ) -> set[int]:
     """End rows, given as (id, attempt), as done. Returns the ids that were still the worker's to end."""
-    cursor = await conn.execute(
+    cursor = await _execute(
+        conn,
         "SELECT * FROM outbox_complete(%s, %s::bigint[], %s::integer[])",
         (worker_id, *arrays(rows)),
     )
@@ -187,8 +190,8 @@ async def fail(
 
     Raises Fenced if the row is not the worker's any more.
     """
-    cursor = await conn.execute(
-        "SELECT outbox_fail(%s, %s, %s, %s, %s, %s)", (worker_id, *row, clean(error), delay, permanent)
+    cursor = await _execute(
+        conn, "SELECT outbox_fail(%s, %s, %s, %s, %s, %s)", (worker_id, *row, clean(error), delay, permanent)
     )
     found = await cursor.fetchone()
     if found is None or found[0] is None:
@@ -203,7 +206,8 @@ async def hand_back(
     delay: timedelta = timedelta(0),
 ) -> set[int]:
     """Give rows, as (id, attempt), back without a failure. Returns the ids that were the worker's."""
-    cursor = await conn.execute(
+    cursor = await _execute(
+        conn,
         "SELECT * FROM outbox_hand_back(%s, %s::bigint[], %s::integer[], %s)",
         (worker_id, *arrays(rows), delay),
     )
@@ -216,7 +220,7 @@ async def fence(conn: psycopg.AsyncConnection[Any], worker_id: UUID, row: tuple[
     What the transaction writes then happens wholly before any rescue, or not at all. Returns whether a
     cancel was requested. Raises Fenced if the row is not the worker's any more: roll back.
     """
-    cursor = await conn.execute("SELECT outbox_fence(%s, %s, %s)", (worker_id, *row))
+    cursor = await _execute(conn, "SELECT outbox_fence(%s, %s, %s)", (worker_id, *row))
     found = await cursor.fetchone()
     if found is None or found[0] is None:
         raise Fenced(*row)
@@ -235,13 +239,21 @@ async def renew(
     Raises WorkerEnded if a rescue came first.
     """
     try:
-        cursor = await conn.execute(
+        cursor = await _execute(
+            conn,
             "SELECT * FROM outbox_renew(%s, %s, %s::bigint[], %s::integer[])",
             (worker_id, lease, *arrays(rows)),
         )
         return {(row[0], row[1]): row[2] async for row in cursor}
     except psycopg.Error as error:
         raise as_ended(error) from error
+
+
+async def _execute(
+    conn: psycopg.AsyncConnection[Any], query: LiteralString, values: Sequence[Any]
+) -> psycopg.AsyncCursor[TupleRow]:
+    """With rows as tuples, whatever the caller's connection makes of rows."""
+    return await conn.cursor(row_factory=tuple_row).execute(query, values)
 
 
 def arrays(rows: Iterable[tuple[int, int]]) -> tuple[str, str]:

@@ -31,17 +31,9 @@ from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
-from outbox import trace
-from outbox.claim import (
-    Claimed,
-    fail,
-    hand_back,
-    reconnect,
-    register,
-    renew,
-)
+from outbox.claim import Claimed, reconnect, register, renew
 from outbox.connect import bounded, connect, conninfo, cut_after, is_outage
-from outbox.errors import Fenced, WorkerEnded
+from outbox.errors import WorkerEnded
 from outbox.handler import Connection, Handler, Job
 from outbox.log import debugging, get_logger
 from outbox.migrate import check_schema
@@ -56,6 +48,7 @@ from worker.metrics import STATS, Snapshot
 from worker.park import AWAKE, PARKED, SETTLING, Parking
 from worker.reply import Reply
 from worker.scout import Scout
+from worker.settle import settle
 from worker.standby import Standby
 
 log = get_logger(__name__)
@@ -77,17 +70,6 @@ With 10 slots, whole turns in place of halves, on a busy machine: one worker 4,5
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
-
-
-_OUTCOMES = {
-    "settled by its handler": "done",
-    "ready": "retry",
-    "dead": "dead",
-    "cancelled": "cancelled",
-    "handed back": "handed_back",
-    "fenced": "fenced",
-}
-"""What the metrics call the state that an attempt left."""
 
 
 class Worker:
@@ -460,16 +442,16 @@ class Worker:
         if self._running:
             until = min(until, self._lease.renew_at)
         if not self._event.is_set():
-            timer = None if until == math.inf else self._event_at(until)
+            timer = None
+            if until < math.inf:
+                wait = max(0.0, until - time.monotonic())
+                timer = asyncio.get_running_loop().call_later(wait, self._event.set)
             self._asleep = True
             await self._event.wait()
             self._asleep = False
             if timer is not None:
                 timer.cancel()
         self._event.clear()
-
-    def _event_at(self, moment: float) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()), self._event.set)
 
     def _free(self) -> int:
         return 0 if self.draining else self._concurrency - len(self._running) - self._arriving
@@ -751,43 +733,9 @@ class Worker:
         """Step 3: end what was not simply completed. An outcome is dropped only once it is committed."""
         assert self.id is not None
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
-            job = outcome.job
-            state = "settled by its handler" if job.settled else "fenced"
-            try:
-                match outcome.end:
-                    case End.FAIL:
-                        state = await fail(
-                            self._control,
-                            self.id,
-                            job.token,
-                            outcome.reason,
-                            delay=outcome.delay,
-                            permanent=outcome.permanent,
-                        )
-                    case End.HAND_BACK:
-                        delay = outcome.delay or timedelta(0)
-                        back = await hand_back(self._control, self.id, [job.token], delay)
-                        state = "handed back" if back else "fenced"
-                    case End.CANCELLED:
-                        cursor = await self._control.execute(
-                            "SELECT outbox_end_cancelled(%s, %s, %s)", (self.id, *job.token)
-                        )
-                        ended = await cursor.fetchone()
-                        assert ended is not None
-                        state = {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
-            except Fenced:
-                state = "fenced"
+            ended = await settle(self._control, self.id, outcome)
             self._ended.remove(outcome)
-            self._stats.count("sendoff_worker_attempts", job.row.topic, _OUTCOMES[state])
-            log.info(
-                "ended",
-                outbox_id=job.row.id,
-                attempt=job.row.attempt,
-                topic=job.row.topic,
-                state=state,
-                reason=outcome.reason or None,
-                **trace.log_fields(job.traceparent),
-            )
+            self._stats.count("sendoff_worker_attempts", outcome.job.row.topic, ended)
 
     async def _tell_draining(self) -> None:
         await self._control.execute(

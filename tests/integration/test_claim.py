@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import timedelta
 
+import psycopg
 import pytest
 from psycopg import errors
+from psycopg.rows import dict_row
 
 import outbox
+from outbox.claim import reconnect
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,
@@ -43,6 +47,25 @@ async def test_claim_locks_no_more_rows_than_it_claims(rule: Rule, connect: Conn
     assert len(await claim(a, await new_worker(a), 5)) == (5 if rule == "kept" else 100)
     free = await column(b, "SELECT id FROM outbox WHERE topic = 't' FOR UPDATE SKIP LOCKED")
     assert len(free) == (95 if rule == "kept" else 0)
+
+
+async def test_connection_that_makes_something_else_of_a_row(connect: Connect, database: str) -> None:
+    """A caller's, on which rows are dicts."""
+    psql = await connect()
+    first, second = await add(psql), await add(psql)
+    async with await psycopg.AsyncConnection.connect(database, row_factory=dict_row, autocommit=True) as own:
+        worker = await outbox.register(own, ["t"], presence=1)
+        tokens = [(row.id, row.attempt) for row in await outbox.claim(own, worker, ["t"], 2)]
+        assert tokens == [(first, 1), (second, 1)]
+        assert await outbox.renew(own, worker, tokens) == dict.fromkeys(tokens, False)
+        async with own.transaction():
+            assert not await outbox.fence(own, worker, tokens[0])
+        assert await outbox.complete(own, worker, tokens[:1]) == {first}
+        assert await outbox.fail(own, worker, tokens[1], "no", delay=timedelta(0)) == "ready"
+        [again] = await outbox.claim(own, worker, ["t"], 2)
+        assert await outbox.hand_back(own, worker, [(again.id, again.attempt)]) == {second}
+        [again] = await outbox.claim(own, worker, ["t"], 2)
+        assert await reconnect(own, worker, 2, []) == {second}
 
 
 @with_and_without

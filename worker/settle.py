@@ -1,0 +1,66 @@
+"""How an attempt ends that was not simply completed: it failed, was handed back or cancelled."""
+
+from datetime import timedelta
+from uuid import UUID
+
+from outbox import trace
+from outbox.claim import fail, hand_back
+from outbox.errors import Fenced
+from outbox.handler import Connection
+from outbox.log import get_logger
+from worker.attempt import End, Outcome
+
+log = get_logger(__name__)
+
+_AS_COUNTED = {
+    "settled by its handler": "done",
+    "ready": "retry",
+    "dead": "dead",
+    "cancelled": "cancelled",
+    "handed back": "handed_back",
+    "fenced": "fenced",
+}
+"""What the metrics call the state that an attempt left."""
+
+
+async def settle(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
+    """Write it, and return what the metrics call it (worker/metrics.py, OUTCOMES)."""
+    job = outcome.job
+    try:
+        state = await _write(conn, worker_id, outcome)
+    except Fenced:
+        state = "fenced"
+    log.info(
+        "ended",
+        outbox_id=job.row.id,
+        attempt=job.row.attempt,
+        topic=job.row.topic,
+        state=state,
+        reason=outcome.reason or None,
+        **trace.log_fields(job.traceparent),
+    )
+    return _AS_COUNTED[state]
+
+
+async def _write(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
+    job = outcome.job
+    match outcome.end:
+        case End.FAIL:
+            return await fail(
+                conn,
+                worker_id,
+                job.token,
+                outcome.reason,
+                delay=outcome.delay,
+                permanent=outcome.permanent,
+            )
+        case End.HAND_BACK:
+            back = await hand_back(conn, worker_id, [job.token], outcome.delay or timedelta(0))
+            return "handed back" if back else "fenced"
+        case End.CANCELLED:
+            cursor = await conn.execute("SELECT outbox_end_cancelled(%s, %s, %s)", (worker_id, *job.token))
+            ended = await cursor.fetchone()
+            assert ended is not None
+            return {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
+        case _:
+            return "settled by its handler" if job.settled else "fenced"
