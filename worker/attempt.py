@@ -122,13 +122,15 @@ class Attempt:
     async def _call(self) -> None:
         if debugging():
             log.debug("started")
-        running = _in_thread if self._handler.blocking else _in_loop
-        timeout = self.job.row.timeout or self._handler.timeout
+        handler, job = self._handler, self.job
+        running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
+        assert running is not None
+        timeout = job.row.timeout or handler.timeout
         if timeout is None:  # asyncio.timeout takes 2.9 us, also when it has nothing to time
-            await running(self._handler.run, self.job)
+            await running
         else:
             async with asyncio.timeout(timeout.total_seconds()):
-                await running(self._handler.run, self.job)
+                await running
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._ended(self, self._outcome(task))
@@ -161,12 +163,6 @@ class Attempt:
             case _:
                 log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
                 return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
-
-
-async def _in_loop(run: Run, job: Job) -> None:
-    running = run(job)
-    assert running is not None
-    await running
 
 
 async def _in_thread(run: Run, job: Job) -> None:

@@ -19,9 +19,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from datetime import timedelta
-from functools import partial
 from random import uniform
 from typing import Any
 from uuid import UUID
@@ -289,8 +288,10 @@ class Worker:
     # What happens.
 
     def _heard(self, channel: str, payload: str) -> None:
-        with suppress(ValueError):  # anybody may NOTIFY anything
+        try:
             self._understand(channel, payload)
+        except ValueError:  # anybody may NOTIFY anything
+            log.debug("not_understood", channel=channel, payload=payload)
 
     def _understand(self, channel: str, payload: str) -> None:
         if channel == WAKE:
@@ -344,13 +345,13 @@ class Worker:
         return True
 
     def _ask(self, row_id: int, now: float) -> None:
-        self._asked = self._claims.row(row_id, partial(self._row_came, now))
+        self._asked = self._claims.row(row_id, self._row_came)
         self._woken_at = now
 
-    def _row_came(self, asked_at: float, row: Claimed | None, still_there: bool) -> Claimed | None:
+    def _row_came(self, row: Claimed | None, still_there: bool) -> Claimed | None:
         self._look |= still_there
         if row is not None:
-            self._start([row], asked_at)
+            self._start([row], self._woken_at)
         return row
 
     def _is_lone(self, now: float) -> bool:
@@ -605,7 +606,8 @@ class Worker:
         assert self.id is not None
         if rows:
             self._lease.claimed(asked_at)
-            self._standby.own.difference_update(row.id for row in rows)
+            if self._standby.own:
+                self._standby.own.difference_update(row.id for row in rows)
         for row in rows:
             job = Job(row, self.id, self._lease, self._pool.connection)
             attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)

@@ -16,7 +16,7 @@ the moment in which that one is to start it. So:
 import math
 import random
 
-PATIENCE, SPREAD = 0.2, 0.05
+PATIENCE, SPREAD = 0.1, 0.05
 """Seconds until others ask; and how much more at most, for each that sleeps. Of 50, one asks some 50 ms after
 PATIENCE, and each of them once in 1.5 s while rows come one by one."""
 
