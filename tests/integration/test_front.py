@@ -201,6 +201,8 @@ def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look from the front counts as slow, no scout as quick. Scouts do not rest."""
     monkeypatch.setattr(front, "SLOW", -1.0)
     monkeypatch.setattr(front, "QUICK", -1.0)
+    monkeypatch.setattr(front, "MUCH", -1.0)
+    monkeypatch.setattr(front, "LITTLE", -1.0)
     monkeypatch.setattr(front, "REST", 0.0)
 
 
@@ -295,6 +297,7 @@ async def test_a_front_that_is_quick_again_is_used_again(
 ) -> None:
     psql = await connect()
     monkeypatch.setattr(front, "SLOW", -1.0)
+    monkeypatch.setattr(front, "MUCH", -1.0)
     monkeypatch.setattr(front, "QUICK", 60.0)
     async with watched(database, "t", concurrency=4) as worker:
         await worker.has_run(await add(psql))

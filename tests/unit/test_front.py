@@ -143,6 +143,35 @@ def test_a_quick_scout_takes_looks_back_to_the_front_and_is_trusted_for_a_while(
     assert front.look(TOPICS, 10, 5).levels == [level(9)]
 
 
+def test_what_every_look_takes_is_not_slow() -> None:
+    """On a crowded machine each look waits for its turn, and so does a scout."""
+    front = Front()
+    front.looked(FRONT, [row(5)], began=0, ended=0.01)
+    ends = Look([level(5)])
+    for time in range(1, 50):
+        front.looked(ends, [row(5)], began=time, ended=time + 0.05)
+    for time in (50, 51, 52):
+        front.looked(FRONT, [row(5)], began=time, ended=time + 0.1)
+    assert not front.far
+    for time in (53, 54):
+        front.looked(FRONT, [row(5)], began=time, ended=time + 0.3)
+    assert front.far
+    front.scouted(dict(front.ends), [], began=55, ended=55.2)
+    assert front.far
+    front.scouted(dict(front.ends), [], began=56, ended=56.04)
+    assert not front.far
+
+
+def test_what_looks_took_under_load_is_forgotten_with_the_first_that_is_quick() -> None:
+    front = Front()
+    for time in range(50):
+        front.looked(Look([level(5)]), [row(5)], began=time, ended=time + 0.05)
+    front.looked(FRONT, [row(5)], began=50, ended=50.001)
+    for time in (51, 52):
+        front.looked(FRONT, [row(5)], began=time, ended=time + 0.03)
+    assert front.far
+
+
 def test_a_look_that_was_cut_off_was_slow() -> None:
     front = Front()
     front.gave_up(FRONT, began=0, ended=6)
