@@ -91,8 +91,8 @@ Heard = Callable[[str, str], None]
 async def hear(
     conn: psycopg.AsyncConnection[Any], heard: Heard, answered: Callable[[], None] = lambda: None
 ) -> None:
-    """Pass on what a LISTEN connection hears, until it breaks. `answered` is called when something was read,
-    for who sends a statement meanwhile, by libpq and not by psycopg.
+    """Pass on what a LISTEN connection hears, until it breaks. `answered` is called when something was read:
+    to take the whole answer, if it is there, to a statement that was sent meanwhile by libpq itself.
 
     psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten idle
     minutes. Raises psycopg.OperationalError when the connection is broken, and what `heard` raises.
@@ -107,9 +107,10 @@ async def hear(
         try:
             for _ in range(2):  # an end that came with last words: uvloop may tell of both but once
                 server.consume_input()
+                # First: libpq does not come to what follows an answer before that has been taken.
+                answered()
                 while note := server.notifies():
                     heard(note.relname.decode(), note.extra.decode())
-            answered()
         except Exception as error:
             loop.remove_reader(descriptor)  # it stays readable
             if not broken.done():

@@ -32,6 +32,7 @@ COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN conn
 -- VOLATILE, so that in READ COMMITTED each look has a snapshot of its own, taken after the caller's write.
 -- `lone`: the row's id, if it is one that a sleeper may take by itself. Of several one is drawn, at random: so the
 -- work is spread, and one that hangs is not drawn each time. A presence may be null, of who registered without one.
+-- Not of a topic with a limit: there may be no room, and those that stand by would take that for an absence.
 CREATE FUNCTION outbox_notify(row_topic text, due timestamptz, lone bigint DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
@@ -47,7 +48,7 @@ BEGIN
         sleepers := cardinality(asleep);
         IF sleepers = 0 THEN
             RETURN;
-        ELSIF sleepers > 1 THEN
+        ELSIF sleepers > 1 AND NOT EXISTS (SELECT FROM topic WHERE name = row_topic) THEN
             named := ',' || asleep[1 + floor(random() * sleepers)::integer] || ',' || sleepers;
         END IF;
     END IF;
@@ -333,9 +334,9 @@ LANGUAGE plpgsql VOLATILE ROWS 10
 SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
-    row_id bigint;
-    absent integer;
-    asleep uuid;
+    row_id  bigint;
+    absent  integer; -- the presence of the one that was named
+    sleeper uuid;
 BEGIN
     FOR row_id, absent IN
         SELECT o.id, f.presence
@@ -347,9 +348,9 @@ BEGIN
         WHERE id IN (
             SELECT w.id FROM worker AS w WHERE w.parked AND w.presence = absent FOR NO KEY UPDATE SKIP LOCKED
         )
-        RETURNING id INTO asleep;
+        RETURNING id INTO sleeper;
         IF FOUND THEN
-            PERFORM pg_notify('sendoff_wake', '#' || asleep || '@0');
+            PERFORM pg_notify('sendoff_wake', '#' || sleeper || '@0');
         END IF;
         RETURN NEXT row_id;
     END LOOP;

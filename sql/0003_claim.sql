@@ -315,8 +315,8 @@ BEGIN
         o.traceparent::text, a.timeout, moment - o.available_at, o.priority, o.available_at::timestamptz;
     GET DIAGNOSTICS claimed = ROW_COUNT;
 
-    -- Nothing to be done is found out without a lock, and so without a transaction id and a commit on disk: one
-    -- row that is committed wakes every worker asleep, and one finds it.
+    -- Nothing to be done is found out without a lock, and so without a transaction id and a commit on disk: a
+    -- notification that names nobody wakes every worker asleep, and one finds the row.
     IF ids = '{}' THEN
         me := outbox_myself(turner, connection, to_write => claimed > 0);
     END IF;

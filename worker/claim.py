@@ -51,7 +51,7 @@ class Claims:
     """A worker's claims and completions, on its connection, which is in autocommit. Nothing else may be under
     way there meanwhile. A lone row's claim goes over its LISTEN connection.
 
-    All raise WorkerEnded if a rescue came first.
+    All but `row` raise WorkerEnded if a rescue came first; that leaves the row to a turn, which does.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Claims:
         return {token for token in tokens if token[0] not in ended}
 
     async def prepare(self) -> None:
-        """Before all else. Nothing through a pooler: the next statement may meet another connection."""
+        """Before all else. Nothing that goes through a pooler, where the next may meet another connection."""
         await self._listener.prepare(_name(_ROW), _ROW)
         if not self._pooled:
             for query in (_TURN, _COMPLETE):

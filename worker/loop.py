@@ -3,8 +3,8 @@
 It sleeps until something happens: a notification, a handler that ended, the one next deadline, or a lost
 connection. Then it takes a turn:
 
-1. A lone row that it was told of in its sleep, and named for (worker/standby.py), is claimed by its id,
-   before all else: a look at everything takes twice as long.
+1. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at everything
+   takes twice as long. Was another worker named for it, this one stands by (worker/standby.py).
 2. A lease that is due is renewed, a rescue that is due is done.
 3. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
    with the next claim, in one commit and one round trip.
@@ -93,9 +93,10 @@ class Worker:
         self._event = asyncio.Event()
         self._look = True
         self._told: list[int] = []
-        """Lone rows that notifications told of since the last turn."""
+        """Lone rows that notifications told of since the last turn, and those that it stands in for."""
         self._standby = Standby()
         self._flag_taken_down = False
+        """Or its life was ended: it finds out."""
         self._asleep = False
         """The loop's task waits for its event: nothing is under way on its connection."""
         self._asked: Reply[Claimed | None] | None = None
@@ -290,7 +291,7 @@ class Worker:
     def _heard(self, channel: str, payload: str) -> None:
         try:
             self._understand(channel, payload)
-        except ValueError:  # anybody may NOTIFY anything
+        except (ValueError, TypeError, OverflowError):  # anybody may NOTIFY anything
             log.debug("not_understood", channel=channel, payload=payload)
 
     def _understand(self, channel: str, payload: str) -> None:
@@ -492,8 +493,9 @@ class Worker:
         await self._have_read()
         own = self._standby.own
         if own and not self._free():
-            await self._control.execute("SELECT outbox_pass_on(%s)", (list(own),))
-            own.clear()
+            rows = list(own)
+            await self._control.execute("SELECT outbox_pass_on(%s)", (rows,))
+            own.difference_update(rows)
         elif self._parking.stage is not AWAKE and not (self._look or self._told or self._asked):
             own.clear()  # it has looked: they run, or are another's
 

@@ -16,13 +16,13 @@ the moment in which that one is to start it. So:
 import math
 import random
 
-PATIENCE, SPREAD = 0.1, 0.05
-"""Seconds until others ask; and how much more at most, for each that sleeps. Of 50, one asks some 50 ms after
-PATIENCE, and each of them once in 1.5 s while rows come one by one."""
+PATIENCE, SPREAD, LONGEST = 0.1, 0.05, 5.0
+"""Seconds until others ask; how much more at most, for each that sleeps; and in all. Of 50, one asks some
+50 ms after PATIENCE, and each of them once in 1.5 s while rows come one by one."""
 
 
 class Standby:
-    """The lone rows that a worker heard of while it was parked, and has not claimed."""
+    """The lone rows that a worker heard of, that it was named for or another, and has not claimed."""
 
     def __init__(self) -> None:
         self.ask_at = math.inf
@@ -47,9 +47,11 @@ class Standby:
         for row in due:
             del self._others[row]
         self.ask_at = math.inf
-        if self._others:
-            self._again(now)
+        for _, heard_at in self._others.values():
+            self._again(heard_at)  # the first is the oldest
+            break
         return list(due), list(due.values())
 
-    def _again(self, now: float) -> None:
-        self.ask_at = now + PATIENCE + random.uniform(0, SPREAD * self._asleep)  # noqa: S311 - not all at once
+    def _again(self, heard_at: float) -> None:
+        spread = min(SPREAD * self._asleep, LONGEST)
+        self.ask_at = heard_at + PATIENCE + random.uniform(0, spread)  # noqa: S311 - not all at once

@@ -235,6 +235,28 @@ async def test_without_a_presence_nobody_is_named(connect: Connect, psql: Connec
     assert payloads == [f"t@0#{row}"]
 
 
+async def test_of_a_topic_with_a_limit_nobody_is_named(connect: Connect) -> None:
+    """Without room the one that is named leaves the row, and is there all the same."""
+    psql, listener = await connect(), await connect()
+    await listener.execute("LISTEN sendoff_wake")
+    await psql.execute("INSERT INTO topic (name, max_running) VALUES ('t', 0)")
+    for presence in (7, 8):
+        await absent(psql, presence)
+    row = await add(psql)
+    payloads = [note.payload async for note in listener.notifies(stop_after=1, timeout=60)]
+    assert payloads == [f"t@0#{row}"]
+
+
+@pytest.mark.parametrize("payload", ["t@0#1,2,3,4", "t@0#1,2", "t@0#x", f"t@0#1,2,{'9' * 400}", "t@0#1,2,-3"])
+async def test_nonsense_is_not_understood(payload: str, connect: Connect, database: str) -> None:
+    """Anybody may NOTIFY anything: the worker goes on."""
+    psql = await connect()
+    async with watched(database) as worker:
+        await psql.execute("SELECT pg_notify('sendoff_wake', %s)", (payload,))
+        await worker.hears_nothing_more(psql)
+        await worker.has_run(await add(psql))
+
+
 async def test_each_that_is_parked_may_be_drawn(connect: Connect) -> None:
     psql, listener = await connect(), await connect()
     await listener.execute("LISTEN sendoff_wake")
@@ -302,6 +324,6 @@ def test_asks_about_what_has_had_its_time() -> None:
     assert not stands.stand_by(2, 8, 50, now=first - standby.PATIENCE)
     assert not stands.stand_by(3, 9, 50, now=first)
     assert stands.take_due(first) == ([1, 2], [7, 8])
-    assert first + standby.PATIENCE <= stands.ask_at < math.inf
+    assert first + standby.PATIENCE <= stands.ask_at <= first + standby.PATIENCE + 50 * standby.SPREAD
     assert stands.take_due(stands.ask_at) == ([3], [9])
     assert stands.ask_at == math.inf

@@ -60,6 +60,48 @@ def waits(server: Server) -> Awaitable[None]:
     return listener.ask(b"", [], lambda result: None).done
 
 
+class Behind(Server):
+    """A notification came right behind an answer: libpq parses it when the answer has been taken."""
+
+    results = 2
+
+    def consume_input(self) -> None:
+        self._sock.recv(16384)
+
+    def is_busy(self) -> bool:
+        return False
+
+    def get_result(self) -> object:
+        self.results -= 1
+        return "answer" if self.results else None
+
+    def notifies(self) -> Any:
+        if self.results == 0:
+            self.results -= 1
+            return SimpleNamespace(relname=b"sendoff_wake", extra=b"t@0")
+        return None
+
+
+def test_what_comes_right_behind_an_answer_is_heard() -> None:
+    heard: list[str] = []
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        conn = SimpleNamespace(notifies=nothing, pgconn=Behind(ours))
+        listener = Listener(cast(Any, conn), 1, lambda channel, payload: heard.append(payload))
+        listener.start(lambda: None)
+        await asyncio.sleep(0)
+        reply = listener.ask(b"", [], lambda result: str(result))
+        theirs.sendall(b"both of them")
+        async with asyncio.timeout(10):
+            assert await reply.done == "answer"
+        ours.close()
+        theirs.close()
+
+    uvloop.run(run())
+    assert heard == ["t@0"]
+
+
 @pytest.mark.parametrize("end", ["closed", "reset", "reset with last words"])
 @pytest.mark.parametrize("who", [listens, waits])
 def test_end_is_noticed(end: str, who: Callable[[Server], Awaitable[None]]) -> None:
