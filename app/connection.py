@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, LiteralString
 
-from psycopg import AsyncConnection, AsyncCursor, generators, pq, sql
-from psycopg.errors import error_from_result
+from psycopg import AsyncConnection, AsyncCursor, sql
+
+from outbox.connect import answer
 
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
@@ -58,10 +59,10 @@ class Connection(AsyncConnection[Row]):
             if (name := self._named.get(statement)) is None:
                 name = b"sendoff_%d" % len(self._named)
                 self.pgconn.send_prepare(name, statement.text)
-                await self._answer()
+                await answer(self)
                 self._named[statement] = name
             self.pgconn.send_query_prepared(name, values)
-        result = await self._answer()
+        result = await answer(self)
         columns = range(result.nfields)
         return [
             tuple(_read(result.get_value(row, column), self._encoding) for column in columns)
@@ -76,13 +77,6 @@ class Connection(AsyncConnection[Row]):
     @cached_property
     def _encoding(self) -> str:
         return self.info.encoding
-
-    async def _answer(self) -> pq.abc.PGresult:
-        result: pq.abc.PGresult
-        (result,) = await self.wait(generators.execute(self.pgconn))
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise error_from_result(result, self._encoding)
-        return result
 
 
 def _sent(value: Any, encoding: str) -> bytes | None:

@@ -13,7 +13,9 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
+from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import error_from_result
 
 
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
@@ -82,6 +84,24 @@ def cut(conn: psycopg.AsyncConnection[Any]) -> None:
     """Break the connection at once, without a word to the server: whoever waits on it is told."""
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.pgconn.socket)) as peer:
         peer.shutdown(socket.SHUT_RDWR)
+
+
+async def answer(conn: psycopg.AsyncConnection[Any]) -> pq.abc.PGresult:
+    """What the server answers to the one statement that was sent by libpq itself. Raises psycopg.Error.
+
+    By psycopg's wait, which looks again now and then: uvloop does not call a reader whose connection was
+    reset, and what waits for that alone waits for ever.
+    """
+    result: pq.abc.PGresult
+    (result,) = await conn.wait(generators.execute(conn.pgconn))
+    return checked(result, conn)
+
+
+def checked(result: pq.abc.PGresult, conn: psycopg.AsyncConnection[Any]) -> pq.abc.PGresult:
+    """The same result. Raises psycopg.Error if it is an error."""
+    if result.status == pq.ExecStatus.FATAL_ERROR:
+        raise error_from_result(result, conn.info.encoding)
+    return result
 
 
 Heard = Callable[[str, str], None]

@@ -10,11 +10,12 @@ from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from psycopg import abc, generators, pq
+import psycopg
+from psycopg import abc, pq
 from psycopg.adapt import Transformer
-from psycopg.errors import error_from_result
 
 from outbox.claim import Claimed, Level, arrays, as_ended
+from outbox.connect import answer, checked
 from outbox.handler import Connection
 from worker.listen import Listener
 from worker.reply import Reply
@@ -71,7 +72,7 @@ class Claims:
         """
 
         def read(result: pq.abc.PGresult) -> T:
-            rows, still_there = Answer(_checked(result), self._reader).read()
+            rows, still_there = Answer(checked(result, self._conn), self._reader).read()
             return arrived(rows[0] if rows else None, bool(still_there))
 
         values = [self._worker, b"%d" % row_id, self._lease, self._presence]
@@ -128,18 +129,10 @@ class Claims:
             server.send_query_prepared(_name(query), values, result_format=pq.Format.BINARY)
 
     async def _answer(self) -> pq.abc.PGresult:
-        result: pq.abc.PGresult
-        # By psycopg's wait, which looks again now and then: uvloop does not call a reader whose connection
-        # was reset, and what waits for that alone waits for ever.
-        (result,) = await self._conn.wait(generators.execute(self._conn.pgconn))
-        return _checked(result)
-
-
-def _checked(result: pq.abc.PGresult) -> pq.abc.PGresult:
-    if result.status == pq.ExecStatus.FATAL_ERROR:
-        error = error_from_result(result)
-        raise as_ended(error) from error
-    return result
+        try:
+            return await answer(self._conn)
+        except psycopg.Error as error:
+            raise as_ended(error) from error
 
 
 def _name(query: bytes) -> bytes:

@@ -22,10 +22,9 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import generators, pq
-from psycopg.errors import error_from_result
+from psycopg import pq
 
-from outbox.connect import Heard, bounded, connect, hear
+from outbox.connect import Heard, answer, bounded, connect, hear
 from worker.reply import Reply
 
 T = TypeVar("T")
@@ -62,9 +61,7 @@ class Listener:
     async def prepare(self, name: bytes, query: bytes) -> None:
         """A statement for `ask`, before `start`."""
         self._conn.pgconn.send_prepare(name, query)
-        (result,) = await self._conn.wait(generators.execute(self._conn.pgconn))
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise error_from_result(result)
+        await answer(self._conn)
 
     def start(self, ended: Callable[[], None]) -> None:
         """Step 4, in a task; `ended` is called when the connection breaks."""
