@@ -47,9 +47,9 @@ class Standby:
         for row in due:
             del self._others[row]
         self.ask_at = math.inf
-        for _, heard_at in self._others.values():
-            self._again(heard_at)  # the first is the oldest
-            break
+        if self._others:
+            _, oldest = next(iter(self._others.values()))
+            self._again(oldest)
         return list(due), list(due.values())
 
     def _again(self, heard_at: float) -> None:

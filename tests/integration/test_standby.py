@@ -15,6 +15,7 @@ import pytest
 import outbox
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
+from tests.integration.test_parking import is_missed, runs
 from tests.support.steps import (
     Connection,
     Rule,
@@ -115,11 +116,7 @@ async def test_others_stand_in_for_one_that_died(
     async with watched(database) as b:
         await psql.execute("UPDATE worker SET parked = true")  # also A's, which B took down
         row = await add(psql)
-        if rule == "kept":
-            await b.has_run(row)
-        else:
-            assert await b.sleeps_for_ever(psql)
-            assert await get(psql, row) == "ready"
+        await (runs(b, row) if rule == "kept" else is_missed(b, psql, row))
 
 
 async def test_one_that_did_not_come_is_not_named_again(psql: Connection, database: str) -> None:
@@ -153,11 +150,7 @@ async def test_one_that_comes_late_parks_anew(
         a.hears_again()
         await a.asleep()
         row = await add(psql)
-        if rule == "kept":
-            await a.has_run(row)
-        else:
-            assert await a.sleeps_for_ever(psql)
-            assert await get(psql, row) == "ready"
+        await (runs(a, row) if rule == "kept" else is_missed(a, psql, row))
 
 
 @with_and_without

@@ -65,9 +65,6 @@ class Behind(Server):
 
     results = 2
 
-    def consume_input(self) -> None:
-        self._sock.recv(16384)
-
     def is_busy(self) -> bool:
         return False
 
@@ -87,6 +84,7 @@ def test_what_comes_right_behind_an_answer_is_heard() -> None:
 
     async def run() -> None:
         ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         conn = SimpleNamespace(notifies=nothing, pgconn=Behind(ours))
         listener = Listener(cast(Any, conn), 1, lambda channel, payload: heard.append(payload))
         listener.start(lambda: None)
