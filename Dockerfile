@@ -5,11 +5,11 @@ WORKDIR /src
 COPY pyproject.toml README.md ./
 COPY app app
 COPY worker worker
-COPY outbox outbox
+COPY outwake outwake
 COPY sql sql
 COPY embedded embedded
-RUN python -m venv /opt/sendoff \
- && /opt/sendoff/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel,relay]'
+RUN python -m venv /opt/outwake \
+ && /opt/outwake/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel,relay]'
 
 # The agent of production, of the version that `make claude` tests; nothing else of Node's image is kept.
 FROM node:22-slim AS agent
@@ -20,15 +20,15 @@ FROM python:3.13-slim
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends ca-certificates git openssh-client \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home --uid 10001 sendoff \
- && install --directory --owner=sendoff --group=sendoff /var/lib/sendoff/workspaces
-COPY --from=build /opt/sendoff /opt/sendoff
+ && useradd --create-home --uid 10001 outwake \
+ && install --directory --owner=outwake --group=outwake /var/lib/outwake/workspaces
+COPY --from=build /opt/outwake /opt/outwake
 COPY --from=agent /usr/local/bin/node /usr/local/bin/node
 COPY --from=agent /opt/claude /opt/claude
-ENV PATH=/opt/sendoff/bin:/opt/claude/bin:$PATH \
+ENV PATH=/opt/outwake/bin:/opt/claude/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    SENDOFF_WORKSPACE_ROOT=/var/lib/sendoff/workspaces
+    OUTWAKE_WORKSPACE_ROOT=/var/lib/outwake/workspaces
 # A number, so that Kubernetes' runAsNonRoot can check it.
 USER 10001:10001
-WORKDIR /var/lib/sendoff
-CMD ["sendoff", "--help"]
+WORKDIR /var/lib/outwake
+CMD ["outwake", "--help"]

@@ -35,11 +35,11 @@ install: .venv/.complete ## Install everything into .venv
 
 .PHONY: demo
 demo: .venv/.runtime ## Run one session from HTTP to commit on an embedded Postgres, then stop
-	@$(BIN)/python -m embedded.demo
+	@$(BIN)/python -m outwake.embedded.demo
 
 .PHONY: dev
 dev: .venv/.runtime ## The same, kept running until Ctrl-C
-	@$(BIN)/python -m embedded.dev
+	@$(BIN)/python -m outwake.embedded.dev
 
 .PHONY: lint
 lint: .venv/.complete ## Check style and formatting
@@ -113,7 +113,7 @@ fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for 
 	@touch $@
 
 .PHONY: bench
-bench: .venv/.bench ## Measure Sendoff, its peers and the floor; writes docs/benchmarks.md (hours)
+bench: .venv/.bench ## Measure Outwake, its peers and the floor; writes docs/benchmarks.md (hours)
 	@$(BIN)/python -m bench all
 
 .PHONY: bench-quick

@@ -9,10 +9,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import metrics
-from outbox.log import get_logger, writes
+from outwake.app import metrics
+from outwake.log import get_logger, writes
 
-log = get_logger("app.access")
+log = get_logger("outwake.app.access")
 
 
 class Access:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from app.context import context
-from app.problems import Problem, invalid
-from outbox import trace
+from outwake import trace
+from outwake.app.context import context
+from outwake.app.problems import Problem, invalid
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 
-from outbox.connect import answer
+from outwake.connect import answer
 
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
@@ -57,7 +57,7 @@ class Connection(AsyncConnection[Row]):
             self.pgconn.send_query_params(statement.text, values)
         else:
             if (name := self._named.get(statement)) is None:
-                name = b"sendoff_%d" % len(self._named)
+                name = b"outwake_%d" % len(self._named)
                 self.pgconn.send_prepare(name, statement.text)
                 await answer(self)
                 self._named[statement] = name

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from app.database import Database
-from app.hub import Hub
-from app.identity import Authenticator
-from app.limits import Limits
-from app.presence import WorkerPresence
-from outbox.settings import Settings
-from outbox.stuck import StuckWatch
+from outwake.app.database import Database
+from outwake.app.hub import Hub
+from outwake.app.identity import Authenticator
+from outwake.app.limits import Limits
+from outwake.app.presence import WorkerPresence
+from outwake.settings import Settings
+from outwake.stuck import StuckWatch
 
 
 @dataclass(frozen=True)

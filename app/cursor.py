@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
 
-from app.problems import Problem
+from outwake.app.problems import Problem
 
 Key = TypeVar("Key", UUID, int)
 

@@ -23,11 +23,11 @@ from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
-from app.connection import Connection, Params, Query, Row
-from app.problems import unavailable
-from outbox.connect import bounded, conninfo, cut_after
-from outbox.log import get_logger
-from outbox.settings import Settings
+from outwake.app.connection import Connection, Params, Query, Row
+from outwake.app.problems import unavailable
+from outwake.connect import bounded, conninfo, cut_after
+from outwake.log import get_logger
+from outwake.settings import Settings
 
 CONNECT_TIMEOUT = 2  # seconds; libpq knows no less
 WAIT_TIMEOUT = 5.0  # seconds for a free connection while all are busy
@@ -37,11 +37,11 @@ ANSWER_TIMEOUT = 15.0  # seconds, by us, when the server has gone silent
 SILENCE = timedelta(seconds=10)  # of a network path, until both ends give it up
 PROBE_PAUSE = (0.05, 1.0)  # seconds, first and last
 
-log = get_logger("app.database")
+log = get_logger("outwake.app.database")
 
 
 def _conninfo(settings: Settings) -> str:
-    info = conninfo(settings.database_url, "sendoff api", SILENCE, pooled=settings.pooled)
+    info = conninfo(settings.database_url, "outwake api", SILENCE, pooled=settings.pooled)
     info = make_conninfo(info, connect_timeout=CONNECT_TIMEOUT)
     if settings.pooled:  # a pooler refuses startup options
         return info

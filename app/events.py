@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.body import last_event_id, read_query
-from app.context import context
-from app.hub import Stream
-from app.identity import Identity
-from app.models import EventQuery
-from app.sessions import no_session
+from outwake.app.body import last_event_id, read_query
+from outwake.app.context import context
+from outwake.app.hub import Stream
+from outwake.app.identity import Identity
+from outwake.app.models import EventQuery
+from outwake.app.sessions import no_session
 
 HEARTBEAT = 15.0  # seconds
 RETRY = 1000  # milliseconds until an EventSource comes back

@@ -7,15 +7,15 @@ import psycopg
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.answer import json_response
-from app.body import read_query
-from app.context import Context, context
-from app.identity import Identity
-from app.models import Health, Ready, ReadyQuery
-from app.problems import Problem
-from outbox.errors import SchemaError
-from outbox.migrate import check_schema
-from outbox.ready import outbox_ready
+from outwake.app.answer import json_response
+from outwake.app.body import read_query
+from outwake.app.context import Context, context
+from outwake.app.identity import Identity
+from outwake.app.models import Health, Ready, ReadyQuery
+from outwake.app.problems import Problem
+from outwake.errors import SchemaError
+from outwake.migrate import check_schema
+from outwake.ready import outbox_ready
 
 _OURS = ("database", "schema_current", "listener")
 _WORKERS = ("worker_present", "nothing_stuck")

@@ -28,10 +28,10 @@ from uuid import UUID
 
 import psycopg
 
-from app.database import Database
-from app.listen import Listener
-from app.problems import Problem, of_database, unavailable
-from outbox.log import get_logger
+from outwake.app.database import Database
+from outwake.app.listen import Listener
+from outwake.app.problems import Problem, of_database, unavailable
+from outwake.log import get_logger
 
 PAUSE = 0.05  # seconds between two reads, at least
 FAILURE_PAUSE = 0.5  # seconds after a read that failed
@@ -81,7 +81,7 @@ _WATCH = "SELECT session_watch(%s::uuid[], %s)"
 _UNWATCH = "DELETE FROM watcher WHERE presence = %s AND session_id = ANY (%s::uuid[])"
 _WRITERS = "SELECT session_writers()"
 
-log = get_logger("app.hub")
+log = get_logger("outwake.app.hub")
 
 
 class Found(NamedTuple):

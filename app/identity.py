@@ -1,13 +1,13 @@
 """Who asks: the one seam for authentication.
 
-Where tokens are required (SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN is set) a request must bring one in
+Where tokens are required (OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN is set) a request must bring one in
 its Authorization header: an API token, or a token of the issuer, whose `sub` is the user. Nothing else
 counts: no cookie, so that no page of another origin can use a user's browser, and no header that names a
 user. (The dashboard's pages have a cookie and forms that cannot be forged: app/dashboard/page.py.)
 
 Elsewhere is the development mode: everybody is the operator `local`, so it must not be reachable from
 outside:
-1. The process refuses to listen on anything but loopback, unless SENDOFF_DEV_IDENTITY=1 says that
+1. The process refuses to listen on anything but loopback, unless OUTWAKE_DEV_IDENTITY=1 says that
    somebody else keeps strangers out (a compose network, a proxy that authenticates).
 2. Loopback alone does not keep out a web page in the user's own browser. Such a page has another
    Origin, and one that got our address under its own name (DNS rebinding) another Host: both are refused.
@@ -22,13 +22,13 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from app.database import Database
-from app.oidc import LEEWAY, Issuer, Rejected, has_role
-from app.problems import Problem
-from app.tokens import Tokens
-from outbox.errors import ConfigurationError
-from outbox.settings import Settings
-from outbox.token import check_user, hash_of, is_token
+from outwake.app.database import Database
+from outwake.app.oidc import LEEWAY, Issuer, Rejected, has_role
+from outwake.app.problems import Problem
+from outwake.app.tokens import Tokens
+from outwake.errors import ConfigurationError
+from outwake.settings import Settings
+from outwake.token import check_user, hash_of, is_token
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 TOKEN_LENGTH = 16_384
@@ -119,7 +119,7 @@ class Authenticator:
 
 def unauthorized(detail: str, error: str | None = "invalid_token") -> Problem:
     """401 with the challenge of RFC 6750."""
-    challenge = 'Bearer realm="sendoff"'
+    challenge = 'Bearer realm="outwake"'
     if error:
         challenge += f', error="{error}", error_description="{detail}"'
     return Problem("unauthorized", detail, headers={"WWW-Authenticate": challenge})
@@ -147,9 +147,9 @@ def check_host(settings: Settings) -> None:
     """Raise ConfigurationError where the development mode would be open to strangers."""
     if not settings.token_required and not settings.dev_identity and not is_loopback(settings.host):
         raise ConfigurationError(
-            f"SENDOFF_HOST: {settings.host} is not loopback, and there is no authentication: set "
-            "SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN=1; "
-            "SENDOFF_DEV_IDENTITY=1 says that strangers are kept out by other means"
+            f"OUTWAKE_HOST: {settings.host} is not loopback, and there is no authentication: set "
+            "OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN=1; "
+            "OUTWAKE_DEV_IDENTITY=1 says that strangers are kept out by other means"
         )
 
 

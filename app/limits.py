@@ -9,9 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from app.identity import Identity
-from app.problems import Problem
-from outbox.settings import Settings
+from outwake.app.identity import Identity
+from outwake.app.problems import Problem
+from outwake.settings import Settings
 
 BURST = 10  # seconds of the rate
 REMEMBERED = 10_000  # users

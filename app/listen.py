@@ -14,14 +14,14 @@ from uuid import UUID
 import psycopg
 from psycopg import AsyncConnection
 
-from app.database import SILENCE
-from outbox.connect import connect, hear
-from outbox.log import get_logger
+from outwake.app.database import SILENCE
+from outwake.connect import connect, hear
+from outwake.log import get_logger
 
 LOCK = 1397048890  # the first integer of a presence
 PAUSE = (0.05, 2.0)  # seconds between attempts to connect, first and last
 
-log = get_logger("app.listen")
+log = get_logger("outwake.app.listen")
 
 
 class Listener:
@@ -46,7 +46,7 @@ class Listener:
         pause = first
         while True:
             try:
-                async with await connect(self._url, "sendoff api listener", SILENCE) as conn:
+                async with await connect(self._url, "outwake api listener", SILENCE) as conn:
                     presence = await _prepare(conn)
                     pause = first
                     log.info("listening", presence=presence)
@@ -68,7 +68,7 @@ class Listener:
 
 
 async def _prepare(conn: AsyncConnection) -> int:
-    await conn.execute("LISTEN sendoff_session")
+    await conn.execute("LISTEN outwake_session")
     while True:
         presence = random.randrange(2**31)  # noqa: S311 - no secret
         cursor = await conn.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK, presence))

@@ -11,30 +11,30 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from app import dashboard, problems, reference
-from app.access import Access
-from app.context import Context
-from app.database import Database
-from app.hub import Hub
-from app.identity import Authenticator, check_host
-from app.limits import Limits
-from app.oidc import check_issuer
-from app.presence import WorkerPresence
-from app.routes import routes
-from app.tracing import Tracing
-from outbox import trace
-from outbox.errors import ConfigurationError
-from outbox.lean import collect_seldom
-from outbox.log import configure, get_logger
-from outbox.settings import Settings
-from outbox.stuck import StuckWatch
+from outwake import trace
+from outwake.app import dashboard, problems, reference
+from outwake.app.access import Access
+from outwake.app.context import Context
+from outwake.app.database import Database
+from outwake.app.hub import Hub
+from outwake.app.identity import Authenticator, check_host
+from outwake.app.limits import Limits
+from outwake.app.oidc import check_issuer
+from outwake.app.presence import WorkerPresence
+from outwake.app.routes import routes
+from outwake.app.tracing import Tracing
+from outwake.errors import ConfigurationError
+from outwake.lean import collect_seldom
+from outwake.log import configure, get_logger
+from outwake.settings import Settings
+from outwake.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
 BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-log = get_logger("app.main")
+log = get_logger("outwake.app.main")
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -124,7 +124,7 @@ def run(settings: Settings) -> None:
     Raises ConfigurationError if the host is not allowed or the address cannot be had.
     """
     configure(level=settings.log_level)
-    trace.configure("sendoff-api")
+    trace.configure("outwake-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:
         server = Server(app)
@@ -167,6 +167,6 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigurationError(
-            f"SENDOFF_HOST, SENDOFF_PORT: cannot listen on {host} port {port}: {error.strerror}"
+            f"OUTWAKE_HOST, OUTWAKE_PORT: cannot listen on {host} port {port}: {error.strerror}"
         ) from None
     return listening

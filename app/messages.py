@@ -5,12 +5,12 @@ import json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.answer import json_response
-from app.body import read_query
-from app.context import context
-from app.identity import Identity
-from app.models import MessageQuery
-from app.sessions import no_session
+from outwake.app.answer import json_response
+from outwake.app.body import read_query
+from outwake.app.context import context
+from outwake.app.identity import Identity
+from outwake.app.models import MessageQuery
+from outwake.app.sessions import no_session
 
 PAGE_BYTES = 4_000_000  # as stored, which is compressed; the first message of a page may exceed it
 

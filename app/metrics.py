@@ -13,27 +13,27 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.context import Context, context
-from app.identity import Identity
-from app.problems import Problem
-from outbox.metrics import CONTENT_TYPE, database_metrics, render, unreachable
+from outwake.app.context import Context, context
+from outwake.app.identity import Identity
+from outwake.app.problems import Problem
+from outwake.metrics import CONTENT_TYPE, database_metrics, render, unreachable
 
 REGISTRY = CollectorRegistry()
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 DATABASE_TIMEOUT = 3.0  # seconds
 
 _REQUESTS = Counter(
-    "sendoff_http_requests", "Requests answered.", ["method", "route", "status"], registry=REGISTRY
+    "outwake_http_requests", "Requests answered.", ["method", "route", "status"], registry=REGISTRY
 )
 _SECONDS = Histogram(
-    "sendoff_http_request_seconds",
+    "outwake_http_request_seconds",
     "To the first byte of the answer.",
     ["method", "route"],
     buckets=BOUNDS,
     registry=REGISTRY,
 )
 IN_PROGRESS = Gauge(
-    "sendoff_http_requests_in_progress", "Requests and event streams being answered.", registry=REGISTRY
+    "outwake_http_requests_in_progress", "Requests and event streams being answered.", registry=REGISTRY
 )
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
@@ -61,7 +61,7 @@ async def metrics(request: Request, identity: Identity) -> Response:
 
 def _listening(here: Context) -> Iterator[Metric]:
     yield GaugeMetricFamily(
-        "sendoff_api_listen_connected",
+        "outwake_api_listen_connected",
         "Whether the connection that feeds the event streams is open.",
         value=here.hub.listening,
     )

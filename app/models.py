@@ -10,9 +10,9 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from outbox.callback import URL_LENGTH, check_callback, parse_networks
-from outbox.names import BRANCH_LENGTH, REPO_LENGTH, TITLE_LENGTH, check_branch, check_repo, check_title
-from outbox.settings import Settings
+from outwake.callback import URL_LENGTH, check_callback, parse_networks
+from outwake.names import BRANCH_LENGTH, REPO_LENGTH, TITLE_LENGTH, check_branch, check_repo, check_title
+from outwake.settings import Settings
 
 PROMPT_LENGTH = 200_000  # CHECK prompt_text_length
 MAX_SEQ = 2**63 - 1
@@ -41,7 +41,7 @@ def _settings(info: ValidationInfo) -> Settings:
 def _callback(url: str, info: ValidationInfo) -> str:
     settings = _settings(info)
     if settings.webhook_secret is None:
-        raise ValueError("webhooks are not set up here: SENDOFF_WEBHOOK_SECRET is not set")
+        raise ValueError("webhooks are not set up here: OUTWAKE_WEBHOOK_SECRET is not set")
     return check_callback(url, parse_networks(settings.webhook_allow))
 
 
@@ -72,7 +72,7 @@ Callback = Annotated[
     str,
     Field(
         max_length=URL_LENGTH,
-        examples=["https://hooks.example/sendoff"],
+        examples=["https://hooks.example/outwake"],
         json_schema_extra={"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[!-~]+$"},
     ),
     AfterValidator(_callback),
@@ -109,7 +109,7 @@ class SessionCreate(Request):
     title: Title | None = None
     """Default: the first line of the prompt, else the repository."""
     branch: Branch | None = None
-    """The branch the work goes to. Default: `sendoff/`, words of the title, and a part of the id."""
+    """The branch the work goes to. Default: `outwake/`, words of the title, and a part of the id."""
     parent: UUID | None = None
     """The session this one continues."""
     callback_url: Callback | None = None
@@ -303,7 +303,7 @@ class Ready(Answer):
     worker_present: bool
     """Whether a worker is there that runs sessions."""
     nothing_stuck: bool
-    """Whether no row has been due for longer than SENDOFF_STUCK_AFTER."""
+    """Whether no row has been due for longer than OUTWAKE_STUCK_AFTER."""
     stuck: str | None = None
     """What is stuck, and why."""
 
@@ -322,7 +322,7 @@ class ProblemDetails(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
-    """`urn:sendoff:problem:` and the kind."""
+    """`urn:outwake:problem:` and the kind."""
     title: str
     status: int
     detail: str

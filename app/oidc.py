@@ -24,10 +24,10 @@ import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from app.problems import unavailable
-from outbox.errors import ConfigurationError
-from outbox.log import get_logger
-from outbox.settings import Settings
+from outwake.app.problems import unavailable
+from outwake.errors import ConfigurationError
+from outwake.log import get_logger
+from outwake.settings import Settings
 
 # By the kind of key: (kty, crv) -> algorithms.
 _BY_KEY = {
@@ -48,7 +48,7 @@ FAILURE_PAUSE = 1.0  # seconds after a failed fetch, while there are no keys at 
 FETCH_TIMEOUT = 5.0  # seconds
 MAX_DOCUMENT = 1_000_000  # bytes
 
-log = get_logger("app.oidc")
+log = get_logger("outwake.app.oidc")
 
 
 class Rejected(Exception):
@@ -69,7 +69,7 @@ class Key:
 
 
 def check_issuer(settings: Settings) -> None:
-    """Raise ConfigurationError if SENDOFF_OIDC_ISSUER is set and is no issuer's URL."""
+    """Raise ConfigurationError if OUTWAKE_OIDC_ISSUER is set and is no issuer's URL."""
     if not settings.oidc_issuer:
         return
     try:
@@ -77,7 +77,7 @@ def check_issuer(settings: Settings) -> None:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("https", "http") or not url.host or url.query or url.fragment:
-        raise ConfigurationError(f"SENDOFF_OIDC_ISSUER: {settings.oidc_issuer} is not an issuer's URL")
+        raise ConfigurationError(f"OUTWAKE_OIDC_ISSUER: {settings.oidc_issuer} is not an issuer's URL")
 
 
 class Issuer:

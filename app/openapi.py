@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from app import models
-from app.problems import KINDS, MEDIA_TYPE
-from app.routes import ENDPOINTS, EVENTS, Endpoint
+from outwake.app import models
+from outwake.app.problems import KINDS, MEDIA_TYPE
+from outwake.app.routes import ENDPOINTS, EVENTS, Endpoint
 
 _REF = "#/components/schemas/{model}"
 
@@ -55,7 +55,7 @@ _EVENT = {
 _BEARER = {
     "type": "http",
     "scheme": "bearer",
-    "description": "A token of the configured OpenID Connect issuer, or an API token (`sendoff token "
+    "description": "A token of the configured OpenID Connect issuer, or an API token (`outwake token "
     "create`). In development mode, on loopback only, none is needed.",
 }
 
@@ -70,8 +70,8 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.1",
         "info": {
-            "title": "Sendoff",
-            "version": version("sendoff"),
+            "title": "Outwake",
+            "version": version("outwake"),
             "summary": "Coding-agent sessions that are worked on once they are accepted.",
             "description": _problems_text(),
         },
@@ -149,7 +149,7 @@ def _answer(
 
 
 def _problem(status: int, kinds: list[str]) -> dict[str, Any]:
-    types = [f"urn:sendoff:problem:{kind}" for kind in kinds]
+    types = [f"urn:outwake:problem:{kind}" for kind in kinds]
     schema = {
         "allOf": [
             {"$ref": _REF.format(model="ProblemDetails")},
@@ -178,7 +178,7 @@ def _schemas() -> dict[str, Any]:
 
 def _problems_text() -> str:
     lines = [
-        f"| `urn:sendoff:problem:{kind}` | {status} | {title} |" for kind, (status, title) in KINDS.items()
+        f"| `urn:outwake:problem:{kind}` | {status} | {title} |" for kind, (status, title) in KINDS.items()
     ]
     return "\n".join(
         [

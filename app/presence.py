@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from app.database import Database
+from outwake.app.database import Database
 
 MAX_AGE = 1.0  # seconds
 

@@ -1,6 +1,6 @@
 """Errors as RFC 9457 problem details.
 
-Every error of this API is one of KINDS: `type` is `urn:sendoff:problem:KIND`, `title` and `status`
+Every error of this API is one of KINDS: `type` is `urn:outwake:problem:KIND`, `title` and `status`
 belong to the kind, `detail` tells this case. `errors` lists what is wrong with the request: each names
 a place (`pointer` into the body as a JSON pointer, `parameter` of the query, or `header`).
 """
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outbox.log import get_logger
+from outwake.log import get_logger
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = 2  # seconds: an outage is probed about once a second
@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "not-ready": (503, "This process is not ready"),
 }
 
-log = get_logger("app.problems")
+log = get_logger("outwake.app.problems")
 
 
 class Problem(Exception):
@@ -64,7 +64,7 @@ class Problem(Exception):
         self.kind = kind
         self.status, self.title = KINDS[kind]
         self.document: dict[str, Any] = {
-            "type": f"urn:sendoff:problem:{kind}",
+            "type": f"urn:outwake:problem:{kind}",
             "title": self.title,
             "status": self.status,
             "detail": detail,
@@ -112,7 +112,7 @@ def of_database(error: psycopg.Error) -> Problem:
     match error:
         case pg.UndefinedTable() | pg.UndefinedFunction() | pg.UndefinedColumn():
             log.error("schema_missing", error=str(error))
-            return unavailable("The database's schema is not this version's: run `sendoff migrate`.")
+            return unavailable("The database's schema is not this version's: run `outwake migrate`.")
         case pg.ReadOnlySqlTransaction():
             return unavailable("The database is read-only; try again.")
         case pg.DiskFull():

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from app.answer import json_response
-from app.body import check_accept
-from app.openapi import document
-from app.problems import Problem
+from outwake.app.answer import json_response
+from outwake.app.body import check_accept
+from outwake.app.openapi import document
+from outwake.app.problems import Problem
 
 # Swagger UI styles elements inline and has icons as data: URLs.
 POLICY = (
@@ -27,7 +27,7 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sendoff: HTTP API</title>
+<title>Outwake: HTTP API</title>
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/swagger.css">
 <div id="swagger-ui"></div>

@@ -9,11 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import events, health, messages, metrics, models, rows, sessions
-from app.body import check_accept
-from app.context import context
-from app.identity import Identity
-from app.problems import KINDS
+from outwake.app import events, health, messages, metrics, models, rows, sessions
+from outwake.app.body import check_accept
+from outwake.app.context import context
+from outwake.app.identity import Identity
+from outwake.app.problems import KINDS
 
 Handler = Callable[[Request, Identity], Awaitable[Response]]
 Access = Literal["user", "operator", "anybody"]

@@ -6,13 +6,13 @@ from psycopg import errors as pg
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app import cursor
-from app.answer import json_response
-from app.body import read_query
-from app.context import context
-from app.identity import Identity
-from app.models import RowQuery
-from app.problems import Problem
+from outwake.app import cursor
+from outwake.app.answer import json_response
+from outwake.app.body import read_query
+from outwake.app.context import context
+from outwake.app.identity import Identity
+from outwake.app.models import RowQuery
+from outwake.app.problems import Problem
 
 _DEAD = """
 SELECT outbox_json(o)::text, o.finished_at, o.id

@@ -12,14 +12,14 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app import cursor
-from app.answer import json_response
-from app.body import idempotency_key, read_body, read_query, traceparent
-from app.connection import Statement
-from app.context import context
-from app.identity import Identity
-from app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
-from app.problems import Problem
+from outwake.app import cursor
+from outwake.app.answer import json_response
+from outwake.app.body import idempotency_key, read_body, read_query, traceparent
+from outwake.app.connection import Statement
+from outwake.app.context import context
+from outwake.app.identity import Identity
+from outwake.app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
+from outwake.app.problems import Problem
 
 JSON = ("application/json",)
 SESSION_RETRY = 30  # seconds: a turn takes minutes
@@ -125,7 +125,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
     values = {
         **vars(asked),
         "title": title,
-        "branch_stem": f"sendoff/{_slug(title) or _slug(asked.repo) or 'session'}-",
+        "branch_stem": f"outwake/{_slug(title) or _slug(asked.repo) or 'session'}-",
         "user_id": identity.user_id,
         "scope": identity.scope,
         "worker_present": await here.presence.present(),

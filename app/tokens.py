@@ -7,8 +7,8 @@ minute: no request waits for a write of its own, and the row is written once a m
 
 import time
 
-from app.database import Database
-from outbox.token import hash_of
+from outwake.app.database import Database
+from outwake.token import hash_of
 
 MAX_AGE = 5.0  # seconds
 REMEMBERED = 10_000

@@ -1,8 +1,8 @@
-"""A span for each request (outbox/trace.py): what it enqueues belongs to its trace."""
+"""A span for each request (outwake/trace.py): what it enqueues belongs to its trace."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outbox import trace
+from outwake import trace
 
 
 class Tracing:

@@ -24,7 +24,7 @@ from bench.server import SETTINGS, STATE, Server
 from bench.streams import streams
 
 QUICK = {
-    "latency": ["sendoff c10", "floor b10", "graphile best"],
+    "latency": ["outwake c10", "floor b10", "graphile best"],
     "drain": list(FASTEST),
 }
 
@@ -32,7 +32,7 @@ ONE_A_POLL = ("dbos default", "pgboss default")
 """Their defaults poll every second or two: ten samples tell, and a drain would take hours."""
 SLOW = ("dbos_.py", "procrastinate_.py")
 """A few hundred jobs a second at best."""
-AT_ONCE = ("sendoff", "floor", "graphile")
+AT_ONCE = ("outwake", "floor", "graphile")
 """Whose queue is filled in one transaction, so that a worker at work can be measured from its first row."""
 
 DEFAULTS: list[tuple[str, float, float, str]] = [
@@ -205,7 +205,7 @@ def _drain(workers: int) -> Callable[[Run], None]:
 def _inserts(
     kind: str, working: Callable[..., workloads.Figures], counts: Callable[[Contestant], bool]
 ) -> Callable[[Run], None]:
-    """`counts`: which peers, each at its best, are measured beside Sendoff while a worker takes the rows."""
+    """`counts`: which peers, each at its best, are measured beside Outwake while a worker takes the rows."""
 
     def inserts(run: Run) -> None:
         seconds = run.arguments.seconds
@@ -220,7 +220,7 @@ def _inserts(
             if run.quick and run.arguments.contestants is None:
                 continue
             for contestant in random.sample([by_name(FASTEST[0]), *peers], len(peers) + 1):
-                name = contestant.name if contestant.peer else "sendoff, working"
+                name = contestant.name if contestant.peer else "outwake, working"
                 run.measure(name, working, run.server, contestant, clients, seconds)
 
     return inserts
@@ -241,7 +241,7 @@ def _http(run: Run) -> None:
 def _workers(run: Run) -> None:
     rows = 3 * run.arguments.rows  # so that what it takes 50 processes to wake, 0.3 s, is little of it
     for workers in random.sample((10, 50), 2):
-        run.measure("sendoff c10", workloads.many_workers, run.server, workers, rows)
+        run.measure("outwake c10", workloads.many_workers, run.server, workers, rows)
 
 
 def _claims(run: Run) -> None:

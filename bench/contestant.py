@@ -43,13 +43,13 @@ class Contestant:
     insert: str | None = None
     """One job, for pgbench; None where the library alone can enqueue."""
     concurrency: int = 0
-    """Sendoff only."""
+    """Outwake only."""
     notifies: bool = False
     extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def peer(self) -> bool:
-        return self.script not in ("sendoff.py", "floor.py")
+        return self.script not in ("outwake.py", "floor.py")
 
 
 def _left(table: str, *conditions: str) -> str:
@@ -61,7 +61,7 @@ _DEFER = (
     "SELECT procrastinate_defer_jobs_v1("
     "ARRAY[ROW('default', 'noop', 0, NULL, NULL, '{}', NULL)::procrastinate_job_to_defer_v1]);"
 )
-_SENDOFF = _left("outbox", *(f"topic = 'bench.noop' AND state = '{state}'" for state in ("ready", "running")))
+_OUTWAKE = _left("outbox", *(f"topic = 'bench.noop' AND state = '{state}'" for state in ("ready", "running")))
 _FLOOR = _left("job", "state = 'ready'", "state = 'running'")
 _PROCRASTINATE = _left("procrastinate_jobs", "status = 'todo'", "status = 'doing'")
 _OBAN = _left("oban_jobs", "state = 'available'", "state = 'executing'")
@@ -70,10 +70,10 @@ _BOSS = _left("pgboss.job", "name = 'noop' AND state < 'completed'")
 _GRAPHILE = "SELECT 1 FROM graphile_worker._private_jobs LIMIT 1"
 
 CONTESTANTS = [
-    Contestant("sendoff c10", "sendoff.py", "default", _SENDOFF, concurrency=10),
-    Contestant("sendoff c100", "sendoff.py", "best", _SENDOFF, concurrency=100),
-    Contestant("sendoff c500", "sendoff.py", "best", _SENDOFF, concurrency=500),
-    Contestant("sendoff c1000", "sendoff.py", "best", _SENDOFF, concurrency=1000),
+    Contestant("outwake c10", "outwake.py", "default", _OUTWAKE, concurrency=10),
+    Contestant("outwake c100", "outwake.py", "best", _OUTWAKE, concurrency=100),
+    Contestant("outwake c500", "outwake.py", "best", _OUTWAKE, concurrency=500),
+    Contestant("outwake c1000", "outwake.py", "best", _OUTWAKE, concurrency=1000),
     Contestant("floor b10", "floor.py", "b10", _FLOOR),
     Contestant("floor b100", "floor.py", "b100", _FLOOR),
     *(
@@ -102,7 +102,7 @@ def by_name(name: str) -> Contestant:
 
 
 def install() -> None:
-    """The peers, into an environment of their own below .state; they are no dependencies of Sendoff."""
+    """The peers, into an environment of their own below .state; they are no dependencies of Outwake."""
     if not PYTHON.exists():
         subprocess.run([_newest_python(), "-m", "venv", PYTHON.parents[1]], check=True)
     stamp = STATE / "python/.peers"
@@ -192,9 +192,9 @@ def _environment(contestant: Contestant, url: str, *, tell: bool) -> dict[str, s
         "BENCH_VARIANT": contestant.variant,
         "PYTHONPATH": str(SCRIPTS),
         "NODE_PATH": str(STATE / "node/node_modules"),
-        "SENDOFF_LOG_LEVEL": "warning",
+        "OUTWAKE_LOG_LEVEL": "warning",
     }
-    if contestant.script == "sendoff.py":
+    if contestant.script == "outwake.py":
         environment["PYTHONPATH"] = os.pathsep.join([str(_handlers()), str(SCRIPTS), str(ROOT)])
     if tell:
         environment["BENCH_TELL"] = "1"
@@ -205,7 +205,7 @@ def _handlers() -> Path:
     """A directory with the metadata that makes the worker find the handler."""
     directory = STATE / "handlers"
     info = directory / "bench_handlers-1.dist-info"
-    handlers = "[sendoff.handlers]\nbench = sendoff:handler\nbench_hold = sendoff:holder\n"
+    handlers = "[outwake.handlers]\nbench = outwake:handler\nbench_hold = outwake:holder\n"
     metadata = "Metadata-Version: 2.1\nName: bench-handlers\nVersion: 1\n"
     info.mkdir(parents=True, exist_ok=True)
     for name, text in (("entry_points.txt", handlers), ("METADATA", metadata)):
@@ -254,12 +254,12 @@ def working(
     settings: Mapping[str, str] = MappingProxyType({}),
     prefix: Sequence[str] = (),
 ) -> Iterator[Process]:
-    """A worker, until the block ends. For Sendoff: its topics, more options, environment variables.
+    """A worker, until the block ends. For Outwake: its topics, more options, environment variables.
 
     `prefix`: what its command is to be run by.
     """
     command = _command(contestant, "work", contestant.variant)
-    if contestant.script == "sendoff.py":
+    if contestant.script == "outwake.py":
         command = [sys.executable, "-m", "worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency), *options]
     environment = {**_environment(contestant, url, tell=tell), **settings}

@@ -20,8 +20,8 @@ from typing import NamedTuple, cast
 
 from bench.contestant import ROOT, run, wait_until
 from bench.server import STATE, Server, cpu_seconds, settle
-from bench.workloads import SENDOFF, Figures
-from embedded.postgres import free_port
+from bench.workloads import OUTWAKE, Figures
+from outwake.embedded.postgres import free_port
 
 CONNECTIONS = 16
 SESSIONS = 50  # of a user
@@ -78,7 +78,7 @@ def _served(server: Server, name: str, seconds: int) -> Iterator[Callable[[int],
     """What sends the burst of that number, each by users of its own."""
     database = f"http{APIS.index(name)}"
     url = server.fresh(database)
-    run(SENDOFF, url, "setup")
+    run(OUTWAKE, url, "setup")
     users = FASTEST // SESSIONS  # of a burst
     with _askers(url, name, (1 + seconds) * users) as (environment, tokens):
         with server.connect(database) as conn:
@@ -104,8 +104,8 @@ def api(
     environment = {
         **os.environ,
         "DATABASE_URL": url,
-        "SENDOFF_PORT": str(port),
-        "SENDOFF_LOG_LEVEL": "warning",
+        "OUTWAKE_PORT": str(port),
+        "OUTWAKE_LOG_LEVEL": "warning",
         "PYTHONPATH": str(ROOT),
         **environment,
     }
@@ -113,7 +113,7 @@ def api(
     command = (
         ["-m", "uvicorn", "bench.bare:app", *options.split()]
         if bare
-        else ["-c", "from outbox.cli import main; main(['api'])"]
+        else ["-c", "from outwake.cli import main; main(['api'])"]
     )
     with (STATE / "api.log").open("ab") as log:
         process = subprocess.Popen(
@@ -138,17 +138,17 @@ def _askers(url: str, name: str, users: int) -> Iterator[tuple[dict[str, str], l
 
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(issuing()) as issuer:
             exp = int(time.time()) + 3600
-            yield {"SENDOFF_OIDC_ISSUER": issuer.url}, [issuer.token(user, exp=exp) for user in names]
+            yield {"OUTWAKE_OIDC_ISSUER": issuer.url}, [issuer.token(user, exp=exp) for user in names]
     elif name == "api token":
-        yield {"SENDOFF_REQUIRE_TOKEN": "1"}, api_tokens(url, names)
+        yield {"OUTWAKE_REQUIRE_TOKEN": "1"}, api_tokens(url, names)
     else:
-        yield {"SENDOFF_DEV_IDENTITY": "1"}, [""] * users
+        yield {"OUTWAKE_DEV_IDENTITY": "1"}, [""] * users
 
 
 def api_tokens(url: str, names: list[str]) -> list[str]:
     import psycopg
 
-    from outbox.token import create
+    from outwake.token import create
 
     async def made() -> list[str]:
         async with await psycopg.AsyncConnection.connect(url) as conn:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-BRIDGE = "sendoffbench"
+BRIDGE = "outwakebench"
 """Its name; those of the namespaces and of their ends of the pairs begin with it."""
 SUBNET = "198.18.77"
 

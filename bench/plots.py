@@ -5,7 +5,7 @@ from typing import Any
 
 from bench.result import Table
 
-SENDOFF, PEER, FLOOR = "#1f6f9f", "#8c8c8c", "#c9c9c9"
+OUTWAKE, PEER, FLOOR = "#1f6f9f", "#8c8c8c", "#c9c9c9"
 FLOORS = ("floor", "no trigger", "by hand", "bare", "always")
 SPAN = 15
 """From this ratio of greatest to least on, the axis is logarithmic: a poller is a thousand times slower."""
@@ -18,7 +18,7 @@ def plot(target: Path, title: str, table: Table) -> bool:
     except ImportError:
         return False
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "sendoff", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "outwake", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
     middles = [seen.value for seen in table.values()]
@@ -46,7 +46,7 @@ def plot(target: Path, title: str, table: Table) -> bool:
 
 def _row(axes: Any, y: int, name: str, seen: Any, logarithmic: bool) -> None:
     """A bar from zero or, where there is no zero, a point; a line over the rounds' range; the value."""
-    colour = FLOOR if name.startswith(FLOORS) else SENDOFF if name.startswith("sendoff") else PEER
+    colour = FLOOR if name.startswith(FLOORS) else OUTWAKE if name.startswith("outwake") else PEER
     if logarithmic:
         axes.plot([seen.value], [y], "o", color=colour, markersize=7)
     else:

@@ -15,13 +15,13 @@ class Figure(NamedTuple):
     """How a figure is shown. Best first; ratios are to the row `beside`, or the first that starts so."""
 
     title: str
-    beside: str = "sendoff"
+    beside: str = "outwake"
     less_is_better: bool = False
 
 
 FIGURES = {
-    "start_p50_ms": Figure("Commit to handler start, p50, ms", "sendoff c10", True),
-    "start_p99_ms": Figure("Commit to handler start, p99, ms", "sendoff c10", True),
+    "start_p50_ms": Figure("Commit to handler start, p50, ms", "outwake c10", True),
+    "start_p99_ms": Figure("Commit to handler start, p99, ms", "outwake c10", True),
     "drain1_per_s": Figure("Jobs a second, one worker process, started beside a full queue"),
     "drain1_warm_per_s": Figure("Jobs a second, one worker process, warm"),
     "drain2_per_s": Figure("Jobs a second, two worker processes, started beside a full queue"),

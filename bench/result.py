@@ -48,7 +48,7 @@ SAMPLED = {
 """Their samples are pooled over the rounds: the p99 of a round of 100 would be its second worst."""
 
 PEERS = ("procrastinate", "pgqueuer", "oban", "dbos", "graphile", "pgboss")
-FASTEST = ("sendoff c1000", "floor b100", "graphile best")
+FASTEST = ("outwake c1000", "floor b100", "graphile best")
 """Each side's best setting. Graphile-worker has been the best peer in every run of all."""
 
 
@@ -122,21 +122,21 @@ class _Ratios(dict[str, float]):
 
 
 def ratios(parts: Parts) -> dict[str, float]:
-    """Of medians over the rounds. Sendoff at its best setting, as the peers; latency at its default."""
+    """Of medians over the rounds. Outwake at its best setting, as the peers; latency at its default."""
     found = _Ratios(tables(parts))
     _starts(found)
     _drains(found)
     _inserts(found)
     _sessions(found)
     _claims(found)
-    at_10, at_50 = (found.of(f"workers{n}_per_s", "sendoff c10") for n in (10, 50))
+    at_10, at_50 = (found.of(f"workers{n}_per_s", "outwake c10") for n in (10, 50))
     found.add("workers50_vs_10", at_50, at_10)
     return dict(found)
 
 
 def _starts(found: _Ratios) -> None:
     for p in ("p50", "p99"):
-        mine = found.of(f"start_{p}_ms", "sendoff c10")
+        mine = found.of(f"start_{p}_ms", "outwake c10")
         found.add(f"start_{p}_vs_floor", mine, found.of(f"start_{p}_ms", "floor b10"))
         found.add(f"start_{p}_vs_best_peer", mine, found.best(f"start_{p}_ms", PEERS, least=True))
 
@@ -144,7 +144,7 @@ def _starts(found: _Ratios) -> None:
 def _drains(found: _Ratios) -> None:
     for drain in ("drain1", "drain2", "drain1_warm", "drain2_warm"):
         figure = f"{drain}_per_s"
-        mine = found.best(figure, ("sendoff",))
+        mine = found.best(figure, ("outwake",))
         found.add(f"{drain}_vs_best_peer", mine, found.best(figure, PEERS))
         found.add(f"{drain}_vs_floor", mine, found.of(figure, "floor b100"))
 
@@ -153,7 +153,7 @@ def _inserts(found: _Ratios) -> None:
     for clients in (8, 32):
         for kind, plain in (("enqueue", "vs_plain_insert"), ("library", "vs_plain")):
             figure = f"{kind}{clients}_per_s"
-            busy, working = (found.of(figure, f"sendoff, {mode}") for mode in ("busy", "working"))
+            busy, working = (found.of(figure, f"outwake, {mode}") for mode in ("busy", "working"))
             without = found.of(figure, "no trigger")
             found.add(f"{kind}{clients}_{plain}", busy, without)
             found.add(f"{kind}{clients}_vs_by_hand", busy, found.of(figure, "by hand, no trigger"))

@@ -33,12 +33,12 @@ from bench.http import FASTEST, FILL, SESSIONS, accepts, api_tokens
 from bench.network import Host, Network, network
 from bench.server import STATE, Server, children_cpu_seconds, cpu_seconds, machine_cpu_seconds, settle
 from bench.workloads import OFF, ON, nothing_left
-from embedded.postgres import free_port
+from outwake.embedded.postgres import free_port
 
 APIS = (1, 2, 4)
 LAYOUTS = {"1 host": [1], "2 hosts": [2], "4 hosts": [4], "8 hosts": [8], "2 hosts, 2 databases": [1, 1]}
 """Hosts, by database."""
-WORKER = by_name("sendoff c100")
+WORKER = by_name("outwake c100")
 Cores = dict[str, float]
 """A rate, and how many cores who used while it was measured."""
 
@@ -97,9 +97,9 @@ def apis(server: Server, net: Network, count: int, seconds: int) -> Cores:
 
 @contextmanager
 def _api(host: Host, port: int, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    settings = {"SENDOFF_HOST": host.address, "SENDOFF_PORT": str(port), "SENDOFF_REQUIRE_TOKEN": "1"}
-    environment = {**os.environ, "DATABASE_URL": url, "SENDOFF_LOG_LEVEL": "warning", **settings}
-    command = [*host.prefix, sys.executable, "-c", "from outbox.cli import main; main(['api'])"]
+    settings = {"OUTWAKE_HOST": host.address, "OUTWAKE_PORT": str(port), "OUTWAKE_REQUIRE_TOKEN": "1"}
+    environment = {**os.environ, "DATABASE_URL": url, "OUTWAKE_LOG_LEVEL": "warning", **settings}
+    command = [*host.prefix, sys.executable, "-c", "from outwake.cli import main; main(['api'])"]
     with (STATE / "api.log").open("ab") as log:
         process = subprocess.Popen(
             command, env={**environment, "PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=log, stderr=log

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from embedded.postgres import EmbeddedPostgres
+from outwake.embedded.postgres import EmbeddedPostgres
 
 
 def state_directory(named: str) -> Path:

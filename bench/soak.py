@@ -228,7 +228,7 @@ class Soak:
     def _worker_cpu(self) -> float:
         """Of the worker and of the session that it claims with."""
         sessions = self._conn.execute(
-            "SELECT pid FROM pg_stat_activity WHERE datname = 'bench' AND application_name = 'sendoff worker'"
+            "SELECT pid FROM pg_stat_activity WHERE datname = 'bench' AND application_name = 'outwake worker'"
         ).fetchall()
         return sum(map(cpu_seconds, (self._worker.pid, *(pid for (pid,) in sessions))))
 
@@ -328,13 +328,13 @@ class Soak:
 def _soaking(server: Server, rows: str, retention: int) -> Iterator[Soak]:
     """In a new database."""
     LOG.unlink(missing_ok=True)
-    contestant = by_name("sendoff c100")
+    contestant = by_name("outwake c100")
     url = server.fresh("bench")
     run(contestant, url, "setup")
     run(contestant, url, "fill", str(BURST))
     with server.connect("bench") as conn:
         settle(conn)
-    settings = {"SENDOFF_RETENTION": str(retention), "SENDOFF_LOG_LEVEL": "info"}
+    settings = {"OUTWAKE_RETENTION": str(retention), "OUTWAKE_LOG_LEVEL": "info"}
     with working(contestant, url, topics="bench.noop,outbox.prune", settings=settings) as worker:
         soak = Soak(server, url, worker, rows)
         try:

@@ -137,7 +137,7 @@ def _plot(result: dict[str, Any], name: str) -> bool:
     except ImportError:
         return False
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "sendoff"
+    matplotlib.rcParams["svg.hashsalt"] = "outwake"
     from matplotlib import pyplot
 
     minutes, bursts = result["minutes_seen"], result["bursts"]

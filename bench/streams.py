@@ -26,7 +26,7 @@ import psycopg
 from bench.contestant import ROOT, run
 from bench.http import api
 from bench.server import Server, cpu_seconds, resident_mb, settle
-from bench.workloads import SENDOFF
+from bench.workloads import OUTWAKE
 
 WRITERS = 32  # connections, shared by all sessions: as many commits may wait for the disk at once
 OPENING = 100  # streams that are opened at once
@@ -63,7 +63,7 @@ SELECT last_seq, watched FROM message_append(%s, %s, %s, %s, %s, ARRAY[%s::jsonb
 WHERE NOT fenced
 """
 _NOTIFY = "SELECT session_notify(%s)"
-_LISTENING = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sendoff api listener'"
+_LISTENING = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'outwake api listener'"
 # An assistant's event of a common size, as the agent prints it.
 _BODY = json.dumps({"type": "assistant", "message": {"content": [{"type": "text", "text": "word " * 40}]}})
 
@@ -76,11 +76,11 @@ def streams(server: Server, count: int, seconds: int) -> dict[str, float]:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for this process's children
     url = server.fresh("bench")
-    run(SENDOFF, url, "setup")
+    run(OUTWAKE, url, "setup")
     with server.connect("bench") as conn:
         turns = [list(row) for row in conn.execute(_SESSIONS, (count,))]
         settle(conn)
-        with api(url, {"SENDOFF_DEV_IDENTITY": "1"}) as (process, port):
+        with api(url, {"OUTWAKE_DEV_IDENTITY": "1"}) as (process, port):
             _warm_up(port, turns)
             resident = resident_mb(process.pid)
             with _started("follow", str(port)) as follower:

@@ -27,7 +27,7 @@ def part(figures: Figures, *, at: str = "2026-01-01 00:00", **once: dict[str, fl
 LATENCY = part(
     {
         "start_ms": {
-            "sendoff c10": [[1.0, 1.0, 1.0, 9.0], [1.0, 1.0, 1.0, 2.0]],
+            "outwake c10": [[1.0, 1.0, 1.0, 9.0], [1.0, 1.0, 1.0, 2.0]],
             "floor b10": [[0.5, 0.5, 0.5, 3.0], [0.5, 0.5, 0.5, 3.0]],
             "graphile best": [[2.0], [2.0]],
             "pgqueuer best": [[4.0], [4.0]],
@@ -37,8 +37,8 @@ LATENCY = part(
 DRAIN = part(
     {
         "drain1_per_s": {
-            "sendoff c10": [10.0, 20.0],
-            "sendoff c500": [300.0, 100.0, 200.0],
+            "outwake c10": [10.0, 20.0],
+            "outwake c500": [300.0, 100.0, 200.0],
             "floor b100": [200.0],
             "floor b10": [9999.0],
             "graphile best": [100.0],
@@ -65,8 +65,8 @@ def test_parts_run_at_different_times_are_merged(tmp_path: Path) -> None:
 def test_the_p99_is_of_all_rounds_samples() -> None:
     table = tables({"latency": LATENCY})
     # The median of the rounds' own p99 would be (9 + 2) / 2.
-    assert table["start_p99_ms"]["sendoff c10"] == Seen(9.0, 2.0, 9.0)
-    assert table["start_p50_ms"]["sendoff c10"] == Seen(1.0, 1.0, 1.0)
+    assert table["start_p99_ms"]["outwake c10"] == Seen(9.0, 2.0, 9.0)
+    assert table["start_p50_ms"]["outwake c10"] == Seen(1.0, 1.0, 1.0)
     assert "start_ms" not in table
 
 
@@ -83,16 +83,16 @@ def test_ratios_are_of_medians_and_of_the_best_setting() -> None:
 def everything() -> Parts:
     """Of each figure that a ratio is made of, 1."""
     one: Figures = {
-        "start_ms": {"sendoff c10": [[1.0]], "floor b10": [[1.0]], "graphile best": [[1.0]]},
+        "start_ms": {"outwake c10": [[1.0]], "floor b10": [[1.0]], "graphile best": [[1.0]]},
         "claim_ms": {"10 finished": [[1.0]], "10000000 finished": [[1.0]], "1000000 ready": [[1.0]]},
         "post_sessions_per_s": {name: [1.0] for name in ("bare", "bearer", "development", "api token")},
         "post_sessions_cpu_us": {name: [1.0] for name in ("bare", "bearer")},
-        "workers10_per_s": {"sendoff c10": [1.0]},
-        "workers50_per_s": {"sendoff c10": [1.0]},
+        "workers10_per_s": {"outwake c10": [1.0]},
+        "workers50_per_s": {"outwake c10": [1.0]},
     }
     for figure in ("drain1_per_s", "drain2_per_s", "drain1_warm_per_s", "drain2_warm_per_s"):
-        one[figure] = {"sendoff c500": [1.0], "floor b100": [1.0], "graphile best": [1.0]}
-    ways = ("no trigger", "sendoff, busy", "sendoff, working", "always notifying", "graphile best")
+        one[figure] = {"outwake c500": [1.0], "floor b100": [1.0], "graphile best": [1.0]}
+    ways = ("no trigger", "outwake, busy", "outwake, working", "always notifying", "graphile best")
     for kind in ("enqueue8", "enqueue32", "library8", "library32"):
         one[f"{kind}_per_s"] = {name: [1.0] for name in ways}
     idle = {"queries": 0, "cpu_s": 0.01, "rss_mb": 50.5, "seconds": 600.0}
@@ -143,7 +143,7 @@ def test_the_page_says_what_was_reached_when_and_by_what(tmp_path: Path) -> None
     page = (tmp_path / "benchmarks.md").read_text()
     assert "| start_p50_vs_floor | 2 | ≤ 1.15 | **no** |" in page
     assert "| drain1_vs_best_peer | 2 | ≥ 1.2 | yes |" in page
-    assert "| sendoff c500 | 200 | 100 to 300 | 1.00 |\n| floor b100 | 200 | 200 | 1.00 |" in page
+    assert "| outwake c500 | 200 | 100 to 300 | 1.00 |\n| floor b100 | 200 | 200 | 1.00 |" in page
     assert page.index("| latency | 2026-01-01") < page.index("| drain1 | 2026-01-02")
     drain = "python -m bench all --only drain1 --rounds 2 --rows 100 --again 1"
     assert f"| drain1 | 2026-01-02 00:00 | abc1234 | `{drain}` |" in page
@@ -152,7 +152,7 @@ def test_the_page_says_what_was_reached_when_and_by_what(tmp_path: Path) -> None
 
 def test_plots_are_the_same_for_the_same_values(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="only `make bench` needs it")
-    values = {"sendoff c10": Seen(1.0, 0.9, 1.1), "pgboss default": Seen(1000.0, 900.0, 1100.0)}
+    values = {"outwake c10": Seen(1.0, 0.9, 1.1), "pgboss default": Seen(1000.0, 900.0, 1100.0)}
     texts = []
     for name in ("one.svg", "two.svg"):
         assert plot(tmp_path / name, "Latency", values)

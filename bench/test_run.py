@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.contestant import ROOT
-from embedded.postgres import EmbeddedPostgres
+from outwake.embedded.postgres import EmbeddedPostgres
 
 SHORT = "--rounds 1 --rows 200 --again 1 --samples 3 --finished 100 --idle 1"
 ENQUEUE = """
@@ -39,7 +39,7 @@ def python(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_parts_of_a_quick_run(state: Path) -> None:
-    which = ("--only", "latency,drain1,claim,idle", "--contestants", "sendoff c10,floor b10")
+    which = ("--only", "latency,drain1,claim,idle", "--contestants", "outwake c10,floor b10")
     done = python(state, "-m", "bench", "quick", *which, *SHORT.split())
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]
@@ -52,7 +52,7 @@ def test_parts_of_a_quick_run(state: Path) -> None:
     assert [part["failed"] for part in parts.values()] == [[]] * 4
     drained = parts["drain1"]["figures"]
     assert (
-        drained["drain1_per_s"].keys() == {"sendoff c10", "floor b10"} == drained["drain1_warm_per_s"].keys()
+        drained["drain1_per_s"].keys() == {"outwake c10", "floor b10"} == drained["drain1_warm_per_s"].keys()
     )
 
 
@@ -66,7 +66,7 @@ def test_sessions_posted_to_the_api_and_to_the_bare_route(state: Path) -> None:
 
 def test_inserts_with_and_without_triggers(state: Path) -> None:
     done = python(state, "-c", ENQUEUE)
-    assert done.stdout.strip() == "no trigger;sendoff, busy;always notifying", done.stderr
+    assert done.stdout.strip() == "no trigger;outwake, busy;always notifying", done.stderr
 
 
 def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_table_shows_medians_over_the_rounds() -> None:
 
 
 def test_no_network_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "BRIDGE", "sendofftest")
+    monkeypatch.setattr(net, "BRIDGE", "outwaketest")
     monkeypatch.setattr(net, "SUBNET", "198.18.78")
     with suppress(ZeroDivisionError), net.network(2) as made:
         assert len(made.hosts) == 2
@@ -51,7 +51,7 @@ def test_no_network_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError
     if made.hosts[0].prefix:
         for listed in (["ip", "netns", "list"], ["ip", "link"]):
-            assert b"sendofftest" not in subprocess.run(listed, capture_output=True, check=True).stdout
+            assert b"outwaketest" not in subprocess.run(listed, capture_output=True, check=True).stdout
 
 
 def test_without_privileges_hosts_are_processes(monkeypatch: pytest.MonkeyPatch) -> None:

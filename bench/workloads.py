@@ -15,9 +15,9 @@ from psycopg import Connection
 
 from bench.contestant import Contestant, Process, by_name, producing, run, wait_until, working
 from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
-from embedded.postgres import free_port
+from outwake.embedded.postgres import free_port
 
-SENDOFF = by_name("sendoff c10")
+OUTWAKE = by_name("outwake c10")
 Figures = dict[str, float]
 Rates = dict[str, list[float]]
 
@@ -89,11 +89,11 @@ def _first(process: Process, began: int) -> int:
 INSERT = "INSERT INTO outbox (topic) VALUES ('bench.noop');"
 ALWAYS = """
 CREATE FUNCTION always_notify() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_notify(''sendoff_wake'', ''x@0''); RETURN NULL; END';
+    'BEGIN PERFORM pg_notify(''outwake_wake'', ''x@0''); RETURN NULL; END';
 CREATE TRIGGER always_notify AFTER INSERT ON outbox FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
 ALTER TABLE outbox DISABLE TRIGGER always_notify;
 """
-# How a trigger is switched on; `ENABLE ALWAYS` is how the migration leaves Sendoff's own.
+# How a trigger is switched on; `ENABLE ALWAYS` is how the migration leaves Outwake's own.
 ON, OFF = "ALTER TABLE outbox ENABLE ALWAYS TRIGGER {}", "ALTER TABLE outbox DISABLE TRIGGER {}"
 BURST = 2
 """Seconds. In shorter bursts the new connections' plans would weigh."""
@@ -106,7 +106,7 @@ def inserts(server: Server, kind: str, clients: int, seconds: int) -> dict[str, 
     the same table, so that a moment's noise and the table's growth meet all of them.
     """
     url = server.fresh("bench")
-    run(SENDOFF, url, "setup")
+    run(OUTWAKE, url, "setup")
     burst = max(1, min(BURST, seconds // 2))
     flood = (str(clients), str(burst))
 
@@ -114,16 +114,16 @@ def inserts(server: Server, kind: str, clients: int, seconds: int) -> dict[str, 
         return pgbench(server, url, INSERT, clients, burst)
 
     def by_library() -> float:
-        return float(run(SENDOFF, url, "flood", *flood))
+        return float(run(OUTWAKE, url, "flood", *flood))
 
     ways: dict[str, tuple[str | None, Callable[[], float]]] = {
         "no trigger": (None, by_pgbench if kind == "enqueue" else by_library),
-        "sendoff, busy": ("outbox_inserted", by_pgbench if kind == "enqueue" else by_library),
+        "outwake, busy": ("outbox_inserted", by_pgbench if kind == "enqueue" else by_library),
     }
     if kind == "enqueue":
         ways["always notifying"] = ("always_notify", by_pgbench)
     else:
-        ways["by hand, no trigger"] = (None, lambda: float(run(SENDOFF, url, "flood-plain", *flood)))
+        ways["by hand, no trigger"] = (None, lambda: float(run(OUTWAKE, url, "flood-plain", *flood)))
     rates: dict[str, list[float]] = {way: [] for way in ways}
     with server.connect("bench") as conn, _awake(conn, url):
         conn.execute(ALWAYS)
@@ -141,8 +141,8 @@ def inserts(server: Server, kind: str, clients: int, seconds: int) -> dict[str, 
 def _awake(conn: Connection[Any], url: str) -> Iterator[None]:
     """A worker that is awake all the time: its one handler never ends."""
     conn.execute("INSERT INTO outbox (topic) VALUES ('bench.hold')")
-    settings = {"SENDOFF_DRAIN_GRACE": "0"}
-    with working(replace(SENDOFF, concurrency=1), url, topics="bench.hold", settings=settings):
+    settings = {"OUTWAKE_DRAIN_GRACE": "0"}
+    with working(replace(OUTWAKE, concurrency=1), url, topics="bench.hold", settings=settings):
         held = "SELECT 1 FROM worker AS w JOIN outbox AS o ON o.worker_id = w.id WHERE NOT w.parked"
         wait_until(lambda: conn.execute(held).fetchone())
         yield
@@ -229,7 +229,7 @@ def _prepared(
     server: Server, database: str, finished: int, ready: int
 ) -> tuple[Connection[Any], tuple[Any, ...]]:
     """A connection to a database with these rows, and the worker that claims there."""
-    run(SENDOFF, server.fresh(database), "setup")
+    run(OUTWAKE, server.fresh(database), "setup")
     conn = server.connect(database)
     conn.execute("SET synchronous_commit = off")
     conn.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
@@ -253,8 +253,8 @@ def _prepared(
 def idle(server: Server, seconds: float) -> Figures:
     """Queries, CPU time and memory of a parked worker over so many seconds."""
     url = server.fresh("bench")
-    run(SENDOFF, url, "setup")
-    with server.connect("bench") as conn, working(SENDOFF, url) as worker:
+    run(OUTWAKE, url, "setup")
+    with server.connect("bench") as conn, working(OUTWAKE, url) as worker:
         wait_until(lambda: conn.execute("SELECT 1 FROM worker WHERE parked").fetchone())
         time.sleep(2)
         before, at = cpu_seconds(worker.pid), _queries(conn)
@@ -272,7 +272,7 @@ def _queries(conn: object) -> dict[int, object]:
     """When each of the worker's connections last began a query."""
     rows = conn.execute(  # type: ignore[attr-defined]
         "SELECT pid, query_start FROM pg_stat_activity"
-        " WHERE datname = current_database() AND application_name LIKE 'sendoff%'"
+        " WHERE datname = current_database() AND application_name LIKE 'outwake%'"
     )
     return dict(rows.fetchall())
 
@@ -286,12 +286,12 @@ def held_snapshot(server: Server, contestant: Contestant, seconds: float) -> Fig
     run(contestant, url, "setup")
     count = (
         "SELECT count(*) FROM outbox WHERE state = 'done'"
-        if contestant.script == "sendoff.py"
+        if contestant.script == "outwake.py"
         else ("SELECT count(*) FROM job WHERE state = 'done'")
     )
     fill = (
         "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, 20000)"
-        if contestant.script == "sendoff.py"
+        if contestant.script == "outwake.py"
         else "INSERT INTO job (topic) SELECT 'noop' FROM generate_series(1, 20000)"
     )
     with server.connect("bench") as conn, server.connect("bench") as foreign:
@@ -334,16 +334,16 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
     wake-ups in vain for each of 200 rows that come one by one.
     """
     url = server.fresh("bench")
-    run(SENDOFF, url, "setup")
+    run(OUTWAKE, url, "setup")
     asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
     port = free_port()
     with server.connect("bench") as conn:
         settle(conn)
         options = ("--processes", str(workers))
-        with working(SENDOFF, url, options=options, settings={"SENDOFF_HEALTH_PORT": str(port)}):
+        with working(OUTWAKE, url, options=options, settings={"OUTWAKE_HEALTH_PORT": str(port)}):
             wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
-            run(SENDOFF, url, "fill", str(count))
-            nothing_left(conn, SENDOFF)
+            run(OUTWAKE, url, "fill", str(count))
+            nothing_left(conn, OUTWAKE)
             span = conn.execute(
                 "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8 FROM outbox"
             ).fetchone()
@@ -353,7 +353,7 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
             for _ in range(200):
                 conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
                 time.sleep(0.02)
-            nothing_left(conn, SENDOFF)
+            nothing_left(conn, OUTWAKE)
             time.sleep(1)
             vain = _in_vain(port) - before
     assert span is not None
@@ -367,5 +367,5 @@ def _in_vain(port: int) -> float:
     return sum(
         float(line.rpartition(" ")[2])
         for line in lines
-        if line.startswith("sendoff_worker_wakeups_in_vain_total")
+        if line.startswith("outwake_worker_wakeups_in_vain_total")
     )

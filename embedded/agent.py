@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "SCRIPTED_AGENT.md"
-AUTHOR = ("-c", "user.name=Scripted agent", "-c", "user.email=scripted-agent@sendoff.invalid")
+AUTHOR = ("-c", "user.name=Scripted agent", "-c", "user.email=scripted-agent@outwake.invalid")
 FOREVER = "import signal; {} print('ready', flush=True); signal.pause()"
 
 

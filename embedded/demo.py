@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from embedded.stack import Stack, running
+from outwake.embedded.stack import Stack, running
 
 SEED_QUERY = "SELECT id, inbox_status, session_status FROM session ORDER BY created_at DESC LIMIT 5;"
 _PROMPT = "Write down what you are asked to do here."
@@ -109,8 +109,8 @@ def make_repository(path: Path) -> Path:
     path = path.absolute()
     if not (path / ".git").exists():
         path.mkdir(parents=True, exist_ok=True)
-        (path / "README.md").write_text("# A small repository for Sendoff's demo\n")
-        identity = ("-c", "user.name=Demo", "-c", "user.email=demo@sendoff.invalid")
+        (path / "README.md").write_text("# A small repository for Outwake's demo\n")
+        identity = ("-c", "user.name=Demo", "-c", "user.email=demo@outwake.invalid")
         for step in (
             ("init", "--quiet", "--initial-branch=main"),
             ("add", "README.md"),

@@ -5,8 +5,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from embedded.demo import SEED_QUERY, make_repository
-from embedded.stack import running
+from outwake.embedded.demo import SEED_QUERY, make_repository
+from outwake.embedded.stack import running
 
 API_PORT = 8000
 POSTGRES_PORT = 5439

@@ -154,7 +154,7 @@ class EmbeddedPostgres:
         if target.is_symlink():  # what it pointed to is gone
             target.unlink()
         if self._identity and not _allowed(self._identity, f"-x {target.parent}/."):
-            home = Path(tempfile.mkdtemp(prefix="sendoff-data-", dir=SHARED_ROOT))
+            home = Path(tempfile.mkdtemp(prefix="outwake-data-", dir=SHARED_ROOT))
             home.chmod(0o755)
             target = home / "data"
         fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
@@ -297,7 +297,7 @@ def _reachable_install(identity: Mapping[str, Any]) -> Path:
         and _allowed(identity, f"-r {install}/share/postgres.bki")
     ):
         return install
-    return _shared_copy(site, SHARED_ROOT / f"sendoff-postgres-{wheel.version}") / INSTALL
+    return _shared_copy(site, SHARED_ROOT / f"outwake-postgres-{wheel.version}") / INSTALL
 
 
 def _shared_copy(site: Path, shared: Path) -> Path:

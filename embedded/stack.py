@@ -1,4 +1,4 @@
-"""All of Sendoff on one machine, for the demo and for development: an embedded Postgres, the API and a
+"""All of Outwake on one machine, for the demo and for development: an embedded Postgres, the API and a
 worker as processes of their own, with the scripted agent.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from embedded.postgres import EmbeddedPostgres
-from outbox.migrate import migrate
+from outwake.embedded.postgres import EmbeddedPostgres
+from outwake.migrate import migrate
 
-DATABASE = "sendoff"
+DATABASE = "outwake"
 _READY_TIMEOUT = 60.0
 _STOP_TIMEOUT = 30.0
 
@@ -53,8 +53,10 @@ async def running(
             f"{len(applied)} migrations applied"
         )
         environment = _environment(state, database_url, api_port)
-        worker = await stack.enter_async_context(_process("worker", "worker.cli", [], environment, state))
-        api = await stack.enter_async_context(_process("api", "outbox.cli", ["api"], environment, state))
+        worker = await stack.enter_async_context(
+            _process("worker", "outwake.worker.cli", [], environment, state)
+        )
+        api = await stack.enter_async_context(_process("api", "outwake.cli", ["api"], environment, state))
         await worker.event("registered")
         tell(f"the worker listens (process {worker.pid})")
         ready = await api.event("api_ready")
@@ -70,15 +72,15 @@ async def _create_database(url: str) -> None:
 
 
 def _environment(state: Path, database_url: str, api_port: int) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SENDOFF_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OUTWAKE_")}
     kept.pop("LISTEN_DATABASE_URL", None)
     return {
         **kept,
         "DATABASE_URL": database_url,
-        "SENDOFF_PORT": str(api_port),
-        "SENDOFF_ALLOW_FILE_REPOS": "true",
-        "SENDOFF_WORKSPACE_ROOT": str(state.absolute() / "workspaces"),
-        "SENDOFF_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "embedded.agent"]),
+        "OUTWAKE_PORT": str(api_port),
+        "OUTWAKE_ALLOW_FILE_REPOS": "true",
+        "OUTWAKE_WORKSPACE_ROOT": str(state.absolute() / "workspaces"),
+        "OUTWAKE_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "outwake.embedded.agent"]),
     }
 
 

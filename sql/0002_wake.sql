@@ -1,12 +1,12 @@
 -- Who is alive, who sleeps, and how a sleeper is woken. The protocol (parking, step by step, and why no
 -- wake-up is lost) is told at the head of worker/park.py; here is the database's half of it.
 --
--- Channel sendoff_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
+-- Channel outwake_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on
 -- (milliseconds of the Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only
 -- brings its timer forward. "TOPIC@0#ID": that is the row ID, without an ordering_key, the only one that
 -- its statement inserted of TOPIC, which is the first of its transaction to insert any; "TOPIC@0#ID,PRESENCE,N"
 -- names the worker that is to take it, one of N (worker/standby.py). "#ID@0" is for worker ID alone: its life was
--- ended, or its flag taken down. Channel sendoff_cancel carries the id of a running row to be stopped.
+-- ended, or its flag taken down. Channel outwake_cancel carries the id of a running row to be stopped.
 --
 -- Advisory locks, two-integer form, first integer:
 --   1397048886  presence: session level, on the LISTEN connection, second integer worker.presence
@@ -52,7 +52,7 @@ BEGIN
             named := ',' || asleep[1 + floor(random() * sleepers)::integer] || ',' || sleepers;
         END IF;
     END IF;
-    PERFORM pg_notify('sendoff_wake', row_topic || '@' || CASE
+    PERFORM pg_notify('outwake_wake', row_topic || '@' || CASE
         WHEN due <= clock_timestamp() THEN 0 || coalesce('#' || lone || coalesce(named, ''), '')
         ELSE ceil(extract(epoch FROM due) * 1000)::bigint::text
     END);
@@ -65,7 +65,7 @@ COMMENT ON FUNCTION outbox_notify(text, timestamptz, bigint) IS
 CREATE FUNCTION outbox_wake() RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
-    SELECT pg_notify('sendoff_wake', '*@0')
+    SELECT pg_notify('outwake_wake', '*@0')
 $$;
 COMMENT ON FUNCTION outbox_wake() IS
     'Wakes every worker. For rows no trigger saw: logical replication, a restore with triggers off, COMMIT PREPARED.';
@@ -92,9 +92,9 @@ BEGIN
             PERFORM setval('outbox_sleepers', 1, false);
         END IF;
     END IF;
-    RAISE SQLSTATE 'SO000';
+    RAISE SQLSTATE 'OW000';
 EXCEPTION
-    WHEN SQLSTATE 'SO000' THEN NULL;
+    WHEN SQLSTATE 'OW000' THEN NULL;
 END
 $$;
 COMMENT ON FUNCTION outbox_all_awake() IS
@@ -121,7 +121,7 @@ BEGIN
             pg_catalog.min(i.available_at),
             CASE
                 WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) 1 AND pg_catalog.max(i.ordering_key) IS NULL
-                    AND coalesce(pg_catalog.current_setting('sendoff.named', true), '') OPERATOR(pg_catalog.<>) 'yes'
+                    AND coalesce(pg_catalog.current_setting('outwake.named', true), '') OPERATOR(pg_catalog.<>) 'yes'
                 THEN pg_catalog.min(i.id)
             END
         )
@@ -129,7 +129,7 @@ BEGIN
         WHERE i.state OPERATOR(pg_catalog.=) 'ready'
         GROUP BY i.topic;
         -- The next of this transaction are not named: NOTIFY sends once what is the same.
-        PERFORM pg_catalog.set_config('sendoff.named', 'yes', true);
+        PERFORM pg_catalog.set_config('outwake.named', 'yes', true);
     ELSE
         PERFORM public.outbox_all_awake();
     END IF;
@@ -298,7 +298,7 @@ CREATE FUNCTION outbox_cancel_requested() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
-    PERFORM pg_notify('sendoff_cancel', NEW.id::text);
+    PERFORM pg_notify('outwake_cancel', NEW.id::text);
     RETURN NULL;
 END
 $$;
@@ -350,7 +350,7 @@ BEGIN
         )
         RETURNING id INTO sleeper;
         IF FOUND THEN
-            PERFORM pg_notify('sendoff_wake', '#' || sleeper || '@0');
+            PERFORM pg_notify('outwake_wake', '#' || sleeper || '@0');
         END IF;
         RETURN NEXT row_id;
     END LOOP;
@@ -368,7 +368,7 @@ AS $$
 BEGIN
     UPDATE worker SET parked = true WHERE id = parker AND ended_at IS NULL;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'SO001';
+        RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'OW001';
     END IF;
     -- A sleeper may come back while this waits for another's row; the condition is then asked again, of the
     -- new row. Of a join (worker_present, or EXISTS) only that row would be new, the other side as it was, so

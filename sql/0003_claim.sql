@@ -100,7 +100,7 @@ COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
 CREATE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
 LANGUAGE sql VOLATILE
 AS $$
-    SELECT pg_notify('sendoff_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
+    SELECT pg_notify('outwake_wake', '*@' || ceil(extract(epoch FROM until) * 1000)::bigint)
     WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
 $$;
 COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
@@ -145,7 +145,7 @@ BEGIN
         SELECT w.* INTO me FROM worker AS w WHERE w.id = turner;
     END IF;
     IF me.id IS NULL OR me.ended_at IS NOT NULL THEN
-        RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'SO001';
+        RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'OW001';
     END IF;
     -- A claim may still be on its way, or wait for a lock, when its worker has given the connection up
     -- and come back on another: nobody would hear of what it takes.
@@ -518,7 +518,7 @@ DECLARE
 BEGIN
     SELECT w.* INTO me FROM worker AS w WHERE w.id = worker_back AND w.ended_at IS NULL FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'SO001';
+        RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'OW001';
     END IF;
     -- A worker's connections count upwards. One that was given up may still deliver its call, when the
     -- worker sleeps on a later one: it must not take the flag down, nor give back what runs by now.
@@ -556,7 +556,7 @@ BEGIN
     SET lease_until = greatest(w.lease_until, clock_timestamp() + lease)
     WHERE w.id = renewer AND w.ended_at IS NULL;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', renewer USING ERRCODE = 'SO001';
+        RAISE EXCEPTION 'worker % has ended', renewer USING ERRCODE = 'OW001';
     END IF;
     RETURN QUERY
     SELECT o.id, o.attempt, o.cancel_requested_at IS NOT NULL
@@ -589,7 +589,7 @@ BEGIN
     -- Unless it left, it may be alive and asleep, its flag down so that nobody will ever notify it: woken, it
     -- finds out and comes back under a new id.
     IF OLD.ended_at IS NULL AND (TG_OP = 'DELETE' OR NEW.end_reason IS DISTINCT FROM 'left') THEN
-        PERFORM pg_notify('sendoff_wake', '#' || OLD.id || '@0');
+        PERFORM pg_notify('outwake_wake', '#' || OLD.id || '@0');
     END IF;
     RETURN NULL;
 END

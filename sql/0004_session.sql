@@ -446,14 +446,14 @@ BEGIN
     WHERE s.id = of_session
     RETURNING s.last_seq INTO last_seq;
     IF notify_later THEN
-        PERFORM set_config('sendoff.notify_later', 'on', true);
+        PERFORM set_config('outwake.notify_later', 'on', true);
     END IF;
     INSERT INTO message (session_id, seq, prompt_id, attempt, body)
     SELECT of_session, last_seq - cardinality(bodies) + b.place, of_prompt, row_attempt, b.body
     FROM unnest(bodies) WITH ORDINALITY AS b (body, place)
     ORDER BY b.place;
     IF notify_later THEN
-        PERFORM set_config('sendoff.notify_later', 'off', true);
+        PERFORM set_config('outwake.notify_later', 'off', true);
     END IF;
     -- Last: who begins to watch after this look finds us among the writers (sql/0005_events.sql).
     watched := session_watched(of_session);

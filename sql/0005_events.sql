@@ -1,7 +1,7 @@
 -- Live events obey the outbox's economy: a session is notified only while somebody watches it. To begin
 -- to watch is to park (worker/park.py tells why no event is lost): 1. a row here, committed; 2. note the
 -- transactions that write to message, prompt or session now; 3. read until they have ended; 4. read once
--- more; 5. wait for notifications. Channel sendoff_session carries the session's id.
+-- more; 5. wait for notifications. Channel outwake_session carries the session's id.
 --
 -- A commit that notifies holds a lock of the whole server while it waits for the disk: all of them together
 -- are no more than one commit after the other, 200 to 1,000 a second. So a worker notifies in a transaction
@@ -35,7 +35,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public,
 AS $$
 BEGIN
     IF session_watched(of_session) THEN
-        PERFORM pg_notify('sendoff_session', of_session::text);
+        PERFORM pg_notify('outwake_session', of_session::text);
     END IF;
 END
 $$;
@@ -46,7 +46,7 @@ CREATE FUNCTION message_inserted() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
 AS $$
 BEGIN
-    IF current_setting('sendoff.notify_later', true) = 'on' THEN -- set by message_append
+    IF current_setting('outwake.notify_later', true) = 'on' THEN -- set by message_append
         RETURN NULL;
     END IF;
     PERFORM session_notify(i.session_id) FROM (SELECT DISTINCT session_id FROM inserted) AS i;

@@ -1,4 +1,4 @@
--- What a person at psql looks at, and what metrics, readiness, `sendoff status` and the dashboard read:
+-- What a person at psql looks at, and what metrics, readiness, `outwake status` and the dashboard read:
 -- everybody sees the same, made by the same query.
 --
 --   outbox_depth     how many rows wait, run or are dead, by topic, and how old the oldest is
@@ -130,7 +130,7 @@ COMMENT ON VIEW worker_status IS
 COMMENT ON COLUMN worker_status.id IS 'worker.id, as in outbox.worker_id.';
 COMMENT ON COLUMN worker_status.host IS 'Its host name.';
 COMMENT ON COLUMN worker_status.pid IS 'Its process id there.';
-COMMENT ON COLUMN worker_status.version IS 'Its version of Sendoff.';
+COMMENT ON COLUMN worker_status.version IS 'Its version of Outwake.';
 COMMENT ON COLUMN worker_status.state IS
     'parked (sleeps, has free slots), awake (looks for rows), busy (no free slot), draining; late (there, but its lease ran out), absent (connection gone: it reconnects or is dead), lost (absent and its lease ran out: to be rescued), ended.';
 COMMENT ON COLUMN worker_status.running IS 'Rows it runs now.';
@@ -490,7 +490,7 @@ COMMENT ON FUNCTION outbox_ready(interval) IS
     'Whether a worker is present and no row has been due for longer than longest_wait; if not, why. Cheap however many rows wait.';
 
 
--- Rows that have waited too long raise an alert without anybody's Prometheus (outbox/stuck.py). Whichever
+-- Rows that have waited too long raise an alert without anybody's Prometheus (outwake/stuck.py). Whichever
 -- process looks first reports a topic, the others keep silent for repeat.
 CREATE TABLE outbox_alert (
     topic    text PRIMARY KEY,
@@ -500,7 +500,7 @@ CREATE TABLE outbox_alert (
 COMMENT ON TABLE outbox_alert IS 'Topics whose oldest due row waits too long, and when that was reported last.';
 COMMENT ON COLUMN outbox_alert.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_alert.since IS 'Since when its oldest row has been due.';
-COMMENT ON COLUMN outbox_alert.reported IS 'When the last alert was given, by a log line and SENDOFF_STUCK_WEBHOOK.';
+COMMENT ON COLUMN outbox_alert.reported IS 'When the last alert was given, by a log line and OUTWAKE_STUCK_WEBHOOK.';
 
 CREATE FUNCTION outbox_stuck(stuck_after interval)
 RETURNS TABLE (topic text, id bigint, since timestamptz, reason text, detail text)
@@ -577,7 +577,7 @@ COMMENT ON FUNCTION outbox_stuck_deadline(interval) IS
     'When outbox_stuck_report has something to say at the earliest, as an interval from now; null: nothing is under way.';
 
 
--- Two roles: sendoff_reader reads (what of it, row-level security says: 0009_access.sql); sendoff_operator
+-- Two roles: outwake_reader reads (what of it, row-level security says: 0009_access.sql); outwake_operator
 -- sees all, and may retry, discard and cancel. What a person may do runs with the owner's rights, so that the
 -- operator needs no right to write, and only those who were granted it may call it.
 ALTER FUNCTION outbox_cancel(bigint) SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp;
@@ -586,7 +586,7 @@ ALTER FUNCTION outbox_discard(bigint) SECURITY DEFINER SET search_path = pg_cata
 REVOKE EXECUTE ON FUNCTION outbox_cancel(bigint), outbox_retry(bigint), outbox_discard(bigint) FROM PUBLIC;
 
 -- Silent where the role, or what a later migration makes, is not there yet.
-CREATE FUNCTION sendoff_grant_to(grantee text, rights text, object text) RETURNS void
+CREATE FUNCTION outwake_grant_to(grantee text, rights text, object text) RETURNS void
 LANGUAGE plpgsql VOLATILE
 AS $$
 BEGIN
@@ -597,15 +597,15 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION sendoff_grant_to(text, text, text) IS 'One grant of sendoff_grant.';
+COMMENT ON FUNCTION outwake_grant_to(text, text, text) IS 'One grant of outwake_grant.';
 
-CREATE FUNCTION sendoff_grant() RETURNS void
+CREATE FUNCTION outwake_grant() RETURNS void
 LANGUAGE plpgsql VOLATILE
 AS $$
 DECLARE
     wanted text;
 BEGIN
-    FOREACH wanted IN ARRAY ARRAY['sendoff_reader', 'sendoff_operator'] LOOP
+    FOREACH wanted IN ARRAY ARRAY['outwake_reader', 'outwake_operator'] LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
             BEGIN
                 EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
@@ -613,7 +613,7 @@ BEGIN
                 -- Roles belong to the cluster: another database's migration may have been first.
                 WHEN duplicate_object OR unique_violation THEN NULL;
                 WHEN insufficient_privilege THEN
-                    RAISE NOTICE 'role % is not there and may not be created: create it, then SELECT sendoff_grant()',
+                    RAISE NOTICE 'role % is not there and may not be created: create it, then SELECT outwake_grant()',
                         wanted;
             END;
         END IF;
@@ -623,19 +623,19 @@ BEGIN
         'outbox_alert', 'schema_migration', 'worker_present', 'outbox_front', 'outbox_depth',
         'outbox_waiting', 'outbox_writer', 'outbox_hourly', 'worker_status', 'worker_running'
     ] LOOP
-        PERFORM sendoff_grant_to('sendoff_reader', 'SELECT', wanted);
-        PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', wanted);
+        PERFORM outwake_grant_to('outwake_reader', 'SELECT', wanted);
+        PERFORM outwake_grant_to('outwake_operator', 'SELECT', wanted);
     END LOOP;
-    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT', 'sandbox_suspect');
+    PERFORM outwake_grant_to('outwake_operator', 'SELECT', 'sandbox_suspect');
     -- Who has looked whether it leaked deletes the row.
-    PERFORM sendoff_grant_to('sendoff_operator', 'SELECT, DELETE', 'sandbox_borrow');
-    PERFORM sendoff_grant_to('sendoff_operator', 'INSERT, UPDATE, DELETE', 'topic');
+    PERFORM outwake_grant_to('outwake_operator', 'SELECT, DELETE', 'sandbox_borrow');
+    PERFORM outwake_grant_to('outwake_operator', 'INSERT, UPDATE, DELETE', 'topic');
     FOREACH wanted IN ARRAY ARRAY['outbox_cancel', 'outbox_retry', 'outbox_discard'] LOOP
-        PERFORM sendoff_grant_to('sendoff_operator', 'EXECUTE', format('FUNCTION %s(bigint)', wanted));
+        PERFORM outwake_grant_to('outwake_operator', 'EXECUTE', format('FUNCTION %s(bigint)', wanted));
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION sendoff_grant() IS
-    'Creates the roles sendoff_reader and sendoff_operator if the caller may, and grants them what they may do. May be repeated.';
+COMMENT ON FUNCTION outwake_grant() IS
+    'Creates the roles outwake_reader and outwake_operator if the caller may, and grants them what they may do. May be repeated.';
 
-SELECT sendoff_grant();
+SELECT outwake_grant();

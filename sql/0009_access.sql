@@ -15,28 +15,28 @@ CREATE TABLE api_token (
     CONSTRAINT api_token_user_length CHECK (length(user_id) BETWEEN 1 AND 255),
     CONSTRAINT api_token_name_length CHECK (length(name) BETWEEN 1 AND 200)
 );
-COMMENT ON TABLE api_token IS 'API tokens, for machines. Made and revoked by `sendoff token`.';
+COMMENT ON TABLE api_token IS 'API tokens, for machines. Made and revoked by `outwake token`.';
 COMMENT ON COLUMN api_token.user_id IS 'Whom it stands for.';
 COMMENT ON COLUMN api_token.name IS 'What it is for, for a person to read.';
 COMMENT ON COLUMN api_token.operator IS 'Whether it sees everybody''s sessions, and the outbox.';
-COMMENT ON COLUMN api_token.hash IS 'SHA-256 of the token; 256 random bits need no slow hash (outbox/token.py).';
+COMMENT ON COLUMN api_token.hash IS 'SHA-256 of the token; 256 random bits need no slow hash (outwake/token.py).';
 COMMENT ON COLUMN api_token.expires_at IS 'Refused from then on; null: never.';
 COMMENT ON COLUMN api_token.revoked_at IS 'Refused since then.';
 COMMENT ON COLUMN api_token.last_used_at IS 'When it was last used, to a minute; null: never.';
 
 
--- Row-level security. It holds members of sendoff_reader who are not members of sendoff_operator; whoever
+-- Row-level security. It holds members of outwake_reader who are not members of outwake_operator; whoever
 -- else was granted a table sees all of it, and the tables' owner, as API and workers are, is not asked.
 --
 -- A reader sees what belongs to one user: the one that sql_reader binds the role to, and only for a role
--- that is not bound the one named by the setting sendoff.user_id. Anybody may SET that: it is a filter for
+-- that is not bound the one named by the setting outwake.user_id. Anybody may SET that: it is a filter for
 -- a trusted program that reads for many, not a wall. Where people type SQL, bind their roles.
 CREATE TABLE sql_reader (
     role_name name PRIMARY KEY,
     user_id   text NOT NULL,
     CONSTRAINT sql_reader_user_length CHECK (length(user_id) BETWEEN 1 AND 255)
 );
-COMMENT ON TABLE sql_reader IS 'Binds a database role that is a member of sendoff_reader to a user.';
+COMMENT ON TABLE sql_reader IS 'Binds a database role that is a member of outwake_reader to a user.';
 COMMENT ON COLUMN sql_reader.role_name IS 'The role.';
 COMMENT ON COLUMN sql_reader.user_id IS 'Whose sessions it sees, whatever it sets.';
 
@@ -46,17 +46,17 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public, pg_te
 AS $$
     SELECT coalesce(
         (SELECT r.user_id FROM sql_reader AS r WHERE r.role_name = reader),
-        nullif(current_setting('sendoff.user_id', true), ''))
+        nullif(current_setting('outwake.user_id', true), ''))
 $$;
 COMMENT ON FUNCTION sql_reader_user(name) IS 'Whose sessions this database role sees.';
 
 CREATE FUNCTION sql_sees_all() RETURNS boolean
 LANGUAGE sql STABLE
 AS $$
-    SELECT coalesce(bool_or(r.rolname = 'sendoff_operator'), false)
-        OR NOT coalesce(bool_or(r.rolname = 'sendoff_reader'), false)
+    SELECT coalesce(bool_or(r.rolname = 'outwake_operator'), false)
+        OR NOT coalesce(bool_or(r.rolname = 'outwake_reader'), false)
     FROM pg_catalog.pg_roles AS r
-    WHERE r.rolname IN ('sendoff_reader', 'sendoff_operator')
+    WHERE r.rolname IN ('outwake_reader', 'outwake_operator')
       AND pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER')
 $$;
 COMMENT ON FUNCTION sql_sees_all() IS 'Whether this database role is not held to one user.';
@@ -187,4 +187,4 @@ ALTER TABLE session ENABLE ALWAYS TRIGGER session_webhook_archived;
 
 
 -- Of what has been made since then.
-SELECT sendoff_grant();
+SELECT outwake_grant();

@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a migrated database. Nobody may be connected to it while it is cloned."""
-    from outbox.migrate import migrate
+    from outwake.migrate import migrate
 
     with _new_database(server) as name:
         asyncio.run(migrate(with_database(server, name)))

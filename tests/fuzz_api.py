@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import psycopg
 
-from outbox import token
-from outbox.migrate import migrate
+from outwake import token
+from outwake.migrate import migrate
 from tests.support.hand import Hand
 from tests.support.issuer import bearer
 from tests.support.process import running
@@ -47,15 +47,15 @@ async def fuzz(database: str, directory: Path, cases: int) -> tuple[int, int]:
     await migrate(database)
     environment = {
         "DATABASE_URL": database,
-        "SENDOFF_PORT": "0",
-        "SENDOFF_REQUIRE_TOKEN": "1",
-        "SENDOFF_STUCK_AFTER": "86400",  # nobody works here
-        "SENDOFF_WEBHOOK_SECRET": "whsec_" + "c2VjcmV0" * 4,
+        "OUTWAKE_PORT": "0",
+        "OUTWAKE_REQUIRE_TOKEN": "1",
+        "OUTWAKE_STUCK_AFTER": "86400",  # nobody works here
+        "OUTWAKE_WEBHOOK_SECRET": "whsec_" + "c2VjcmV0" * 4,
     }
     total = failed = 0
     async with (
         await psycopg.AsyncConnection.connect(database, autocommit=True) as conn,
-        running("sendoff", "api", env=environment) as api,
+        running("outwake", "api", env=environment) as api,
     ):
         await Hand(conn).register()  # /readyz?workers=1 asks for one
         _, text = await token.create(conn, "fuzz", "fuzz", operator=True)

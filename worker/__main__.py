@@ -1,5 +1,5 @@
 """`python -m worker` is the `worker` command."""
 
-from worker.cli import main
+from outwake.worker.cli import main
 
 main()

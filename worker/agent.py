@@ -7,8 +7,8 @@ once; while more come, a batch is what 0.2 s bring, or 256 KiB, or 500 events.
 import time
 from collections.abc import AsyncIterator
 
-from worker.events import LINE_LIMIT, Event, Splitter
-from worker.guarded import Guarded
+from outwake.worker.events import LINE_LIMIT, Event, Splitter
+from outwake.worker.guarded import Guarded
 
 BATCH_SECONDS = 0.2
 BATCH_BYTES = 256 * 1024

@@ -15,14 +15,14 @@ from uuid import UUID
 
 import httpx
 
-from outbox import trace
-from outbox.errors import HandBack
-from outbox.log import get_logger
-from outbox.settings import Settings
-from worker.errors import PermanentError, TransientError, Unclear
-from worker.local import Allocator, LocalAllocator, Sandbox
-from worker.remote import sweep
-from worker.sandbox import Sandbox as Client
+from outwake import trace
+from outwake.errors import HandBack
+from outwake.log import get_logger
+from outwake.settings import Settings
+from outwake.worker.errors import PermanentError, TransientError, Unclear
+from outwake.worker.local import Allocator, LocalAllocator, Sandbox
+from outwake.worker.remote import sweep
+from outwake.worker.sandbox import Sandbox as Client
 
 _NONE_FREE = (404, 503)
 _MARGIN = 30.0

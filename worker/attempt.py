@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from outbox import trace
-from outbox.errors import Cancelled, Fenced, HandBack, Permanent, Retry
-from outbox.handler import Handler, Job, Run
-from outbox.log import about, debugging, get_logger
+from outwake import trace
+from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
+from outwake.handler import Handler, Job, Run
+from outwake.log import about, debugging, get_logger
 
 log = get_logger(__name__)
 
@@ -102,10 +102,10 @@ class Attempt:
             row.traceparent,
             "consumer",
             {
-                "sendoff.topic": row.topic,
-                "sendoff.outbox_id": row.id,
-                "sendoff.attempt": row.attempt,
-                "sendoff.waited_seconds": row.waited.total_seconds(),
+                "outwake.topic": row.topic,
+                "outwake.outbox_id": row.id,
+                "outwake.attempt": row.attempt,
+                "outwake.waited_seconds": row.waited.total_seconds(),
             },
             not_errors=(HandBack, Cancelled, Fenced),
         ) as span:

@@ -20,12 +20,12 @@ from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
-from outbox.errors import Cancelled, Fenced, HandBack
-from outbox.handler import Job
-from outbox.log import get_logger
-from worker.errors import SessionError, Unclear
-from worker.local import Allocator, Sandbox
-from worker.messages import outlast
+from outwake.errors import Cancelled, Fenced, HandBack
+from outwake.handler import Job
+from outwake.log import get_logger
+from outwake.worker.errors import SessionError, Unclear
+from outwake.worker.local import Allocator, Sandbox
+from outwake.worker.messages import outlast
 
 log = get_logger(__name__)
 

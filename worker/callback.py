@@ -14,7 +14,7 @@ from ipaddress import ip_address
 
 import httpx
 
-from outbox.callback import Address, CallbackError, Network, check_address, check_callback, is_listed
+from outwake.callback import Address, CallbackError, Network, check_address, check_callback, is_listed
 
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
 
@@ -37,7 +37,7 @@ class CallbackTransport(httpx.AsyncBaseTransport):
         for address in addresses:
             check_address(address, self._allowed)
             if url.scheme == "http" and not is_listed(address, self._allowed):
-                raise CallbackError("plain http is for networks of SENDOFF_WEBHOOK_ALLOW only")
+                raise CallbackError("plain http is for networks of OUTWAKE_WEBHOOK_ALLOW only")
         pinned = httpx.Request(
             request.method,
             url.copy_with(host=str(addresses[0])),

@@ -14,11 +14,11 @@ import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
-from outbox.claim import Claimed, Level, arrays, as_ended
-from outbox.connect import answer, checked
-from outbox.handler import Connection
-from worker.listen import Listener
-from worker.reply import Reply
+from outwake.claim import Claimed, Level, arrays, as_ended
+from outwake.connect import answer, checked
+from outwake.handler import Connection
+from outwake.worker.listen import Listener
+from outwake.worker.reply import Reply
 
 _ROW = b"SELECT * FROM outbox_claim_row($1, $2, $3, true, $4)"
 _TURN = b"SELECT * FROM outbox_complete_and_claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"

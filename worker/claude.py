@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from outbox.log import get_logger
-from outbox.settings import Settings
-from worker.errors import PermanentError
-from worker.events import Event
+from outwake.log import get_logger
+from outwake.settings import Settings
+from outwake.worker.errors import PermanentError
+from outwake.worker.events import Event
 
 TRANSCRIPT_LIMIT = 32 * 2**20  # bytes, compressed
 _TRANSCRIPTS = Path(".claude/projects")

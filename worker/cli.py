@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from outbox import log, trace
-from outbox.errors import ConfigurationError, SchemaError
-from outbox.handler import Handler, installed_handlers
-from outbox.lean import collect_seldom
-from outbox.settings import Settings, load
-from worker import health
-from worker.loop import Worker
-from worker.processes import Link, Parent
+from outwake import log, trace
+from outwake.errors import ConfigurationError, SchemaError
+from outwake.handler import Handler, installed_handlers
+from outwake.lean import collect_seldom
+from outwake.settings import Settings, load
+from outwake.worker import health
+from outwake.worker.loop import Worker
+from outwake.worker.processes import Link, Parent
 
 if TYPE_CHECKING:
-    from worker.handlers.relay import Relay
+    from outwake.worker.handlers.relay import Relay
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,8 +59,8 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         log.configure(level=settings.log_level)
     except ValueError as error:
-        raise ConfigurationError(f"SENDOFF_LOG_LEVEL: {error}") from None
-    trace.configure("sendoff-worker")
+        raise ConfigurationError(f"OUTWAKE_LOG_LEVEL: {error}") from None
+    trace.configure("outwake-worker")
     try:
         return _start(arguments, argv, settings)
     finally:
@@ -82,7 +82,7 @@ def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -
 
 def _check(settings: Settings) -> int:
     if settings.health_port is None:
-        raise ConfigurationError("--check needs SENDOFF_HEALTH_PORT")
+        raise ConfigurationError("--check needs OUTWAKE_HEALTH_PORT")
     if problem := health.check(settings.health_host, settings.health_port):
         print(f"worker: {problem}", file=sys.stderr)
         return 1
@@ -94,10 +94,10 @@ def _relay(settings: Settings) -> "Relay | None":
     if not settings.relay_topics:
         return None
     try:
-        from worker.handlers.relay import Relay
+        from outwake.worker.handlers.relay import Relay
     except ImportError as error:
         raise ConfigurationError(
-            f"SENDOFF_RELAY_TOPICS is set, but {error.name} is missing: pip install 'sendoff[relay]'"
+            f"OUTWAKE_RELAY_TOPICS is set, but {error.name} is missing: pip install 'outwake[relay]'"
         ) from None
     return Relay(settings)
 
@@ -106,7 +106,7 @@ def _all_handlers(relay: "Relay | None") -> Mapping[str, Handler]:
     installed = installed_handlers()
     relayed = {} if relay is None else relay.handlers
     if taken := sorted(installed.keys() & relayed.keys()):
-        raise ConfigurationError(f"SENDOFF_RELAY_TOPICS: {taken[0]} has a handler already")
+        raise ConfigurationError(f"OUTWAKE_RELAY_TOPICS: {taken[0]} has a handler already")
     return {**installed, **relayed}
 
 

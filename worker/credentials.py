@@ -2,14 +2,14 @@
 
     https://x-access-token:TOKEN@github.com
 
-SENDOFF_GIT_CREDENTIALS names such a file, for everybody, or a directory with one file a user, named by
+OUTWAKE_GIT_CREDENTIALS names such a file, for everybody, or a directory with one file a user, named by
 the user's id in percent-encoding. They are read when they are needed, so that a rotated one counts.
 """
 
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from worker.errors import TransientError
+from outwake.worker.errors import TransientError
 
 LIMIT = 64 * 1024
 

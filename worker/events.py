@@ -1,7 +1,7 @@
 """Turn what an agent prints into events that Postgres can store.
 
 An event is a JSON object, one row of `message`. An agent may print anything; what jsonb would
-refuse is changed, and the event says so under `sendoff_note`:
+refuse is changed, and the event says so under `outwake_note`:
 
 | printed | event |
 |---|---|
@@ -26,7 +26,7 @@ HEAD = 4096
 # Far beyond any real event, far below what breaks json.dumps or the readers downstream.
 DEPTH = 100
 
-NOTE = "sendoff_note"
+NOTE = "outwake_note"
 _BYTES = "bytes that are not UTF-8 were replaced"
 _CHARACTERS = "characters that cannot be stored were replaced"
 _NUMBERS = "numbers that JSON does not have were made strings"

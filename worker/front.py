@@ -42,8 +42,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from outbox.claim import Claimed, Level
-from outbox.log import get_logger
+from outwake.claim import Claimed, Level
+from outwake.log import get_logger
 
 log = get_logger(__name__)
 

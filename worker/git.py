@@ -1,6 +1,6 @@
 """Run git so that it can't surprise us.
 
-Arguments are lists; what a user named was checked (`outbox/names.py`) and follows a `--` or a
+Arguments are lists; what a user named was checked (`outwake/names.py`) and follows a `--` or a
 `refs/` prefix all the same. Git runs under the guardian: it dies with the worker, and after its
 timeout with all its children. It asks nobody for a password, runs no hook, and uses no transport
 but those allowed. An agent may have changed the repository's own configuration, which can name
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.errors import PermanentError, SessionError, TransientError
-from worker.guarded import Guarded
+from outwake.worker.errors import PermanentError, SessionError, TransientError
+from outwake.worker.guarded import Guarded
 
 OUTPUT = 16 * 1024 * 1024
 

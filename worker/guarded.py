@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from worker.errors import PermanentError, TransientError
+from outwake.worker.errors import PermanentError, TransientError
 
 STDERR_TAIL = 64 * 1024
 CHUNK = 64 * 1024

@@ -19,11 +19,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 
-from outbox.connect import bounded, connect
-from outbox.metrics import CONTENT_TYPE, database_metrics, render, unreachable
-from outbox.ready import outbox_ready
-from outbox.settings import Settings
-from worker.metrics import Snapshot, families
+from outwake.connect import bounded, connect
+from outwake.metrics import CONTENT_TYPE, database_metrics, render, unreachable
+from outwake.ready import outbox_ready
+from outwake.settings import Settings
+from outwake.worker.metrics import Snapshot, families
 
 _TIMEOUT = 5.0
 _DATABASE_TIMEOUT = 3.0
@@ -40,7 +40,7 @@ class Source:
 
 
 async def serve(settings: Settings, source: Source) -> asyncio.Server:
-    """Answer on SENDOFF_HEALTH_HOST and SENDOFF_HEALTH_PORT until the server returned is closed.
+    """Answer on OUTWAKE_HEALTH_HOST and OUTWAKE_HEALTH_PORT until the server returned is closed.
 
     Raises OSError.
     """
@@ -113,7 +113,7 @@ async def _database_metrics(settings: Settings) -> list[Any]:
 
 async def _connect(settings: Settings) -> psycopg.AsyncConnection[tuple[Any, ...]]:
     lease = timedelta(seconds=settings.lease)
-    return await connect(settings.database_url, "sendoff worker health", lease, pooled=settings.pooled)
+    return await connect(settings.database_url, "outwake worker health", lease, pooled=settings.pooled)
 
 
 def check(host: str, port: int) -> str | None:

@@ -19,8 +19,8 @@ from nats.errors import Error, SecureConnWantedError
 from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
-from outbox.errors import ConfigurationError
-from outbox.log import get_logger
+from outwake.errors import ConfigurationError
+from outwake.log import get_logger
 
 TIMEOUT = 5.0
 """Seconds, for each step of connecting and for an acknowledgement."""
@@ -89,7 +89,7 @@ class JetStream:
         try:
             await client.connect(
                 self._servers,
-                name="sendoff worker",
+                name="outwake worker",
                 user_credentials=credentials,
                 error_cb=client.failed,
                 closed_cb=client.lost,
@@ -153,10 +153,10 @@ def read_credentials(path: Path) -> RawCredentials:
         text = path.read_text("ascii")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise ConfigurationError(f"SENDOFF_RELAY_CREDENTIALS: {path}: {reason}") from None
+        raise ConfigurationError(f"OUTWAKE_RELAY_CREDENTIALS: {path}: {reason}") from None
     for part in ("BEGIN NATS USER JWT", "BEGIN USER NKEY SEED"):
         if part not in text:
-            raise ConfigurationError(f"SENDOFF_RELAY_CREDENTIALS: {path}: has no {part!r}")
+            raise ConfigurationError(f"OUTWAKE_RELAY_CREDENTIALS: {path}: has no {part!r}")
     return RawCredentials(text)
 
 

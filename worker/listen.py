@@ -9,7 +9,7 @@
    claim of a lone row (outbox_claim_row), which waits for no lock: the server's process that told of the row
    is awake, that of the other connection would have to wake. From commit to start 1.34 to 1.24 of the floor.
 
-Some proxies keep a socket open whose server has gone; keepalive cannot see that. `SENDOFF_LISTEN_PROBE`
+Some proxies keep a socket open whose server has gone; keepalive cannot see that. `OUTWAKE_LISTEN_PROBE`
 makes the worker notify itself now and then, through the other connection, and reconnect if it hears nothing.
 """
 
@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import pq
 
-from outbox.connect import Heard, answer, bounded, connect, hear
-from worker.reply import Reply
+from outwake.connect import Heard, answer, bounded, connect, hear
+from outwake.worker.reply import Reply
 
 T = TypeVar("T")
 
-WAKE, CANCEL, PROBE = "sendoff_wake", "sendoff_cancel", "sendoff_probe"
+WAKE, CANCEL, PROBE = "outwake_wake", "outwake_cancel", "outwake_probe"
 _PRESENCE = 1397048886
 
 
@@ -47,7 +47,7 @@ class Listener:
     @classmethod
     async def open(cls, url: str, lease: timedelta, heard: Heard, earlier: int | None) -> "Listener":
         """Steps 1 to 3."""
-        conn = await connect(url, "sendoff worker listen", lease)
+        conn = await connect(url, "outwake worker listen", lease)
         try:
             with bounded(conn, lease.total_seconds()):
                 presence = await _take_presence(conn, earlier)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
-from worker.errors import TransientError
-from worker.workspace import attempt_directory, remove_dead
+from outwake.worker.errors import TransientError
+from outwake.worker.workspace import attempt_directory, remove_dead
 
 Sandbox = dict[str, Any]
 """What a session holds: {"item", "borrow_token"}, and "keep" in seconds if the next turn may have it."""

@@ -30,25 +30,25 @@ from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
-from outbox.claim import Claimed, reconnect, register, renew
-from outbox.connect import bounded, connect, conninfo, cut_after, is_outage
-from outbox.errors import WorkerEnded
-from outbox.handler import Connection, Handler, Job
-from outbox.log import debugging, get_logger
-from outbox.migrate import check_schema
-from outbox.settings import Settings
-from outbox.stuck import StuckWatch
-from worker.attempt import Attempt, End, Outcome, Stop
-from worker.claim import Answer, Claims
-from worker.front import Front, Look
-from worker.lease import Lease
-from worker.listen import CANCEL, PROBE, WAKE, Listener
-from worker.metrics import STATS, Snapshot
-from worker.park import AWAKE, PARKED, SETTLING, Parking
-from worker.reply import Reply
-from worker.scout import Scout
-from worker.settle import settle
-from worker.standby import Standby
+from outwake.claim import Claimed, reconnect, register, renew
+from outwake.connect import bounded, connect, conninfo, cut_after, is_outage
+from outwake.errors import WorkerEnded
+from outwake.handler import Connection, Handler, Job
+from outwake.log import debugging, get_logger
+from outwake.migrate import check_schema
+from outwake.settings import Settings
+from outwake.stuck import StuckWatch
+from outwake.worker.attempt import Attempt, End, Outcome, Stop
+from outwake.worker.claim import Answer, Claims
+from outwake.worker.front import Front, Look
+from outwake.worker.lease import Lease
+from outwake.worker.listen import CANCEL, PROBE, WAKE, Listener
+from outwake.worker.metrics import STATS, Snapshot
+from outwake.worker.park import AWAKE, PARKED, SETTLING, Parking
+from outwake.worker.reply import Reply
+from outwake.worker.scout import Scout
+from outwake.worker.settle import settle
+from outwake.worker.standby import Standby
 
 log = get_logger(__name__)
 
@@ -127,7 +127,7 @@ class Worker:
         self._filled_at = -math.inf
         self._clock_offset = 0.0
         self._pool = AsyncConnectionPool[Connection](
-            conninfo(settings.database_url, "sendoff worker job", self._lease_time, pooled=settings.pooled),
+            conninfo(settings.database_url, "outwake worker job", self._lease_time, pooled=settings.pooled),
             kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
             min_size=0,
             max_size=min(concurrency, 20) + 2,
@@ -177,7 +177,7 @@ class Worker:
             self._presence = self._listener.presence
             stack.push_async_callback(self._listener.close)
             self._control = await connect(
-                settings.database_url, "sendoff worker", self._lease_time, pooled=settings.pooled
+                settings.database_url, "outwake worker", self._lease_time, pooled=settings.pooled
             )
             stack.push_async_callback(self._control.close)
             set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
@@ -186,7 +186,7 @@ class Worker:
                 await self._stuck.first_look(self._control)
             self._listener.start(self._event.set)
             self._set_connected(True)
-            self._stats.count("sendoff_worker_connects")
+            self._stats.count("outwake_worker_connects")
             self._stats.woken("reconnect")
             await self._turns()
 
@@ -256,11 +256,11 @@ class Worker:
         """What has been counted and holds now, for metrics. From memory, as `readiness`."""
         return self._stats.snapshot(
             {
-                "sendoff_worker_listen_connected": self.connected,
-                "sendoff_worker_processes": 1,
-                "sendoff_worker_parked": self._parking.stage is PARKED,
-                "sendoff_worker_running": len(self._running),
-                "sendoff_worker_slots": self._concurrency,
+                "outwake_worker_listen_connected": self.connected,
+                "outwake_worker_processes": 1,
+                "outwake_worker_parked": self._parking.stage is PARKED,
+                "outwake_worker_running": len(self._running),
+                "outwake_worker_slots": self._concurrency,
             }
         )
 
@@ -282,7 +282,7 @@ class Worker:
 
     def _lease_lost(self) -> None:
         if self._running:
-            self._stats.count("sendoff_worker_leases_lost")
+            self._stats.count("outwake_worker_leases_lost")
             log.error("lease_lost", worker_id=str(self.id), running=len(self._running))
             self._stop_all(Stop.LOST)
 
@@ -636,9 +636,9 @@ class Worker:
         ended = Counter(o.job.row.topic for o in outcomes)
         lost = Counter(o.job.row.topic for o in outcomes if o.job.token in refused) if refused else Counter()
         for topic, count in (ended - lost).items():
-            self._stats.count("sendoff_worker_attempts", topic, "done", by=count)
+            self._stats.count("outwake_worker_attempts", topic, "done", by=count)
         for topic, count in lost.items():
-            self._stats.count("sendoff_worker_attempts", topic, "fenced", by=count)
+            self._stats.count("outwake_worker_attempts", topic, "fenced", by=count)
         for row_id, attempt in refused:
             log.warning("fenced", outbox_id=row_id, attempt=attempt)
         if debugging():
@@ -691,7 +691,7 @@ class Worker:
         return math.inf if front.next_due is None else front.next_due.timestamp() - self._clock_offset
 
     def _repeat_look(self) -> None:
-        self._stats.count("sendoff_worker_repeated_looks")
+        self._stats.count("outwake_worker_repeated_looks")
         now = time.monotonic()
         again = now + self._look_again
         self._look_at = again if self._look_at <= now else min(self._look_at, again)
@@ -728,7 +728,7 @@ class Worker:
         )
         row = await cursor.fetchone()
         if row is not None and row[0]:
-            self._stats.count("sendoff_worker_rescued", by=row[0])
+            self._stats.count("outwake_worker_rescued", by=row[0])
             log.warning("rescued", workers=row[0], worker_id=str(self.id))
         self._look = True
 
@@ -738,7 +738,7 @@ class Worker:
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
             ended = await settle(self._control, self.id, outcome)
             self._ended.remove(outcome)
-            self._stats.count("sendoff_worker_attempts", outcome.job.row.topic, ended)
+            self._stats.count("outwake_worker_attempts", outcome.job.row.topic, ended)
 
     async def _tell_draining(self) -> None:
         await self._control.execute(

@@ -16,10 +16,10 @@ from uuid import UUID
 import psycopg
 from psycopg.types.json import Jsonb
 
-from outbox.connect import is_away
-from outbox.errors import Cancelled, Fenced
-from outbox.handler import Job
-from outbox.log import get_logger
+from outwake.connect import is_away
+from outwake.errors import Cancelled, Fenced
+from outwake.handler import Job
+from outwake.log import get_logger
 
 log = get_logger(__name__)
 

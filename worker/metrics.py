@@ -24,37 +24,37 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 """Upper bounds of the buckets, in seconds: from a wake-up to an agent's turn."""
 
 COUNTERS: dict[str, tuple[str, list[str]]] = {
-    "sendoff_worker_attempts": ("Attempts ended, by how.", ["topic", "outcome"]),
-    "sendoff_worker_rescued": ("Workers whose rows this one rescued.", []),
-    "sendoff_worker_wakeups": ("Looks for rows, by what caused them.", ["cause"]),
-    "sendoff_worker_wakeups_in_vain": ("Those that found no row.", ["cause"]),
-    "sendoff_worker_repeated_looks": (
+    "outwake_worker_attempts": ("Attempts ended, by how.", ["topic", "outcome"]),
+    "outwake_worker_rescued": ("Workers whose rows this one rescued.", []),
+    "outwake_worker_wakeups": ("Looks for rows, by what caused them.", ["cause"]),
+    "outwake_worker_wakeups_in_vain": ("Those that found no row.", ["cause"]),
+    "outwake_worker_repeated_looks": (
         "Looks repeated while another transaction's row or writes could not be seen.",
         [],
     ),
-    "sendoff_worker_connects": ("Times the LISTEN connection was made.", []),
-    "sendoff_worker_leases_lost": ("Times the lease ended while rows ran.", []),
-    "sendoff_agent_cost_usd": ("What agents say they cost, in US dollars.", []),
-    "sendoff_agent_tokens": ("Tokens that agents say they used.", ["kind"]),
-    "sendoff_agent_turns": ("Agent runs that ended with a result event.", ["outcome"]),
+    "outwake_worker_connects": ("Times the LISTEN connection was made.", []),
+    "outwake_worker_leases_lost": ("Times the lease ended while rows ran.", []),
+    "outwake_agent_cost_usd": ("What agents say they cost, in US dollars.", []),
+    "outwake_agent_tokens": ("Tokens that agents say they used.", ["kind"]),
+    "outwake_agent_turns": ("Agent runs that ended with a result event.", ["outcome"]),
 }
 GAUGES = {
-    "sendoff_worker_listen_connected": "Worker processes whose LISTEN connection is open.",
-    "sendoff_worker_processes": "Worker processes behind this port.",
-    "sendoff_worker_parked": "Worker processes that sleep until they are notified.",
-    "sendoff_worker_running": "Rows that run now.",
-    "sendoff_worker_slots": "Rows that may run at once.",
+    "outwake_worker_listen_connected": "Worker processes whose LISTEN connection is open.",
+    "outwake_worker_processes": "Worker processes behind this port.",
+    "outwake_worker_parked": "Worker processes that sleep until they are notified.",
+    "outwake_worker_running": "Rows that run now.",
+    "outwake_worker_slots": "Rows that may run at once.",
 }
 HISTOGRAMS = {
-    "sendoff_worker_wait_seconds": "From when a row fell due to its claim.",
-    "sendoff_worker_run_seconds": "From a row's claim to the end of its handler.",
+    "outwake_worker_wait_seconds": "From when a row fell due to its claim.",
+    "outwake_worker_run_seconds": "From a row's claim to the end of its handler.",
 }
 
 OUTCOMES = ("done", "retry", "dead", "cancelled", "handed_back", "fenced")
 CAUSES = ("notify", "deadline", "standby", "reconnect")
 
-_ATTEMPTS = "sendoff_worker_attempts"
-_WAKEUPS = ("sendoff_worker_wakeups", "sendoff_worker_wakeups_in_vain")
+_ATTEMPTS = "outwake_worker_attempts"
+_WAKEUPS = ("outwake_worker_wakeups", "outwake_worker_wakeups_in_vain")
 _TOKEN_KINDS = {
     "input_tokens": "input",
     "output_tokens": "output",
@@ -110,13 +110,13 @@ class Stats:
         """A look for rows was caused, by one of CAUSES. Until it is over, the first counts."""
         if self._cause is None:
             self._cause = cause
-            self.count("sendoff_worker_wakeups", cause)
+            self.count("outwake_worker_wakeups", cause)
 
     def looked(self, found: int) -> None:
         """That look is over."""
         if self._cause is not None:
             if found == 0:
-                self.count("sendoff_worker_wakeups_in_vain", self._cause)
+                self.count("outwake_worker_wakeups_in_vain", self._cause)
             self._cause = None
 
     def snapshot(self, gauges: Mapping[str, float]) -> Snapshot:
@@ -131,8 +131,8 @@ class Stats:
     def _zeros(self) -> dict[tuple[str, ...], float]:
         attempts = ((_ATTEMPTS, topic, outcome) for topic in self.topics for outcome in OUTCOMES)
         wakeups = ((name, cause) for name in _WAKEUPS for cause in CAUSES)
-        tokens = (("sendoff_agent_tokens", kind) for kind in _TOKEN_KINDS.values())
-        turns = (("sendoff_agent_turns", outcome) for outcome in ("succeeded", "failed"))
+        tokens = (("outwake_agent_tokens", kind) for kind in _TOKEN_KINDS.values())
+        turns = (("outwake_agent_turns", outcome) for outcome in ("succeeded", "failed"))
         return dict.fromkeys((*attempts, *wakeups, *tokens, *turns), 0.0)
 
 
@@ -146,14 +146,14 @@ def agent_used(result: Mapping[str, Any], stats: Stats = STATS) -> None:
     Reads `total_cost_usd`, `usage` and `is_error` as the Claude Code CLI prints them in its last line of
     `--output-format stream-json`; what is missing or no number is not counted.
     """
-    stats.count("sendoff_agent_turns", "failed" if result.get("is_error") else "succeeded")
+    stats.count("outwake_agent_turns", "failed" if result.get("is_error") else "succeeded")
     if (cost := _number(result.get("total_cost_usd"))) is not None:
-        stats.count("sendoff_agent_cost_usd", by=cost)
+        stats.count("outwake_agent_cost_usd", by=cost)
     usage = result.get("usage")
     if isinstance(usage, Mapping):
         for field, kind in _TOKEN_KINDS.items():
             if (tokens := _number(usage.get(field))) is not None:
-                stats.count("sendoff_agent_tokens", kind, by=tokens)
+                stats.count("outwake_agent_tokens", kind, by=tokens)
 
 
 def _number(value: object) -> float | None:

@@ -24,10 +24,10 @@ from uuid import UUID
 
 import psycopg
 
-from outbox.connect import bounded, connect
-from outbox.log import get_logger
-from outbox.settings import Settings
-from worker.metrics import Snapshot, merge, without_gauges
+from outwake.connect import bounded, connect
+from outwake.log import get_logger
+from outwake.settings import Settings
+from outwake.worker.metrics import Snapshot, merge, without_gauges
 
 log = get_logger(__name__)
 
@@ -96,7 +96,7 @@ class Parent:
         lease = timedelta(seconds=self._settings.lease)
         try:
             conn = await connect(
-                self._settings.database_url, "sendoff parent", lease, pooled=self._settings.pooled
+                self._settings.database_url, "outwake parent", lease, pooled=self._settings.pooled
             )
             async with conn:
                 with bounded(conn, self._settings.lease):

@@ -1,7 +1,7 @@
 """A workspace in a borrowed sandbox, made and read by shell steps.
 
-    ~/sendoff/repo              the clone, the work branch checked out
-    ~/sendoff/git-credentials   mode 600, there only while a step needs it
+    ~/outwake/repo              the clone, the work branch checked out
+    ~/outwake/git-credentials   mode 600, there only while a step needs it
 
 How the work of one turn reaches the next:
 1. Clone the repository, unless an earlier turn left its clone in this sandbox. Start from the commits that
@@ -22,11 +22,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from outbox.log import get_logger
-from worker.errors import PermanentError, SessionError, TransientError
-from worker.git import GitError
-from worker.sandbox import Sandbox, StepError
-from worker.workspace import AUTHOR, COMMITS, Commit
+from outwake.log import get_logger
+from outwake.worker.errors import PermanentError, SessionError, TransientError
+from outwake.worker.git import GitError
+from outwake.worker.sandbox import Sandbox, StepError
+from outwake.worker.workspace import AUTHOR, COMMITS, Commit
 
 BUNDLE_LIMIT = 16 * 2**20
 _CHUNK = 96 * 1024  # bytes of a bundle that one step prints
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 # What every script begins with. $HOME is the sandbox's, and the scripts' arguments are $1, $2, …
 _GIT = """
 export LC_ALL=C GIT_TERMINAL_PROMPT=0 GIT_ASKPASS= SSH_ASKPASS= GIT_SSH_COMMAND='ssh -o BatchMode=yes'
-home=$HOME/sendoff; repo=$home/repo; credentials=$home/git-credentials; bundle=$home/work.bundle
+home=$HOME/outwake; repo=$home/repo; credentials=$home/git-credentials; bundle=$home/work.bundle
 git() {
     command git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 -c commit.gpgSign=false \\
         -c credential.helper= -c credential.helper="store --file='$credentials'" "$@"
@@ -66,8 +66,8 @@ fi
 start=${theirs:-$start}
 if test "$3" = bundle; then
     GIT_ALLOW_PROTOCOL=file git fetch --quiet --no-tags --no-write-fetch-head \\
-        -- "$bundle" "+refs/heads/$branch:refs/sendoff/kept" 2>&1
-    kept=$(git rev-parse --verify refs/sendoff/kept)
+        -- "$bundle" "+refs/heads/$branch:refs/outwake/kept" 2>&1
+    kept=$(git rev-parse --verify refs/outwake/kept)
     if test -z "$theirs" || ! git merge-base --is-ancestor "$kept" "$theirs"; then start=$kept; fi
 fi
 git checkout --quiet --no-track -B "$branch" "$start" -- 2>&1
@@ -205,7 +205,7 @@ class RemoteWorkspace:
 
 @dataclass(frozen=True)
 class Remote:
-    """The repository as a sandbox reaches it. url: as passed by `outbox/names.py`."""
+    """The repository as a sandbox reaches it. url: as passed by `outwake/names.py`."""
 
     url: str
     push: bool = False

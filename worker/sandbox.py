@@ -18,8 +18,8 @@ from uuid import uuid4
 
 import httpx
 
-from outbox import trace
-from worker.errors import PermanentError, TransientError
+from outwake import trace
+from outwake.worker.errors import PermanentError, TransientError
 
 STEP_TIMEOUT = 600.0
 _CONNECT, _ANSWER = 10.0, 60.0
@@ -75,7 +75,7 @@ class Sandbox:
         `timeout` seconds or the sandbox can't be reached, PermanentError if it refuses.
         """
         # An id of our own, so that a step whose answer never came can be killed too.
-        shell = f"sendoff-{uuid4()}"
+        shell = f"outwake-{uuid4()}"
         command = shlex.join(["sh", "-euc", script, "sh", *arguments])
         try:
             async with asyncio.timeout(timeout + _SLACK):

@@ -9,9 +9,9 @@ from typing import Any
 import psycopg
 from psycopg.rows import args_row
 
-from outbox.connect import bounded, cut
-from outbox.log import get_logger
-from worker.front import CARRIES, Ends, Front, Seen
+from outwake.connect import bounded, cut
+from outwake.log import get_logger
+from outwake.worker.front import CARRIES, Ends, Front, Seen
 
 log = get_logger(__name__)
 

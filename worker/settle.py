@@ -3,12 +3,12 @@
 from datetime import timedelta
 from uuid import UUID
 
-from outbox import trace
-from outbox.claim import fail, hand_back
-from outbox.errors import Fenced
-from outbox.handler import Connection
-from outbox.log import get_logger
-from worker.attempt import End, Outcome
+from outwake import trace
+from outwake.claim import fail, hand_back
+from outwake.errors import Fenced
+from outwake.handler import Connection
+from outwake.log import get_logger
+from outwake.worker.attempt import End, Outcome
 
 log = get_logger(__name__)
 

@@ -29,11 +29,11 @@ from uuid import UUID
 
 import structlog
 
-from worker.errors import PermanentError, TransientError
-from worker.git import Git, GitError
+from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.git import Git, GitError
 
 COMMITS = 1000
-AUTHOR = ("user.name=Sendoff agent", "user.email=agent@sendoff.invalid")
+AUTHOR = ("user.name=Outwake agent", "user.email=agent@outwake.invalid")
 
 _log = structlog.get_logger(__name__)
 
@@ -135,7 +135,7 @@ async def open_workspace(
 ) -> AsyncIterator[Workspace]:
     """Clone `url` for one attempt and check out the work branch; removed on leaving.
 
-    url, target_branch, branch: as passed by `outbox/names.py`.
+    url, target_branch, branch: as passed by `outwake/names.py`.
     allow_file: whether `url` may be a file:// URL.
 
     Raises PermanentError (no such repository or branch, an empty repository, no access) or

@@ -5,6 +5,6 @@ and do; queries.py has what no handler answers. Everything works without script,
 it asks for the same page again and takes over the parts that changed.
 """
 
-from app.dashboard.routes import routes
+from outwake.app.dashboard.routes import routes
 
 __all__ = ["routes"]

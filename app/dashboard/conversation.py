@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from textwrap import indent
 from typing import Any
 
-from app.dashboard.markdown import to_html
-from app.dashboard.words import pretty
+from outwake.app.dashboard.markdown import to_html
+from outwake.app.dashboard.words import pretty
 
 LONGEST = 20_000  # characters of one text; the API has the rest
 _BRIEF = 160

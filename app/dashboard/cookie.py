@@ -8,8 +8,8 @@ another site may use it (page.py), and the API does not know it.
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.context import context
-from app.identity import Identity, unauthorized
+from outwake.app.context import context
+from outwake.app.identity import Identity, unauthorized
 
 VALID_FOR = 8 * 3600  # seconds until one has to sign in anew
 
@@ -54,7 +54,7 @@ def forget(request: Request, response: Response) -> None:
 
 
 def is_secure(request: Request) -> bool:
-    """Whether the browser speaks TLS, to us or to a proxy that SENDOFF_PUBLIC_URL tells of."""
+    """Whether the browser speaks TLS, to us or to a proxy that OUTWAKE_PUBLIC_URL tells of."""
     return origin(request).startswith("https://")
 
 
@@ -66,4 +66,4 @@ def origin(request: Request) -> str:
 
 def _name(request: Request) -> str:
     """With the prefix no other host can set it, but it takes TLS."""
-    return "__Host-sendoff" if is_secure(request) else "sendoff"
+    return "__Host-outwake" if is_secure(request) else "outwake"

@@ -24,14 +24,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Message
 
-from app.body import read_bytes
-from app.context import context
-from app.dashboard import queries, words
-from app.dashboard.cookie import identify, signed_in
-from app.dashboard.queries import Overview
-from app.identity import Identity
-from app.problems import Problem, of_database
-from outbox.log import get_logger
+from outwake.app.body import read_bytes
+from outwake.app.context import context
+from outwake.app.dashboard import queries, words
+from outwake.app.dashboard.cookie import identify, signed_in
+from outwake.app.dashboard.queries import Overview
+from outwake.app.identity import Identity
+from outwake.app.problems import Problem, of_database
+from outwake.log import get_logger
 
 Handler = Callable[[Request, Identity], Awaitable[Response]]
 
@@ -49,18 +49,18 @@ HEADERS = {
 }
 PACKED = [Middleware(GZipMiddleware, minimum_size=1000)]  # never event streams
 THEMES = ("auto", "light", "dark")
-THEME_COOKIE = "sendoff_theme"
+THEME_COOKIE = "outwake_theme"
 NOBODY = Identity("", operator=False)
 YEAR = 365 * 86400
 FORM = "application/x-www-form-urlencoded"
 
-log = get_logger("app.dashboard")
+log = get_logger("outwake.app.dashboard")
 
 
 @cache
 def _static(name: str) -> str:
     """The address of a static file, different once its content is."""
-    content = resources.files("app.dashboard").joinpath("static", name).read_bytes()
+    content = resources.files("outwake.app.dashboard").joinpath("static", name).read_bytes()
     return f"/ui/static/{hashlib.sha256(content).hexdigest()[:12]}/{name}"
 
 
@@ -72,7 +72,7 @@ def _time(at: Any, text: str | None = None) -> Markup:
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("app.dashboard"),
+    loader=PackageLoader("outwake.app.dashboard"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

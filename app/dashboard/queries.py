@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from app.database import Database
+from outwake.app.database import Database
 
 PAGE = 50
 WINDOW = 100_000

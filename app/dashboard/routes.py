@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import events
-from app.body import check_accept
-from app.dashboard import outbox, sessions, signin
-from app.dashboard.page import PACKED, THEME_COOKIE, THEMES, YEAR, back, go, page, read_form
-from app.identity import Identity
-from app.problems import Problem
+from outwake.app import events
+from outwake.app.body import check_accept
+from outwake.app.dashboard import outbox, sessions, signin
+from outwake.app.dashboard.page import PACKED, THEME_COOKIE, THEMES, YEAR, back, go, page, read_form
+from outwake.app.identity import Identity
+from outwake.app.problems import Problem
 
 FILES = ("app.css", "app.js", "icon.svg")
 
@@ -67,6 +67,6 @@ async def static(request: Request) -> Response:
         raise Problem("not-found", "There is no such file.")
     media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
     check_accept(request, media_type)
-    content = resources.files("app.dashboard").joinpath("static", name).read_bytes()
+    content = resources.files("outwake.app.dashboard").joinpath("static", name).read_bytes()
     headers = {"Cache-Control": f"public, max-age={YEAR}, immutable", "X-Content-Type-Options": "nosniff"}
     return Response(content, headers=headers, media_type=media_type)

@@ -19,21 +19,21 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.context import context
-from app.dashboard import cookie
-from app.dashboard.page import back, go, read_form, render
-from app.identity import Identity
-from app.oidc import FETCH_TIMEOUT, Issuer
-from app.problems import Problem, unavailable
-from outbox.log import get_logger
-from outbox.token import create, hash_of, is_token
+from outwake.app.context import context
+from outwake.app.dashboard import cookie
+from outwake.app.dashboard.page import back, go, read_form, render
+from outwake.app.identity import Identity
+from outwake.app.oidc import FETCH_TIMEOUT, Issuer
+from outwake.app.problems import Problem, unavailable
+from outwake.log import get_logger
+from outwake.token import create, hash_of, is_token
 
 CALLBACK = "/ui/sign-in/callback"
-PENDING = "sendoff_sign_in"
+PENDING = "outwake_sign_in"
 PENDING_FOR = 600  # seconds that signing in at the issuer may take
 NAME = "browser"
 
-log = get_logger("app.dashboard.signin")
+log = get_logger("outwake.app.dashboard.signin")
 
 
 async def ask(request: Request, identity: Identity) -> Response:
@@ -65,7 +65,7 @@ async def by_token(request: Request, identity: Identity) -> Response:
     token = form.get("token", "").strip()
     try:
         if not is_token(token):
-            raise Problem("unauthorized", "That is no API token: they begin with sendoff_.")
+            raise Problem("unauthorized", "That is no API token: they begin with outwake_.")
         await context(request).authenticator.by_token(token)
     except Problem as problem:
         if problem.kind != "unauthorized":

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request
 
-from embedded.demo import make_repository
+from outwake.embedded.demo import make_repository
 from tests.browser.chromium import chromium, found
 from tests.support.api import Api, serving
 from tests.support.process import Process, running
@@ -31,7 +31,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture
 async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, SENDOFF_ALLOW_FILE_REPOS="true") as served:
+    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS="true") as served:
         yield served
 
 
@@ -80,10 +80,10 @@ def start_worker(database: str, tmp_path: Path) -> StartWorker:
     """Start a real worker with the scripted agent."""
     environment = {
         "DATABASE_URL": database,
-        "SENDOFF_LOG_LEVEL": "debug",
-        "SENDOFF_ALLOW_FILE_REPOS": "true",
-        "SENDOFF_WORKSPACE_ROOT": str(tmp_path / "workspaces"),
-        "SENDOFF_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "embedded.agent"]),
-        "SENDOFF_DRAIN_GRACE": "0",
+        "OUTWAKE_LOG_LEVEL": "debug",
+        "OUTWAKE_ALLOW_FILE_REPOS": "true",
+        "OUTWAKE_WORKSPACE_ROOT": str(tmp_path / "workspaces"),
+        "OUTWAKE_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "outwake.embedded.agent"]),
+        "OUTWAKE_DRAIN_GRACE": "0",
     }
     return lambda: running("worker", env=environment)

@@ -175,7 +175,7 @@ async def _session(
 
 async def _conclude(hand: Hand, status: str, outcome: dict[str, Any], *commits: dict[str, str]) -> None:
     reason = "the agent ended with exit status 1: no network" if status == "failed" else None
-    done = {"branch": "sendoff/work", "agent": outcome, "commits": list(commits)}
+    done = {"branch": "outwake/work", "agent": outcome, "commits": list(commits)}
     await hand.conn.execute(
         "UPDATE prompt SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()"
         " WHERE id = %s",

@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.async_api import Browser
 from psycopg import AsyncConnection, sql
 
-from outbox.migrate import migrate
+from outwake.migrate import migrate
 from tests.browser.chromium import chromium
 from tests.browser.scene import make_scene
 from tests.support.api import serving
@@ -53,7 +53,7 @@ async def _take(server: str, wanted: list[str]) -> None:
         chosen = {page: path for page, path in pages.items() if not wanted or page in wanted}
         await _shoot(browser, api.url, chosen)
         if not wanted or "sign-in" in wanted:
-            async with serving(database, SENDOFF_OIDC_ISSUER="https://id.example.com") as closed:
+            async with serving(database, OUTWAKE_OIDC_ISSUER="https://id.example.com") as closed:
                 await _shoot(browser, closed.url, {"sign-in": "/ui/sign-in"})
         if not wanted or "no-worker" in wanted:
             await conn.execute("SELECT pg_advisory_unlock_all()")

@@ -11,7 +11,7 @@ expect.set_options(timeout=TIMEOUT)
 
 
 async def test_a_person_signs_in_works_and_signs_out(browser: Browser, database: str) -> None:
-    async with sign_in_issuer() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+    async with sign_in_issuer() as issuer, serving(database, OUTWAKE_OIDC_ISSUER=issuer.url) as api:
         context = await browser.new_context(base_url=api.url)
         context.set_default_timeout(TIMEOUT)
         wrong: list[str] = []

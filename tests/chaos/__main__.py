@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import psycopg
 
-from embedded.postgres import EmbeddedPostgres, free_port
-from outbox.migrate import migrate
+from outwake.embedded.postgres import EmbeddedPostgres, free_port
+from outwake.migrate import migrate
 from tests.chaos import history
 from tests.chaos.broken import BREAKS, break_rule
 from tests.chaos.check import Record, check, excused, rescue_times
@@ -56,8 +56,8 @@ SETTINGS: dict[str, str | int] = {
 _TOPICS = ",".join(sorted(h.topic for h in HANDLERS.values() if h.topic != "lone"))
 PLACES: dict[str, tuple[list[str], dict[str, str]]] = {
     "one": (["--concurrency", "4", "--topics", _TOPICS], {}),
-    "pair": (["--concurrency", "3", "--processes", "2", "--topics", _TOPICS], {"SENDOFF_LISTEN_PROBE": "1"}),
-    "many": (["--concurrency", "8", "--topics", _TOPICS], {"SENDOFF_LISTEN_PROBE": "3"}),
+    "pair": (["--concurrency", "3", "--processes", "2", "--topics", _TOPICS], {"OUTWAKE_LISTEN_PROBE": "1"}),
+    "many": (["--concurrency", "8", "--topics", _TOPICS], {"OUTWAKE_LISTEN_PROBE": "3"}),
     "lone": (["--concurrency", "1", "--topics", "lone,roll.call"], {}),
 }
 DATABASES = {"chaos": (4, 4 + 2 * 3 + 8), "lone": (1, 1)}
@@ -169,8 +169,8 @@ class Chaos:
         self._port = free_port()
         self._api = await self._make_place(
             "api",
-            [*command_line("sendoff"), "api"],
-            {"SENDOFF_PORT": str(self._port), "SENDOFF_HOST": "127.0.0.1"},
+            [*command_line("outwake"), "api"],
+            {"OUTWAKE_PORT": str(self._port), "OUTWAKE_HOST": "127.0.0.1"},
         )
         for place in (*self._places, self._api):
             await place.start()
@@ -182,10 +182,10 @@ class Chaos:
             **self._mark,
             "DATABASE_URL": self._through(proxy, _database(place=name)),
             "CHAOS_HISTORY": str(self._file),
-            "SENDOFF_LEASE": str(LEASE),
-            "SENDOFF_DRAIN_GRACE": "2",
-            "SENDOFF_OUTAGE_GRACE": "6",
-            "SENDOFF_LOG_LEVEL": "debug",
+            "OUTWAKE_LEASE": str(LEASE),
+            "OUTWAKE_DRAIN_GRACE": "2",
+            "OUTWAKE_OUTAGE_GRACE": "6",
+            "OUTWAKE_LOG_LEVEL": "debug",
         }
         log = self.directory / f"{name}.log"
         return Place(name, command, proxy, {**common, **environment}, self._history, log)
@@ -403,7 +403,7 @@ def main() -> int:
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(10**6)
     broken = f", {arguments.broken} broken" if arguments.broken else ""
     print(f"chaos: seed {seed}, {arguments.seconds:.0f} s, lease {LEASE:.0f} s{broken}", flush=True)
-    chaos = Chaos(Path(tempfile.mkdtemp(prefix="sendoff-chaos-")), seed, arguments.broken, arguments.pace)
+    chaos = Chaos(Path(tempfile.mkdtemp(prefix="outwake-chaos-")), seed, arguments.broken, arguments.pace)
     count = 1
     try:
         count = report(*_reordered(chaos, asyncio.run(chaos.run(arguments.seconds))))

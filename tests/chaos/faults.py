@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from embedded.postgres import EmbeddedPostgres
+from outwake.embedded.postgres import EmbeddedPostgres
 from tests.chaos.history import History
 from tests.chaos.places import Place
 from tests.chaos.proxy import Proxy

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from psycopg.types.json import Jsonb
 
-from outbox import HandBack, Handler, Job, Permanent, Retry
+from outwake import HandBack, Handler, Job, Permanent, Retry
 from tests.chaos.history import History
 
 

@@ -24,11 +24,11 @@ def install_handlers(directory: Path) -> None:
 
     importlib.metadata takes the first of a name on the path.
     """
-    info = directory / f"sendoff-{version('sendoff')}.dist-info"
+    info = directory / f"outwake-{version('outwake')}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sendoff\nVersion: {version('sendoff')}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: outwake\nVersion: {version('outwake')}\n")
     lines = [f"{handler.topic} = tests.chaos.handlers:{name}" for name, handler in HANDLERS.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[sendoff.handlers]", *lines, ""]))
+    (info / "entry_points.txt").write_text("\n".join(["[outwake.handlers]", *lines, ""]))
 
 
 class Place:

@@ -23,7 +23,7 @@ import httpx
 import psycopg
 from psycopg.types.json import Jsonb
 
-from outbox import enqueue
+from outwake import enqueue
 from tests.chaos.check import PERSON
 from tests.chaos.history import History
 
@@ -331,7 +331,7 @@ def _session(session: UUID, title: str) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat()
     return {
         "id": str(session), "user_id": "chaos", "repo": "https://example.org/repo.git",
-        "target_branch": "main", "branch": f"sendoff/{session}", "title": title, "inbox_status": "active",
+        "target_branch": "main", "branch": f"outwake/{session}", "title": title, "inbox_status": "active",
         "session_status": "active", "last_seq": 0, "created_at": now, "updated_at": now,
     }  # fmt: skip
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from worker import guarded
-from worker.agent import BATCH_EVENTS, Agent
-from worker.errors import PermanentError
-from worker.events import Event
+from outwake.worker import guarded
+from outwake.worker.agent import BATCH_EVENTS, Agent
+from outwake.worker.errors import PermanentError
+from outwake.worker.events import Event
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT)}
@@ -68,7 +68,7 @@ def fifo(tmp_path: Path) -> Iterator[Fifo]:
 
 
 def scripted(prompt: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "embedded.agent", f"no-commit {prompt}"]
+    return [sys.executable, "-P", "-m", "outwake.embedded.agent", f"no-commit {prompt}"]
 
 
 Start = Callable[..., AbstractAsyncContextManager[Agent]]
@@ -289,7 +289,7 @@ async def test_a_signal_to_the_guardian_ends_the_agent(start: Start, fifo: Fifo)
 WORKER = """
 import asyncio, sys, time
 from pathlib import Path
-from worker.agent import Agent
+from outwake.worker.agent import Agent
 
 async def main(lease, argv):
     async def renew(agent):
@@ -414,7 +414,7 @@ CONSUMER = """
 import asyncio, json, sys
 from math import inf
 from pathlib import Path
-from worker.agent import Agent
+from outwake.worker.agent import Agent
 
 async def main(argv):
     events = []

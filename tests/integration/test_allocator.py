@@ -8,15 +8,15 @@ from uuid import uuid4
 
 import pytest
 
-from outbox.errors import HandBack
-from outbox.settings import Settings
+from outwake.errors import HandBack
+from outwake.settings import Settings
+from outwake.worker.allocator import HttpAllocator
+from outwake.worker.errors import PermanentError, TransientError, Unclear
+from outwake.worker.sandbox import Sandbox, StepError
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps
 from tests.support.loopback import loopback
 from tests.support.production import Production, production
-from worker.allocator import HttpAllocator
-from worker.errors import PermanentError, TransientError, Unclear
-from worker.sandbox import Sandbox, StepError
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
     steps = Steps()
     async with loopback() as server:
         lender = allocator(server, steps)
-        borrowing = asyncio.create_task(borrow(adapter(lender.url, SENDOFF_BORROW_WAIT=60)))
+        borrowing = asyncio.create_task(borrow(adapter(lender.url, OUTWAKE_BORROW_WAIT=60)))
         await steps.until(lambda: "borrow" in steps.met)
         await lender.submit({"api_url": "http://sandbox.test"})
         sandbox = await borrowing
@@ -53,7 +53,7 @@ async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
 
 
 async def test_a_sandbox_is_returned_once_and_a_second_time_does_no_harm(parts: Production) -> None:
-    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
     first = await borrow(made)
     await made.give_back(first)
     second = await borrow(made)
@@ -62,7 +62,7 @@ async def test_a_sandbox_is_returned_once_and_a_second_time_does_no_harm(parts: 
 
 
 async def test_a_sandbox_that_does_not_answer_is_returned_all_the_same(parts: Production) -> None:
-    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
     sandbox = await borrow(made)
     parts.steps.arm("exec", Fault((500, {})))
     await made.give_back(sandbox)
@@ -70,7 +70,7 @@ async def test_a_sandbox_that_does_not_answer_is_returned_all_the_same(parts: Pr
 
 
 async def test_a_return_that_fails_in_the_background_is_an_error(parts: Production) -> None:
-    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
     sandbox = await borrow(made)
     parts.allocator.return_status = "failed"
     with pytest.raises(TransientError, match="return failed"):
@@ -99,7 +99,7 @@ async def test_answers_to_a_borrow(
 ) -> None:
     parts.steps.arm("borrow", Fault(answer))
     with pytest.raises(expected) as caught:
-        await borrow(adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0))
+        await borrow(adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0))
     assert type(caught.value) is expected
 
 
@@ -113,7 +113,7 @@ async def test_answers_to_a_borrow(
     ],
 )
 async def test_a_return_that_was_not_taken_is_an_error(parts: Production, answer: tuple[int, Any]) -> None:
-    made = adapter(parts.allocator.url, SENDOFF_BORROW_WAIT=0)
+    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
     sandbox = await borrow(made)
     parts.steps.arm("return", Fault(answer))
     with pytest.raises(TransientError):

@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 
-from app.metrics import REGISTRY
+from outwake.app.metrics import REGISTRY
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.scraped import Samples, samples
@@ -28,19 +28,19 @@ async def test_requests_by_route_and_status(api: Api) -> None:
     def more(*key: str) -> float:
         return after.get(key, 0) - before.get(key, 0)
 
-    name = "sendoff_http_requests_total"
+    name = "outwake_http_requests_total"
     assert more(name, "POST", "/sessions", "201") == 1
     assert more(name, "GET", "/sessions/{id:uuid}", "200") == 1
     assert more(name, "GET", "/sessions/{id:uuid}", "404") == 1
-    assert more("sendoff_http_request_seconds_count", "GET", "/sessions/{id:uuid}") == 2
-    assert after[("sendoff_outbox_rows", "session.run", "ready", "due")] == 1
-    assert after[("sendoff_database_up",)] == 1
-    assert ("sendoff_api_listen_connected",) in after
+    assert more("outwake_http_request_seconds_count", "GET", "/sessions/{id:uuid}") == 2
+    assert after[("outwake_outbox_rows", "session.run", "ready", "due")] == 1
+    assert after[("outwake_database_up",)] == 1
+    assert ("outwake_api_listen_connected",) in after
 
 
 async def test_strangers_make_no_labels(api: Api) -> None:
     async def labels() -> set[tuple[str, ...]]:
-        return {key for key in await scrape(api) if key[0] == "sendoff_http_requests_total"}
+        return {key for key in await scrape(api) if key[0] == "outwake_http_requests_total"}
 
     async with httpx.AsyncClient(base_url=api.url) as stranger:
         await stranger.get("/no/such/page")
@@ -58,18 +58,18 @@ async def test_a_stream_is_timed_to_its_first_byte(api: Api) -> None:
     async with api.follow(created["id"]) as events:
         await events.next("status")
         found = await scrape(api)
-        assert found[("sendoff_http_requests_in_progress",)] >= 2  # this scrape, and the stream
+        assert found[("outwake_http_requests_in_progress",)] >= 2  # this scrape, and the stream
     route = ("GET", "/sessions/{id:uuid}/events")
-    count = ("sendoff_http_request_seconds_count", *route)
+    count = ("outwake_http_request_seconds_count", *route)
     async with asyncio.timeout(60):
         while not (found := await scrape(api)).get(count):
             pass  # the server has yet to notice that we left
-    assert found[("sendoff_http_request_seconds_bucket", *route, "10.0")] == found[count]
+    assert found[("outwake_http_request_seconds_bucket", *route, "10.0")] == found[count]
 
 
 async def test_ready_says_what_is_stuck(database: str, connect: Connect) -> None:
     conn = await connect()
-    async with serving(database, SENDOFF_STUCK_AFTER=0.001) as api:
+    async with serving(database, OUTWAKE_STUCK_AFTER=0.001) as api:
         row_id = await add(conn, "fax.send")
         await until(conn, "SELECT stuck FROM outbox_ready('1 millisecond')")
         answer = await api.client.get("/readyz?workers=1")
@@ -80,4 +80,4 @@ async def test_ready_says_what_is_stuck(database: str, connect: Connect) -> None
 
 def test_the_registry_is_ours() -> None:
     """Nothing of other libraries, which would change with them."""
-    assert all(family.name.startswith("sendoff_") for family in REGISTRY.collect())
+    assert all(family.name.startswith("outwake_") for family in REGISTRY.collect())

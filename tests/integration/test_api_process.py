@@ -1,4 +1,4 @@
-"""The process `sendoff api`: its log, its signals, and when it refuses to start."""
+"""The process `outwake api`: its log, its signals, and when it refuses to start."""
 
 import json
 import signal
@@ -10,11 +10,11 @@ import pytest
 
 from tests.support.process import Process, running
 
-CODE = "from outbox.cli import main; main(['api'])"
+CODE = "from outwake.cli import main; main(['api'])"
 
 
 def api(database: str, **env: str) -> AbstractAsyncContextManager[Process]:
-    return running(sys.executable, "-c", CODE, env={"DATABASE_URL": database, "SENDOFF_PORT": "0", **env})
+    return running(sys.executable, "-c", CODE, env={"DATABASE_URL": database, "OUTWAKE_PORT": "0", **env})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -51,14 +51,14 @@ async def test_start_says_that_there_is_no_authentication(database: str) -> None
 
 
 async def test_host_that_strangers_reach_is_refused(database: str) -> None:
-    async with api(database, SENDOFF_HOST="0.0.0.0") as process:
+    async with api(database, OUTWAKE_HOST="0.0.0.0") as process:
         assert await process.ended() == 2
         assert len(process.stderr) == 1
-        assert "SENDOFF_DEV_IDENTITY" in process.stderr[0]
+        assert "OUTWAKE_DEV_IDENTITY" in process.stderr[0]
 
 
 async def test_host_that_strangers_reach_by_explicit_wish(database: str) -> None:
-    async with api(database, SENDOFF_HOST="0.0.0.0", SENDOFF_DEV_IDENTITY="1") as process:
+    async with api(database, OUTWAKE_HOST="0.0.0.0", OUTWAKE_DEV_IDENTITY="1") as process:
         ready = await process.event("api_ready")
         async with httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{ready['port']}/sessions"
@@ -68,7 +68,7 @@ async def test_host_that_strangers_reach_by_explicit_wish(database: str) -> None
 async def test_port_that_is_taken(database: str) -> None:
     async with api(database) as first:
         port = (await first.event("api_ready"))["port"]
-        async with api(database, SENDOFF_PORT=str(port)) as second:
+        async with api(database, OUTWAKE_PORT=str(port)) as second:
             assert await second.ended() == 2
             assert f"port {port}" in second.stderr[-1]
 
@@ -80,4 +80,4 @@ async def test_start_without_postgres() -> None:
             assert (await client.get("/healthz")).status_code == 200
             response = await client.get("/sessions")
             assert response.status_code == 503
-            assert json.loads(response.text)["type"] == "urn:sendoff:problem:unavailable"
+            assert json.loads(response.text)["type"] == "urn:outwake:problem:unavailable"

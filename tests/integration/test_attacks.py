@@ -22,16 +22,16 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.responses import RedirectResponse
 
-from app import oidc
-from outbox import token
-from outbox.callback import Address, CallbackError
-from outbox.settings import Settings
+from outwake import token
+from outwake.app import oidc
+from outwake.callback import Address, CallbackError
+from outwake.settings import Settings
+from outwake.worker.handlers.webhook import post
 from tests.conftest import _new_database
 from tests.support.api import Api, serving
 from tests.support.http import Receiver, listening
 from tests.support.issuer import SigningKey, StandIn, bearer, issuing
 from tests.support.server import with_database
-from worker.handlers.webhook import post
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attacks -->\n", "<!-- /attacks -->\n"
@@ -242,7 +242,7 @@ AUTHENTICATION = [
     Attack(
         "Another audience",
         "401 unauthorized: The token is for another audience.",
-        by_token(lambda i: i.token(aud=["account", "sendoff2"])),
+        by_token(lambda i: i.token(aud=["account", "outwake2"])),
     ),
     Attack("No audience", "401 unauthorized: The token has no aud.", by_token(lambda i: i.token(aud=None))),
     Attack(
@@ -333,12 +333,12 @@ AUTHENTICATION = [
     Attack(
         "The operator's role among client roles",
         "403 forbidden",
-        lambda place: operator_by(place, resource_access={"sendoff": {"roles": ["sendoff-operator"]}}),
+        lambda place: operator_by(place, resource_access={"outwake": {"roles": ["outwake-operator"]}}),
     ),
     Attack(
         "The operator's role as a part of another's name",
         "403 forbidden",
-        lambda place: operator_by(place, realm_access={"roles": ["no-sendoff-operator"]}),
+        lambda place: operator_by(place, realm_access={"roles": ["no-outwake-operator"]}),
     ),
     Attack("An API token with its end changed", "401 unauthorized", api_token("changed")),
     Attack("An API token that has expired", "401 unauthorized", api_token("expired")),
@@ -631,7 +631,7 @@ async def proxy(place: Place) -> str:
 
 def webhook_settings(allow: str) -> Settings:
     return Settings.model_validate(
-        {"DATABASE_URL": "x", "SENDOFF_WEBHOOK_SECRET": WEBHOOK_SECRET, "SENDOFF_WEBHOOK_ALLOW": allow}
+        {"DATABASE_URL": "x", "OUTWAKE_WEBHOOK_SECRET": WEBHOOK_SECRET, "OUTWAKE_WEBHOOK_ALLOW": allow}
     )
 
 
@@ -763,7 +763,7 @@ def _base64(value: bytes) -> str:
 @asynccontextmanager
 async def placing(database: str, issuer: StandIn, **changes: Any) -> AsyncIterator[Place]:
     """An API on the database, and a session of Alice's."""
-    settings = {"SENDOFF_OIDC_ISSUER": issuer.url, "SENDOFF_WEBHOOK_SECRET": WEBHOOK_SECRET, **changes}
+    settings = {"OUTWAKE_OIDC_ISSUER": issuer.url, "OUTWAKE_WEBHOOK_SECRET": WEBHOOK_SECRET, **changes}
     receiver = Receiver()
     async with (
         await psycopg.AsyncConnection.connect(database, autocommit=True) as conn,
@@ -783,7 +783,7 @@ async def place(server: str, template: str) -> AsyncIterator[Place]:
     with _new_database(server, template) as name:
         async with (
             issuing() as issuer,
-            placing(with_database(server, name), issuer, SENDOFF_REQUEST_RATE=1000) as found,
+            placing(with_database(server, name), issuer, OUTWAKE_REQUEST_RATE=1000) as found,
         ):
             yield found
 
@@ -804,7 +804,7 @@ async def test_attack(place: Place, attack: Attack) -> None:
 
 @pytest.mark.parametrize("attack", LIMITS, ids=lambda attack: attack.name)
 async def test_limit(database: str, attack: Attack) -> None:
-    changes = {"SENDOFF_REQUEST_RATE": 1, "SENDOFF_MAX_SESSIONS": 5, "SENDOFF_MAX_STREAMS": 2}
+    changes = {"OUTWAKE_REQUEST_RATE": 1, "OUTWAKE_MAX_SESSIONS": 5, "OUTWAKE_MAX_STREAMS": 2}
     async with issuing() as issuer, placing(database, issuer, **changes) as place:
         await check(place, attack)
 

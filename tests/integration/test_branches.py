@@ -42,7 +42,7 @@ async def test_a_given_branch_that_is_taken_is_refused(api: Api, repo: str) -> N
     asked = {"repo": repo, "target_branch": "main", "branch": "fix"}
     refused = await api.client.post("/sessions", json=asked)
     assert refused.status_code == 409
-    assert refused.json()["type"] == "urn:sendoff:problem:branch-taken"
+    assert refused.json()["type"] == "urn:outwake:problem:branch-taken"
     await api.client.delete(f"/sessions/{first['id']}")
     assert (await api.client.post("/sessions", json=asked)).status_code == 201
 
@@ -55,7 +55,7 @@ async def test_the_same_branch_in_another_repository(api: Api) -> None:
 async def test_a_derived_branch_that_is_taken_is_resolved(api: Api, connect: Connect) -> None:
     """The first id would give a branch that somebody has: the next one gives another."""
     conn = await connect()
-    await api.create(repo="octo/tools", branch="sendoff/fix-it-00000000")
+    await api.create(repo="octo/tools", branch="outwake/fix-it-00000000")
     await conn.execute(
         """
         ALTER FUNCTION uuid_v7() RENAME TO uuid_v7_real;
@@ -68,8 +68,8 @@ async def test_a_derived_branch_that_is_taken_is_resolved(api: Api, connect: Con
         """
     )
     created = await api.create(repo="https://github.com/Octo/tools", title="Fix it")
-    assert created["branch"].startswith("sendoff/fix-it-")
-    assert created["branch"] != "sendoff/fix-it-00000000"
+    assert created["branch"].startswith("outwake/fix-it-")
+    assert created["branch"] != "outwake/fix-it-00000000"
     cursor = await conn.execute("SELECT last_value > 1 FROM taken")
     assert await cursor.fetchall() == [(True,)]
 
@@ -77,11 +77,11 @@ async def test_a_derived_branch_that_is_taken_is_resolved(api: Api, connect: Con
 @pytest.mark.parametrize(
     ("fields", "title", "stem"),
     [
-        ({"prompt": "\n  Fix  the parser\nand more"}, "Fix the parser", "sendoff/fix-the-parser-"),
-        ({"prompt": "x" * 300}, "x" * 79 + "…", "sendoff/" + "x" * 40 + "-"),
-        ({"prompt": "日本語"}, "日本語", "sendoff/octo-tools-"),
-        ({"prompt": None}, "octo/tools", "sendoff/octo-tools-"),
-        ({"title": "Größe; rm -rf /"}, "Größe; rm -rf /", "sendoff/groe-rm-rf-"),
+        ({"prompt": "\n  Fix  the parser\nand more"}, "Fix the parser", "outwake/fix-the-parser-"),
+        ({"prompt": "x" * 300}, "x" * 79 + "…", "outwake/" + "x" * 40 + "-"),
+        ({"prompt": "日本語"}, "日本語", "outwake/octo-tools-"),
+        ({"prompt": None}, "octo/tools", "outwake/octo-tools-"),
+        ({"title": "Größe; rm -rf /"}, "Größe; rm -rf /", "outwake/groe-rm-rf-"),
     ],
 )
 async def test_what_is_derived(api: Api, fields: dict[str, str], title: str, stem: str) -> None:

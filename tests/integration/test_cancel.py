@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outbox import Cancelled, Job
+from outwake import Cancelled, Job
 from tests.conftest import Connect
 from tests.integration.test_parking import end_listener
 from tests.support.steps import (
@@ -238,7 +238,7 @@ async def test_stop_without_a_mark_gives_the_row_back(
         row = await add(psql)
         await worker.has_run(row)
         if run is hang:
-            await psql.execute("SELECT pg_notify('sendoff_cancel', %s)", (str(row),))
+            await psql.execute("SELECT pg_notify('outwake_cancel', %s)", (str(row),))
         if rule == "kept":
             query = "SELECT state <> 'running' OR attempt > 1 FROM outbox WHERE id = %s"
             await until(psql, query, row)

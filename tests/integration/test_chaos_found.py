@@ -7,14 +7,14 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from psycopg import errors
 
-from outbox import Cancelled, Handler, Job, register
-from outbox.claim import reconnect
-from outbox.settings import Settings
+from outwake import Cancelled, Handler, Job, register
+from outwake.claim import reconnect
+from outwake.settings import Settings
+from outwake.worker.loop import Worker
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
 from tests.support.worker import Watched, hang, watched
-from worker.loop import Worker
 
 
 async def test_key_whose_first_row_came_late_goes_on_after_a_hand_back(connect: Connect) -> None:

@@ -9,8 +9,9 @@ import pytest
 from psycopg import errors
 from psycopg.rows import dict_row
 
-import outbox
-from outbox.claim import reconnect
+import outwake
+from outwake.claim import reconnect
+from outwake.worker.claim import Claims
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,
@@ -29,7 +30,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import hang, watched
-from worker.claim import Claims
 
 
 @with_and_without
@@ -54,17 +54,17 @@ async def test_connection_that_makes_something_else_of_a_row(connect: Connect, d
     psql = await connect()
     first, second = await add(psql), await add(psql)
     async with await psycopg.AsyncConnection.connect(database, row_factory=dict_row, autocommit=True) as own:
-        worker = await outbox.register(own, ["t"], presence=1)
-        tokens = [(row.id, row.attempt) for row in await outbox.claim(own, worker, ["t"], 2)]
+        worker = await outwake.register(own, ["t"], presence=1)
+        tokens = [(row.id, row.attempt) for row in await outwake.claim(own, worker, ["t"], 2)]
         assert tokens == [(first, 1), (second, 1)]
-        assert await outbox.renew(own, worker, tokens) == dict.fromkeys(tokens, False)
+        assert await outwake.renew(own, worker, tokens) == dict.fromkeys(tokens, False)
         async with own.transaction():
-            assert not await outbox.fence(own, worker, tokens[0])
-        assert await outbox.complete(own, worker, tokens[:1]) == {first}
-        assert await outbox.fail(own, worker, tokens[1], "no", delay=timedelta(0)) == "ready"
-        [again] = await outbox.claim(own, worker, ["t"], 2)
-        assert await outbox.hand_back(own, worker, [(again.id, again.attempt)]) == {second}
-        [again] = await outbox.claim(own, worker, ["t"], 2)
+            assert not await outwake.fence(own, worker, tokens[0])
+        assert await outwake.complete(own, worker, tokens[:1]) == {first}
+        assert await outwake.fail(own, worker, tokens[1], "no", delay=timedelta(0)) == "ready"
+        [again] = await outwake.claim(own, worker, ["t"], 2)
+        assert await outwake.hand_back(own, worker, [(again.id, again.attempt)]) == {second}
+        [again] = await outwake.claim(own, worker, ["t"], 2)
         assert await reconnect(own, worker, 2, []) == {second}
 
 
@@ -225,7 +225,7 @@ async def test_claim_raises_the_attempt_and_keeps_the_failures(connect: Connect)
     assert (first.id, first.attempt, first.failures, first.payload, first.traceparent) == (
         row, 1, 0, {"n": 1}, "00-ab-cd-01",
     )  # fmt: skip
-    await outbox.hand_back(conn, worker, [(row, 1)])
+    await outwake.hand_back(conn, worker, [(row, 1)])
     (second,) = await claim(conn, worker)
     assert (second.attempt, second.failures) == (2, 0)
 
@@ -260,7 +260,7 @@ async def test_claim_clears_the_flag_of_a_worker_whose_slots_are_full(connect: C
         await conn.execute("SELECT outbox_park(%s)", (worker,))
         for _ in range(rows):
             await add(conn)
-        claimed = await outbox.claim(conn, worker, ["t"], slots, lease=LEASE, stay_parked=stay)
+        claimed = await outwake.claim(conn, worker, ["t"], slots, lease=LEASE, stay_parked=stay)
         assert len(claimed) == rows
         return await one(conn, "SELECT parked FROM worker WHERE id = %s", worker)
 
@@ -278,8 +278,8 @@ async def test_completion_and_claim_are_one_commit(connect: Connect) -> None:
     await claim(conn, worker)
     await conn.execute("UPDATE worker SET ended_at = clock_timestamp() WHERE id = %s", (worker,))
     await conn.execute("UPDATE outbox SET state = 'running' WHERE id = %s", (row,))
-    with pytest.raises(outbox.WorkerEnded):
-        await outbox.complete_and_claim(conn, worker, [(row, 1)], ["t"], 1, lease=LEASE)
+    with pytest.raises(outwake.WorkerEnded):
+        await outwake.complete_and_claim(conn, worker, [(row, 1)], ["t"], 1, lease=LEASE)
     assert await get(conn, row) == "running"
 
 
@@ -288,7 +288,7 @@ async def test_completed_key_is_free_for_the_claim_of_the_same_turn(connect: Con
     worker = await new_worker(conn)
     first, second = await add(conn, ordering_key="k"), await add(conn, ordering_key="k")
     assert await claim_ids(conn, worker, 5) == [first]
-    rows, refused = await outbox.complete_and_claim(conn, worker, [(first, 1)], ["t"], 5, lease=LEASE)
+    rows, refused = await outwake.complete_and_claim(conn, worker, [(first, 1)], ["t"], 5, lease=LEASE)
     assert ([row.id for row in rows], refused) == ([second], set())
 
 
@@ -310,7 +310,7 @@ async def test_handler_that_ends_while_a_completion_is_on_its_way(
     a, b = await add(psql), await add(psql)
     gates = {a: asyncio.Event(), b: asyncio.Event()}
 
-    async def run(job: outbox.Job) -> None:
+    async def run(job: outwake.Job) -> None:
         await gates[job.row.id].wait()
 
     complete = Claims.complete

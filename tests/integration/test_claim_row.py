@@ -6,7 +6,8 @@ from uuid import UUID
 
 import pytest
 
-import outbox
+import outwake
+from outwake.worker import loop
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
 from tests.support.steps import (
@@ -24,7 +25,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import hang, watched
-from worker import loop
 
 DONE = "SELECT state = 'done' FROM outbox WHERE id = %s"
 ROW = "SELECT id FROM outbox_claim_row(%s, %s, '10 min')"
@@ -32,12 +32,12 @@ ROW = "SELECT id FROM outbox_claim_row(%s, %s, '10 min')"
 
 async def claim_row(
     conn: Connection, worker: UUID, row: int, presence: int = 0
-) -> tuple[outbox.Claimed | None, bool]:
+) -> tuple[outwake.Claimed | None, bool]:
     """The row, and else whether it is still there."""
     cursor = await conn.execute(
         "SELECT * FROM outbox_claim_row(%s, %s, %s, true, %s)", (worker, row, LEASE, presence)
     )
-    found = [outbox.Claimed._make(came) for came in await cursor.fetchall()]
+    found = [outwake.Claimed._make(came) for came in await cursor.fetchall()]
     if found and found[0].topic is not None:
         return found[0], False
     return None, bool(found)
@@ -192,7 +192,7 @@ async def test_worker_that_has_ended_takes_nothing(rule: Rule, connect: Connect)
 
 async def test_connection_that_was_given_up_takes_nothing(connect: Connect) -> None:
     psql = await connect()
-    worker = await outbox.register(psql, ["t"], presence=8)
+    worker = await outwake.register(psql, ["t"], presence=8)
     row = await add(psql)
     assert await claim_row(psql, worker, row, presence=7) == (None, True)
     assert await get(psql, row) == "ready"
@@ -221,7 +221,7 @@ async def test_lease_covers_the_row(connect: Connect) -> None:
     worker, sleeper = await new_worker(psql), await new_worker(psql)
     await psql.execute("UPDATE worker SET parked = true WHERE id = %s", (sleeper,))
     row = await add(psql)
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     await claim_row(psql, worker, row)
     assert await one(
         psql, "SELECT lease_until > clock_timestamp() + %s / 2 FROM worker WHERE id = %s", LEASE, worker

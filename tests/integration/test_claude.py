@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 async def parts(tmp_path: Path) -> AsyncIterator[Production]:
     async with production(tmp_path) as made:
-        repo = made.sandboxes[0].home / "sendoff/repo"
+        repo = made.sandboxes[0].home / "outwake/repo"
         who = "-c user.name=A -c user.email=a@b"
         commit = (
             f"cd {repo} && echo more >> README.md && git {who} commit -qam 'Say more' && git log --format=%s"
@@ -40,14 +40,14 @@ async def parts(tmp_path: Path) -> AsyncIterator[Production]:
 
 @pytest.fixture
 async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, SENDOFF_ALLOW_FILE_REPOS=True) as made:
+    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
         yield made
 
 
 def environment(parts: Production, database: str, **more: str) -> dict[str, str | None]:
     return parts.environment(
         database,
-        SENDOFF_AGENT_COMMAND=f"{CLAUDE} -p --output-format stream-json --verbose",
+        OUTWAKE_AGENT_COMMAND=f"{CLAUDE} -p --output-format stream-json --verbose",
         ANTHROPIC_BASE_URL=parts.anthropic.url,
         ANTHROPIC_API_KEY=KEY,
         **more,
@@ -65,7 +65,7 @@ async def ended(worker: Process, **fields: Any) -> None:
 
 
 async def test_a_session_from_post_to_completed(parts: Production, database: str, api: Api) -> None:
-    async with running("worker", env=environment(parts, database, SENDOFF_GIT_PUSH="true")) as worker:
+    async with running("worker", env=environment(parts, database, OUTWAKE_GIT_PUSH="true")) as worker:
         created = await api.create(repo=parts.repo, branch="work", prompt="Say more, please")
         await ended(worker, status="succeeded")
     session = (await api.client.get(f"/sessions/{created['id']}")).json()
@@ -92,7 +92,7 @@ async def test_a_session_from_post_to_completed(parts: Production, database: str
     assert parts.anthropic.keys == {KEY}
     first = parts.anthropic.requests[0]
     assert "Say more, please" in str(first["messages"])
-    assert f"work tree is at {parts.sandboxes[0].home}/sendoff/repo there" in str(first["system"])
+    assert f"work tree is at {parts.sandboxes[0].home}/outwake/repo there" in str(first["system"])
     assert not parts.allocator.borrowed
     assert not list((parts.directory / "host" / created["id"]).iterdir())
 
@@ -105,7 +105,7 @@ async def test_a_follow_up_resumes_on_another_host(
         created = await api.create(repo=parts.repo, prompt="The first thing")
         await ended(worker, status="succeeded")
     parts.anthropic.script = lambda _: [text("I remember.")]
-    env = {**environment(parts, database), "SENDOFF_WORKSPACE_ROOT": str(parts.directory / "elsewhere")}
+    env = {**environment(parts, database), "OUTWAKE_WORKSPACE_ROOT": str(parts.directory / "elsewhere")}
     async with running("worker", env=env) as worker:
         answer = await api.client.post(f"/sessions/{created['id']}/prompts", json={"prompt": "The second"})
         assert answer.status_code == 201

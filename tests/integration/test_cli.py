@@ -1,4 +1,4 @@
-"""The `sendoff` command as people and programs use it: real processes, real terminals."""
+"""The `outwake` command as people and programs use it: real processes, real terminals."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from outbox.cli.output import clean, duration
+from outwake.cli.output import clean, duration
 from tests.conftest import Connect
 from tests.support.hand import Hand
 from tests.support.process import ROOT, Process, command_line, running
@@ -22,7 +22,7 @@ from tests.support.steps import TIMEOUT, add, one
 
 
 async def run(database: str, *arguments: str) -> Process:
-    async with running("sendoff", *arguments, env={"DATABASE_URL": database}) as process:
+    async with running("outwake", *arguments, env={"DATABASE_URL": database}) as process:
         await process.ended()
     return process
 
@@ -57,12 +57,12 @@ async def test_status_as_json(database: str, connect: Connect) -> None:
 async def test_status_of_a_database_without_our_schema(empty_database: str) -> None:
     process = await run(empty_database, "status")
     assert await process.ended() == 2
-    assert process.stderr == ["sendoff: the database has schema 0, " + process.stderr[0].partition("0, ")[2]]
+    assert process.stderr == ["outwake: the database has schema 0, " + process.stderr[0].partition("0, ")[2]]
 
 
 async def test_top_shows_what_changes(database: str, connect: Connect) -> None:
     conn = await connect()
-    async with running("sendoff", "top", "--json", "--every", "0.1", env={"DATABASE_URL": database}) as top:
+    async with running("outwake", "top", "--json", "--every", "0.1", env={"DATABASE_URL": database}) as top:
 
         async def until(rows: int) -> None:
             async with asyncio.timeout(60):
@@ -89,7 +89,7 @@ async def on_a_terminal(database: str, *arguments: str) -> AsyncIterator[tuple[A
     ours, theirs = pty.openpty()
     env = {**os.environ, "DATABASE_URL": database, "PYTHONPATH": str(ROOT), "TERM": "xterm"} | _SIZE
     process = await asyncio.create_subprocess_exec(
-        *command_line("sendoff"), *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env
+        *command_line("outwake"), *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env
     )
     os.close(theirs)
     reader = asyncio.StreamReader()
@@ -131,7 +131,7 @@ async def test_tail_follows_to_the_end(database: str, connect: Connect, hand: Ha
     payload = {"session_id": str(SESSION), "prompt_id": str(prompt)}
     await add(conn, "session.run", payload=payload, ordering_key=f"session:{SESSION}")
     env = {"DATABASE_URL": database}
-    async with running("sendoff", "tail", str(SESSION), "--json", "--until-completed", env=env) as tail:
+    async with running("outwake", "tail", str(SESSION), "--json", "--until-completed", env=env) as tail:
 
         async def lines(count: int) -> list[dict[str, Any]]:
             async with asyncio.timeout(60):
@@ -179,7 +179,7 @@ async def build_escape(connect: Connect) -> None:
 async def test_tail_goes_on_after_a_lost_connection(database: str, connect: Connect, hand: Hand) -> None:
     scenario = await build(connect)
     env = {"DATABASE_URL": database}
-    async with running("sendoff", "tail", str(SESSION), "--json", env=env) as tail:
+    async with running("outwake", "tail", str(SESSION), "--json", env=env) as tail:
 
         async def seen(seq: int) -> None:
             async with asyncio.timeout(60):
@@ -188,7 +188,7 @@ async def test_tail_goes_on_after_a_lost_connection(database: str, connect: Conn
 
         await seen(4)
         kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
-        assert await one(scenario.conn, kill, "sendoff tail listener")
+        assert await one(scenario.conn, kill, "outwake tail listener")
         async with asyncio.timeout(60):
             while not any("reconnecting" in line for line in tail.stderr):
                 await tail._news.wait()
@@ -205,7 +205,7 @@ async def test_tail_goes_on_after_a_lost_connection(database: str, connect: Conn
 
 async def test_tail_of_no_session(database: str) -> None:
     process = await run(database, "tail", str(SESSION))
-    assert process.stderr == [f"sendoff: there is no session {SESSION}"]
+    assert process.stderr == [f"outwake: there is no session {SESSION}"]
     assert await process.ended() == 1
     process = await run(database, "tail", "nonsense")
     assert await process.ended() == 2

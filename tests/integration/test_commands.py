@@ -10,8 +10,8 @@ from tests.support.steps import add, get
 from tests.support.worker import watched
 
 
-async def sendoff(*arguments: str, **env: str | None) -> tuple[int, list[str], list[str]]:
-    async with running("sendoff", *arguments, env=env) as process:
+async def outwake(*arguments: str, **env: str | None) -> tuple[int, list[str], list[str]]:
+    async with running("outwake", *arguments, env=env) as process:
         status = await process.ended()
         return status, process.stdout, process.stderr
 
@@ -19,9 +19,9 @@ async def sendoff(*arguments: str, **env: str | None) -> tuple[int, list[str], l
 async def test_retry_discard_and_cancel(connect: Connect, database: str) -> None:
     conn = await connect()
     first, second, waits = await add(conn, state="dead"), await add(conn, state="dead"), await add(conn)
-    assert await sendoff("retry", str(first), DATABASE_URL=database) == (0, [f"{first} ready"], [])
-    assert await sendoff("discard", str(second), DATABASE_URL=database) == (0, [f"{second} cancelled"], [])
-    assert await sendoff("cancel", str(waits), str(first), DATABASE_URL=database) == (
+    assert await outwake("retry", str(first), DATABASE_URL=database) == (0, [f"{first} ready"], [])
+    assert await outwake("discard", str(second), DATABASE_URL=database) == (0, [f"{second} cancelled"], [])
+    assert await outwake("cancel", str(waits), str(first), DATABASE_URL=database) == (
         0,
         [f"{waits} cancelled", f"{first} cancelled"],
         [],
@@ -32,7 +32,7 @@ async def test_row_that_is_in_no_state_for_it(connect: Connect, database: str) -
     """Exit status 1; the other rows named are still done."""
     conn = await connect()
     ready, dead = await add(conn), await add(conn, state="dead")
-    status, out, err = await sendoff("retry", str(ready), "999999", str(dead), DATABASE_URL=database)
+    status, out, err = await outwake("retry", str(ready), "999999", str(dead), DATABASE_URL=database)
     assert (status, err) == (1, [])
     assert out[0].startswith(f"{ready} unchanged")
     assert out[1].startswith("999999 unchanged")
@@ -44,21 +44,21 @@ async def test_row_that_is_in_no_state_for_it(connect: Connect, database: str) -
     "arguments", [["retry"], ["retry", "seven"], ["cancel", "1.5"], ["unknown"], []], ids=" ".join
 )
 async def test_usage_error(arguments: list[str], database: str) -> None:
-    status, out, err = await sendoff(*arguments, DATABASE_URL=database)
+    status, out, err = await outwake(*arguments, DATABASE_URL=database)
     assert (status, out) == (2, [])
-    assert err[-1].startswith("sendoff")
+    assert err[-1].startswith("outwake")
 
 
 async def test_number_that_no_row_can_have(database: str) -> None:
     """One line, no traceback."""
-    status, out, err = await sendoff("retry", "99999999999999999999999", DATABASE_URL=database)
+    status, out, err = await outwake("retry", "99999999999999999999999", DATABASE_URL=database)
     assert (status != 0, out, len(err)) == (True, [], 1), err
 
 
 @pytest.mark.parametrize("command", [["retry", "1"], ["wake"], ["migrate"]], ids=" ".join)
 async def test_setting_that_is_missing(command: list[str]) -> None:
-    status, out, err = await sendoff(*command, DATABASE_URL=None)
-    assert (status, out, err) == (2, [], ["sendoff: DATABASE_URL: is not set"])
+    status, out, err = await outwake(*command, DATABASE_URL=None)
+    assert (status, out, err) == (2, [], ["outwake: DATABASE_URL: is not set"])
 
 
 @pytest.mark.parametrize("command", [["retry", "1"], ["wake"], ["migrate"]], ids=" ".join)
@@ -66,29 +66,29 @@ async def test_database_that_is_not_there(command: list[str]) -> None:
     with socket.socket() as taken:  # bound and not listening: it refuses
         taken.bind(("127.0.0.1", 0))
         url = f"postgresql://postgres@127.0.0.1:{taken.getsockname()[1]}/x"
-        status, out, err = await sendoff(*command, DATABASE_URL=url)
+        status, out, err = await outwake(*command, DATABASE_URL=url)
     assert (status, out, len(err)) == (1, [], 1)
-    assert err[0].startswith("sendoff: ")
+    assert err[0].startswith("outwake: ")
 
 
 @pytest.mark.parametrize("command", [["retry", "1"], ["wake"]], ids=" ".join)
 async def test_database_without_our_schema(command: list[str], empty_database: str) -> None:
-    status, out, err = await sendoff(*command, DATABASE_URL=empty_database)
+    status, out, err = await outwake(*command, DATABASE_URL=empty_database)
     assert (status, out, len(err)) == (1, [], 1)
 
 
 async def test_wake(connect: Connect, database: str) -> None:
-    """1. W sleeps. 2. A row comes that no trigger saw. 3. `sendoff wake`."""
+    """1. W sleeps. 2. A row comes that no trigger saw. 3. `outwake wake`."""
     psql = await connect()
     async with watched(database) as worker:
         await psql.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
         row = await add(psql)
-        assert await sendoff("wake", DATABASE_URL=database) == (0, [], [])
+        assert await outwake("wake", DATABASE_URL=database) == (0, [], [])
         await worker.has_run(row)
 
 
 async def test_migrate_prints_the_sql_without_a_database() -> None:
-    status, out, err = await sendoff("migrate", "--print", DATABASE_URL=None)
+    status, out, err = await outwake("migrate", "--print", DATABASE_URL=None)
     assert (status, err) == (0, [])
     assert out[0] == "-- 0001_tables"
 
@@ -97,8 +97,8 @@ async def test_worker_with_a_wrong_setting(database: str) -> None:
     """One line that names the variable, exit status 2."""
     for env, name in (
         ({"DATABASE_URL": None}, "DATABASE_URL"),
-        ({"DATABASE_URL": database, "SENDOFF_LEASE": "soon"}, "SENDOFF_LEASE"),
-        ({"DATABASE_URL": database, "SENDOFF_LOG_LEVEL": "loud"}, "SENDOFF_LOG_LEVEL"),
+        ({"DATABASE_URL": database, "OUTWAKE_LEASE": "soon"}, "OUTWAKE_LEASE"),
+        ({"DATABASE_URL": database, "OUTWAKE_LOG_LEVEL": "loud"}, "OUTWAKE_LOG_LEVEL"),
     ):
         async with running("worker", env=env) as process:
             assert await process.ended() == 2
@@ -109,7 +109,7 @@ async def test_worker_with_a_wrong_setting(database: str) -> None:
 async def test_worker_with_an_old_schema(empty_database: str) -> None:
     async with running("worker", env={"DATABASE_URL": empty_database}) as process:
         assert await process.ended() == 2
-        assert process.stderr[-1].endswith("run `sendoff migrate`")
+        assert process.stderr[-1].endswith("run `outwake migrate`")
 
 
 async def test_worker_with_a_topic_nobody_handles(database: str) -> None:

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
-from embedded.postgres import EmbeddedPostgres
-from outbox import Job, migrate
-from outbox.connect import connect as connect_noticing
+from outwake import Job, migrate
+from outwake.connect import connect as connect_noticing
+from outwake.embedded.postgres import EmbeddedPostgres
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.integration.test_parking import end_listener, end_session
@@ -235,7 +235,7 @@ async def test_worker_cut_off_while_its_sessions_are_ended_stops_in_time(
         row = await add(psql)
         await worker.has_run(row)
         held = worker.hold("connect")
-        await end_session(psql, "sendoff worker")  # it finds out when it renews
+        await end_session(psql, "outwake worker")  # it finds out when it renews
         await held.wait()
         proxy.swallow_new = True
         held.release()
@@ -271,7 +271,7 @@ async def test_partitioned_worker_stops_in_time(connect: Connect, database: str)
 @pytest.fixture
 def lonely() -> Iterator[tuple[str, str, str]]:
     """A network namespace with one link to here: its name, the link's end here, and the address here."""
-    name, number = f"sendoff-{os.getpid()}", os.getpid() % 200
+    name, number = f"outwake-{os.getpid()}", os.getpid() % 200
     here, there, net = f"sdoff{number}", f"sdofn{number}", f"10.213.{number}"
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and ip(8)")
@@ -331,8 +331,8 @@ async def test_network_path_that_goes_silent(
     env = {
         "DATABASE_URL": on(database, host, forwarder.port),
         "PYTHONPATH": f"{ROOT}:{install(tmp_path / 'handlers')}",
-        "SENDOFF_LEASE": "3",
-        "SENDOFF_LOG_LEVEL": "debug",
+        "OUTWAKE_LEASE": "3",
+        "OUTWAKE_LOG_LEVEL": "debug",
     }
     try:
         async with running("ip", *command, env=env) as worker:
@@ -410,9 +410,9 @@ async def test_everything_but_listen_goes_through_pgbouncer(
         "DATABASE_URL": pooled,
         "LISTEN_DATABASE_URL": database,
         "PYTHONPATH": f"{ROOT}:{handlers}",
-        "SENDOFF_LEASE": "2",
-        "SENDOFF_DRAIN_GRACE": "0",
-        "SENDOFF_LOG_LEVEL": "debug",
+        "OUTWAKE_LEASE": "2",
+        "OUTWAKE_DRAIN_GRACE": "0",
+        "OUTWAKE_LOG_LEVEL": "debug",
     }
     async with running("worker", "--concurrency", "8", env=env) as worker:
         await worker.event("parked")
@@ -435,7 +435,7 @@ async def test_everything_but_listen_goes_through_pgbouncer(
 async def test_migrate_takes_the_direct_connection(bouncer: int, empty_database: str) -> None:
     """Its lock belongs to a session, which the pooler does not give."""
     env = {"DATABASE_URL": on(empty_database, "127.0.0.1", bouncer), "LISTEN_DATABASE_URL": empty_database}
-    async with running("sendoff", "migrate", env=env) as process:
+    async with running("outwake", "migrate", env=env) as process:
         assert await process.ended() == 0
     async with await psycopg.AsyncConnection.connect(empty_database) as conn:
         assert await one(conn, "SELECT count(*) FROM schema_migration") > 0
@@ -445,7 +445,7 @@ async def test_notifications_of_strangers_do_no_harm(database: str, connect: Con
     """1. A sleeps. 2. Somebody notifies its channels with payloads of their own. 3. A hears the next row."""
     psql = await connect()
     async with watched(database) as worker:
-        for channel in ("sendoff_wake", "sendoff_cancel", "sendoff_probe"):
+        for channel in ("outwake_wake", "outwake_cancel", "outwake_probe"):
             for payload in ("", "x", "t@x", "@", "*@", "99999999999999999999999@1e9"):
                 await psql.execute("SELECT pg_notify(%s, %s)", (channel, payload))
         row = await add(psql)

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from psycopg.types.json import Jsonb
 
-import outbox
+import outwake
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,
@@ -76,7 +76,7 @@ async def returns(conn: Connection) -> list[Any]:
 
 
 async def run(conn: Connection, worker: UUID) -> list[int]:
-    return [row.id for row in await outbox.claim(conn, worker, ["session.run"], 5, lease=LEASE)]
+    return [row.id for row in await outwake.claim(conn, worker, ["session.run"], 5, lease=LEASE)]
 
 
 @with_and_without

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from psycopg.types.json import Jsonb
 
-from app.dashboard.page import POLICY
+from outwake.app.dashboard.page import POLICY
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.hand import Hand
@@ -100,7 +100,7 @@ async def test_a_form_that_is_no_form_is_refused(pages: httpx.AsyncClient) -> No
 
 async def test_a_form_that_is_too_large_is_refused(database: str) -> None:
     async with (
-        serving(database, SENDOFF_MAX_BODY="1024") as api,
+        serving(database, OUTWAKE_MAX_BODY="1024") as api,
         httpx.AsyncClient(base_url=api.url, headers=SAME) as client,
     ):
         form = {"repo": "a/b", "target_branch": "main", "prompt": "x" * 5000}

@@ -40,7 +40,7 @@ async def test_the_example_topic_runs(database: str, tmp_path: Path, connect: Co
     install(EXAMPLE, tmp_path)
     environment = {
         "DATABASE_URL": database,
-        "SENDOFF_LOG_LEVEL": "debug",
+        "OUTWAKE_LOG_LEVEL": "debug",
         "PYTHONPATH": f"{tmp_path}:{ROOT}",
     }
     async with running("worker", "--topics", "email.send", env=environment) as worker:

@@ -1,6 +1,6 @@
 """The examples of docs/http-api.md and docs/events.md print what these pages say.
 
-With SENDOFF_WRITE_DOCS=1 the pages are rewritten instead: look at the diff.
+With OUTWAKE_WRITE_DOCS=1 the pages are rewritten instead: look at the diff.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ async def test_examples(api: Api, hand: Hand, name: str) -> None:
                 raise AssertionError(f"unknown: {what}")
 
     written = await page.run(shell, act)
-    if os.environ.get("SENDOFF_WRITE_DOCS") == "1":
+    if os.environ.get("OUTWAKE_WRITE_DOCS") == "1":
         page.path.write_text(written, encoding="utf-8")
     else:
         assert written == page.text

@@ -23,14 +23,14 @@ async def test_the_old_failure_shows_everywhere(database: str, tmp_path: Path, c
     await conn.execute("DELETE FROM outbox")
     env: dict[str, str | None] = {
         "DATABASE_URL": database,
-        "SENDOFF_PORT": "0",
-        "SENDOFF_STUCK_AFTER": "1",
-        "SENDOFF_ALLOW_FILE_REPOS": "1",
-        "SENDOFF_WORKSPACE_ROOT": str(tmp_path),
-        "SENDOFF_AGENT_COMMAND": sys.executable,
+        "OUTWAKE_PORT": "0",
+        "OUTWAKE_STUCK_AFTER": "1",
+        "OUTWAKE_ALLOW_FILE_REPOS": "1",
+        "OUTWAKE_WORKSPACE_ROOT": str(tmp_path),
+        "OUTWAKE_AGENT_COMMAND": sys.executable,
     }
     async with AsyncExitStack() as stack:
-        api = await stack.enter_async_context(running("sendoff", "api", env=env))
+        api = await stack.enter_async_context(running("outwake", "api", env=env))
         port = (await api.event("api_ready"))["port"]
         url = f"http://127.0.0.1:{port}"
         await api.event("listening")
@@ -54,11 +54,11 @@ def _command(
                     pattern = rest[3].strip("'")
                     return "".join(f"{found}\n" for found in text.splitlines() if _wanted(pattern, found))
                 return json.dumps(json.loads(text), indent=2) + "\n"
-            case ["sendoff", "status"]:
-                async with running("sendoff", "status", env=env) as process:
+            case ["outwake", "status"]:
+                async with running("outwake", "status", env=env) as process:
                     await process.ended()
                 return "\n".join(found.rstrip() for found in process.stdout) + "\n"
-            case ["sendoff", "api", *_]:
+            case ["outwake", "api", *_]:
                 stuck = await api.event("stuck")
                 return json.dumps(stuck) + "\n"
             case ["worker", "&"]:

@@ -31,7 +31,7 @@ async def test_sigterm_lets_work_finish(connect: Connect, database: str, handler
     """1. W runs a row. 2. SIGTERM. 3. A row comes: nobody claims it. 4. The first ends: W leaves."""
     psql = await connect()
     await psql.execute("SELECT pg_advisory_lock(2, 7)")
-    async with command(database, handlers, SENDOFF_DRAIN_GRACE="60") as worker:
+    async with command(database, handlers, OUTWAKE_DRAIN_GRACE="60") as worker:
         row = await runs(worker, psql, "wait", payload={"lock": 7})
         worker.send(signal.SIGTERM)
         await worker.event("draining", running=1)
@@ -46,7 +46,7 @@ async def test_sigterm_lets_work_finish(connect: Connect, database: str, handler
 async def test_what_does_not_finish_is_handed_back(connect: Connect, database: str, handlers: Path) -> None:
     """After the grace period, without a failure spent, and others are told of it."""
     psql = await connect()
-    async with command(database, handlers, SENDOFF_DRAIN_GRACE="0.2") as worker:
+    async with command(database, handlers, OUTWAKE_DRAIN_GRACE="0.2") as worker:
         row = await runs(worker, psql, "hang", max_attempts=1)
         worker.send(signal.SIGTERM)
         await worker.event("ended", outbox_id=row, state="handed back")
@@ -56,7 +56,7 @@ async def test_what_does_not_finish_is_handed_back(connect: Connect, database: s
 
 async def test_second_sigterm_hands_back_at_once(connect: Connect, database: str, handlers: Path) -> None:
     psql = await connect()
-    async with command(database, handlers, SENDOFF_DRAIN_GRACE="3600") as worker:
+    async with command(database, handlers, OUTWAKE_DRAIN_GRACE="3600") as worker:
         row = await runs(worker, psql, "hang")
         worker.send(signal.SIGTERM)
         await worker.event("draining")
@@ -127,7 +127,7 @@ def ask(port: int, path: str, method: str = "GET") -> tuple[int, dict[str, objec
 
 
 async def check(port: int | str | None) -> tuple[int, list[str]]:
-    env = {"DATABASE_URL": "postgresql:///x", "SENDOFF_HEALTH_PORT": None if port is None else str(port)}
+    env = {"DATABASE_URL": "postgresql:///x", "OUTWAKE_HEALTH_PORT": None if port is None else str(port)}
     async with running("worker", "--check", env=env) as process:
         return await process.ended(), process.stderr
 
@@ -136,7 +136,7 @@ async def test_health(connect: Connect, database: str, handlers: Path, server: s
     """Answers from memory: alive, ready while connected, and `worker --check` says so by its status."""
     psql, admin = await connect(), await connect(server)
     name = database.rpartition("/")[2]
-    async with command(database, handlers, SENDOFF_HEALTH_PORT="0") as worker:
+    async with command(database, handlers, OUTWAKE_HEALTH_PORT="0") as worker:
         port = (await worker.event("health_ready"))["port"]
         parked = await worker.event("parked")
         assert ask(port, "/healthz") == (200, {"alive": True})

@@ -11,9 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from app import hub, messages, rows, sessions, tokens
-from app.database import _conninfo
-from outbox.settings import Settings
+from outwake.app import hub, messages, rows, sessions, tokens
+from outwake.app.database import _conninfo
+from outwake.settings import Settings
 from tests.conftest import _new_database
 from tests.support.server import with_database
 

@@ -10,7 +10,7 @@ import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import set_json_dumps
 
-from outbox import enqueue, enqueue_many
+from outwake import enqueue, enqueue_many
 from tests.conftest import Connect
 from tests.support.steps import Connection, column
 

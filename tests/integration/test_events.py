@@ -10,15 +10,15 @@ import httpx
 import pytest
 from psycopg import AsyncConnection
 
-import outbox.connect
-from app.hub import Hub
+import outwake.connect
+from outwake.app.hub import Hub
 from tests.conftest import Connect
 from tests.support.api import Api, serving, until
 from tests.support.hand import Hand
 
 KILL_LISTENER = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'sendoff api listener'
+WHERE datname = current_database() AND application_name = 'outwake api listener'
 """
 
 
@@ -69,13 +69,13 @@ async def watched(api: Api, reads: list[int], *, handshakes: int = 0) -> None:
 async def notified(connect: Connect) -> AsyncConnection[Any]:
     """A connection that hears what the API's listener hears."""
     conn = await connect()
-    await conn.execute("LISTEN sendoff_session")
+    await conn.execute("LISTEN outwake_session")
     return conn
 
 
 async def heard(conn: AsyncConnection[Any]) -> list[str]:
     """What was notified until now: a notification of our own comes behind all of it."""
-    await conn.execute("NOTIFY sendoff_session, 'end'")
+    await conn.execute("NOTIFY outwake_session, 'end'")
     found: list[str] = []
     async for notification in conn.notifies():
         if notification.payload == "end":
@@ -186,7 +186,7 @@ async def test_rename_and_new_prompt_are_shown(api: Api) -> None:
 
 
 async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.events.HEARTBEAT", 0.01)
+    monkeypatch.setattr("outwake.app.events.HEARTBEAT", 0.01)
     created = await api.create()
     async with api.client.stream("GET", f"/sessions/{created['id']}/events") as response:
         lines = response.aiter_lines()
@@ -380,9 +380,9 @@ async def test_what_is_said_while_the_listener_is_away(
 
     async def gated(*arguments: Any) -> Any:
         await gate.wait()
-        return await outbox.connect.connect(*arguments)
+        return await outwake.connect.connect(*arguments)
 
-    monkeypatch.setattr("app.listen.connect", gated)
+    monkeypatch.setattr("outwake.app.listen.connect", gated)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
@@ -417,7 +417,7 @@ async def test_slow_client_holds_one_batch_and_no_more(
     api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
     """What is not taken is not read: the stream stays at its cursor, and goes on from there."""
-    monkeypatch.setattr("app.hub.BATCH", 10)
+    monkeypatch.setattr("outwake.app.hub.BATCH", 10)
     session_id = await begun(api, hand)
     hub = api.context.hub
     stream = hub.follow(UUID(session_id), 0, until_completed=False)
@@ -441,7 +441,7 @@ async def test_slow_client_holds_one_batch_and_no_more(
 async def test_client_that_takes_nothing_is_cut_off(
     database: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.main.STALL_TIMEOUT", 1)
+    monkeypatch.setattr("outwake.app.main.STALL_TIMEOUT", 1)
     async with serving(database) as api:
         session_id = await begun(api, hand)
         body = {"type": "assistant", "text": "x" * 60_000}
@@ -494,11 +494,11 @@ async def test_a_worker_notifies_after_its_commit_and_only_who_watches(
         await hand.register()
         session_id = await begun(api, hand)
     listener = await connect()
-    await listener.execute("LISTEN sendoff_session")
+    await listener.execute("LISTEN outwake_session")
 
     async def heard() -> list[str]:
         """What was notified until now: another transaction's notification comes after it."""
-        await hand.conn.execute("NOTIFY sendoff_session, 'now'")
+        await hand.conn.execute("NOTIFY outwake_session, 'now'")
         found = []
         async for notification in listener.notifies(timeout=60):
             if notification.payload == "now":

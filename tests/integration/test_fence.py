@@ -10,8 +10,9 @@ from uuid import UUID
 
 import pytest
 
-import outbox
-from outbox import Claimed, Fenced, Job
+import outwake
+from outwake import Claimed, Fenced, Job
+from outwake.worker.lease import Lease
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,
@@ -27,7 +28,6 @@ from tests.support.steps import (
     take_out,
     with_and_without,
 )
-from worker.lease import Lease
 
 LOSSES = {
     "rescued": "SELECT outbox_end_worker(%(worker)s, 'lost')",
@@ -143,20 +143,20 @@ async def test_without_the_state_a_stale_write_takes(write: str, function: str, 
 
 
 async def test_library_tells_of_the_fence(connect: Connect) -> None:
-    """What outbox.claim's functions say to a stale attempt."""
+    """What outwake.claim's functions say to a stale attempt."""
     conn = await connect()
     worker, row = await claimed_once(conn)
     token = (row.id, row.attempt)
-    await outbox.hand_back(conn, worker, [token])
-    assert await outbox.complete(conn, worker, [token]) == set()
-    assert await outbox.hand_back(conn, worker, [token]) == set()
+    await outwake.hand_back(conn, worker, [token])
+    assert await outwake.complete(conn, worker, [token]) == set()
+    assert await outwake.hand_back(conn, worker, [token]) == set()
     with pytest.raises(Fenced):
-        await outbox.fail(conn, worker, token, "stale")
+        await outwake.fail(conn, worker, token, "stale")
     with pytest.raises(Fenced):
-        await outbox.fence(conn, worker, token)
-    rows, refused = await outbox.complete_and_claim(conn, worker, [token], ["t"], 1, lease=LEASE)
+        await outwake.fence(conn, worker, token)
+    rows, refused = await outwake.complete_and_claim(conn, worker, [token], ["t"], 1, lease=LEASE)
     assert ([r.attempt for r in rows], refused) == ([2], {token})
-    assert await outbox.renew(conn, worker, [token, (row.id, 2)]) == {(row.id, 2): False}
+    assert await outwake.renew(conn, worker, [token, (row.id, 2)]) == {(row.id, 2): False}
 
 
 def job_of(worker: UUID, row: Claimed, connect: Connect) -> Job:

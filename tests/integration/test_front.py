@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from psycopg import AsyncConnection
 
-from outbox.claim import Level, complete_and_claim, hand_back
+from outwake.claim import Level, complete_and_claim, hand_back
+from outwake.worker import front
+from outwake.worker.front import Look
+from outwake.worker.scout import Scout
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import FEW_BUFFERS, explain
 from tests.support.steps import (
@@ -24,9 +27,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import Watched, watched
-from worker import front
-from worker.front import Look
-from worker.scout import Scout
 
 CLAIM = (
     "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s, %s, %s)"

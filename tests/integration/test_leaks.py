@@ -52,12 +52,12 @@ async def test_a_crash_at_every_step_leaks_nothing_outside_the_window(
     conn = await connect()
     credentials = tmp_path / "credentials"
     credentials.write_text("https://user:planted-git-token@git.test\n")
-    env = parts.environment(database, SENDOFF_GIT_CREDENTIALS=str(credentials), SENDOFF_GIT_PUSH="true")
+    env = parts.environment(database, OUTWAKE_GIT_CREDENTIALS=str(credentials), OUTWAKE_GIT_PUSH="true")
     leaked: Counter[str] = Counter()
     workers: list[Process] = []
     async with (
         AsyncExitStack() as stack,
-        serving(database, SENDOFF_ALLOW_FILE_REPOS=True) as api,
+        serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as api,
         _explained(conn, parts, workers),
     ):
 

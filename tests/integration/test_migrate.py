@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import psycopg
 import pytest
 
-from outbox import SchemaError, migrate
-from outbox.migrate import check_schema
-from sql import Migration, migrations
+from outwake import SchemaError, migrate
+from outwake.migrate import check_schema
+from outwake.sql import Migration, migrations
 from tests.conftest import Connect
 from tests.support.process import ROOT
 from tests.support.schema import describe
@@ -50,7 +50,7 @@ async def test_newer_schema_is_refused(connect: Connect, database: str) -> None:
 
 async def test_older_schema_is_refused_until_migrated(connect: Connect, empty_database: str) -> None:
     conn = await connect(empty_database)
-    with pytest.raises(SchemaError, match="run `sendoff migrate`"):
+    with pytest.raises(SchemaError, match="run `outwake migrate`"):
         await check_schema(conn)
 
 
@@ -58,7 +58,7 @@ async def test_migration_that_fails_leaves_nothing_of_itself(
     connect: Connect, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = [Migration(1, "0001_broken", "CREATE TABLE half (); SELECT 1 / 0")]
-    monkeypatch.setattr(importlib.import_module("outbox.migrate"), "migrations", lambda: broken)
+    monkeypatch.setattr(importlib.import_module("outwake.migrate"), "migrations", lambda: broken)
     with pytest.raises(psycopg.errors.DivisionByZero):
         await migrate(empty_database)
     conn = await connect(empty_database)
@@ -116,7 +116,7 @@ CREATE AGGREGATE evil.max(text) (SFUNC = evil.next, STYPE = text);
         "public.outbox_sleepers",
         "::pg_catalog.regclass",
         "pg_catalog.current_setting('transaction_isolation')",
-        "pg_catalog.current_setting('sendoff.named', true)",
+        "pg_catalog.current_setting('outwake.named', true)",
         "pg_catalog.set_config",
         "OPERATOR(pg_catalog.<>) 'read committed'",
         "OPERATOR(pg_catalog.<>) 'yes'",

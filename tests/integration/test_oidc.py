@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from app import identity, oidc
-from app.database import Database
-from app.identity import Authenticator
-from app.oidc import Issuer, Rejected, check_issuer, has_role
-from app.problems import Problem
-from outbox.errors import ConfigurationError
-from outbox.settings import Settings
+from outwake.app import identity, oidc
+from outwake.app.database import Database
+from outwake.app.identity import Authenticator
+from outwake.app.oidc import Issuer, Rejected, check_issuer, has_role
+from outwake.app.problems import Problem
+from outwake.errors import ConfigurationError
+from outwake.settings import Settings
 from tests.support.issuer import SigningKey, StandIn, issuing
 
 
@@ -48,7 +48,7 @@ async def issuer(stand_in: StandIn, clock: Clock) -> AsyncIterator[Issuer]:
 
 
 def settings(url: str, **changes: Any) -> Settings:
-    return Settings.model_validate({"DATABASE_URL": "x", "SENDOFF_OIDC_ISSUER": url, **changes})
+    return Settings.model_validate({"DATABASE_URL": "x", "OUTWAKE_OIDC_ISSUER": url, **changes})
 
 
 async def test_first_tokens_fetch_the_keys_once(stand_in: StandIn, issuer: Issuer) -> None:
@@ -173,7 +173,7 @@ async def test_clocks_may_differ_by_the_leeway(stand_in: StandIn, issuer: Issuer
 
 @pytest.mark.parametrize("url", ["issuer.example", "ftp://issuer.example", "https://", "https://a/?b", "::"])
 def test_an_issuer_that_is_no_url_is_refused(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="SENDOFF_OIDC_ISSUER"):
+    with pytest.raises(ConfigurationError, match="OUTWAKE_OIDC_ISSUER"):
         check_issuer(settings(url))
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from app import oidc
+from outwake.app import oidc
 from tests.support.api import serving
 from tests.support.issuer import bearer
 from tests.support.process import ROOT
 
 MODULE = ROOT / ".state/oidc/node_modules/oidc-provider/lib/index.js"
 SCRIPT = ROOT / "tests/support/oidc/provider.mjs"
-AUDIENCE = "urn:sendoff"
+AUDIENCE = "urn:outwake"
 
 
 class Provider:
@@ -66,7 +66,7 @@ def provider() -> Iterator[Provider]:
 
 
 async def test_tokens_of_the_provider_are_users_and_operators(provider: Provider, database: str) -> None:
-    changes = {"SENDOFF_OIDC_ISSUER": provider.url, "SENDOFF_OIDC_AUDIENCE": AUDIENCE}
+    changes = {"OUTWAKE_OIDC_ISSUER": provider.url, "OUTWAKE_OIDC_AUDIENCE": AUDIENCE}
     async with serving(database, **changes) as api:
         alice, olga = (bearer(provider.token(name)) for name in ("alice", "olga"))
         asked = {"repo": "octo/tools", "target_branch": "main"}
@@ -80,14 +80,14 @@ async def test_tokens_of_the_provider_are_users_and_operators(provider: Provider
         for wrong in (provider.token("alice", "urn:other"), provider.token("alice", None)):
             refused = await api.client.get("/sessions", headers=bearer(wrong))
             assert refused.status_code == 401
-            assert refused.headers["www-authenticate"].startswith('Bearer realm="sendoff", error=')
+            assert refused.headers["www-authenticate"].startswith('Bearer realm="outwake", error=')
 
 
 async def test_the_provider_changes_its_keys(
     provider: Provider, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oidc, "PAUSE", 0.0)
-    changes = {"SENDOFF_OIDC_ISSUER": provider.url, "SENDOFF_OIDC_AUDIENCE": AUDIENCE}
+    changes = {"OUTWAKE_OIDC_ISSUER": provider.url, "OUTWAKE_OIDC_AUDIENCE": AUDIENCE}
     async with serving(database, **changes) as api:
         old = bearer(provider.token("alice"))
         assert (await api.client.get("/sessions", headers=old)).status_code == 200

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from psycopg import errors as pg
 
-from app.database import Database
-from embedded.postgres import EmbeddedPostgres
-from outbox.migrate import migrate
+from outwake.app.database import Database
+from outwake.embedded.postgres import EmbeddedPostgres
+from outwake.migrate import migrate
 from tests.conftest import Connect
 from tests.support.api import Api, serving, until
 from tests.support.hand import Hand
@@ -33,18 +33,18 @@ def postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.database.WAIT_TIMEOUT", 3600.0)
+    monkeypatch.setattr("outwake.app.database.WAIT_TIMEOUT", 3600.0)
 
 
 def assert_unavailable(response: Any) -> None:
     assert response.status_code == 503
-    assert response.json()["type"] == "urn:sendoff:problem:unavailable"
+    assert response.json()["type"] == "urn:outwake:problem:unavailable"
     assert int(response.headers["retry-after"]) > 0
 
 
 @pytest.fixture
 async def own_api(postgres: EmbeddedPostgres) -> AsyncIterator[Api]:
-    async with serving(postgres.url, SENDOFF_POOL_SIZE=4) as running:
+    async with serving(postgres.url, OUTWAKE_POOL_SIZE=4) as running:
         yield running
 
 
@@ -87,7 +87,7 @@ async def test_stop_and_start_under_a_live_api(own_api: Api, postgres: EmbeddedP
 async def test_request_that_waits_for_a_connection_is_refused_when_the_outage_begins(
     postgres: EmbeddedPostgres,
 ) -> None:
-    async with serving(postgres.url, SENDOFF_POOL_SIZE=1) as api:
+    async with serving(postgres.url, OUTWAKE_POOL_SIZE=1) as api:
         database = api.context.database
         async with database.connection():
             waiting = [asyncio.create_task(api.client.get("/sessions")) for _ in range(5)]
@@ -133,7 +133,7 @@ async def test_connections_that_were_cut_are_replaced_unseen(api: Api, connect: 
     operator = await connect()
     await operator.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND application_name = 'sendoff api'"
+        " WHERE datname = current_database() AND application_name = 'outwake api'"
     )
     for _ in range(20):
         assert (await api.client.get("/sessions")).status_code == 200
@@ -142,7 +142,7 @@ async def test_connections_that_were_cut_are_replaced_unseen(api: Api, connect: 
 async def test_read_only_database(database: str, connect: Connect) -> None:
     operator = await connect()
     # One connection, known to be there: one that just starts may have read the old setting, and is not shown.
-    async with serving(database, SENDOFF_POOL_SIZE=1) as api:
+    async with serving(database, OUTWAKE_POOL_SIZE=1) as api:
         assert (await api.client.get("/sessions")).status_code == 200
         await operator.execute(
             "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -150,7 +150,7 @@ async def test_read_only_database(database: str, connect: Connect) -> None:
         )
         await operator.execute(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND application_name = 'sendoff api'"
+            " WHERE datname = current_database() AND application_name = 'outwake api'"
         )
         response = await api.client.post("/sessions", json={"repo": "a/b", "target_branch": "main"})
         assert_unavailable(response)
@@ -177,7 +177,7 @@ async def test_errors_that_pass(api: Api, connect: Connect, sqlstate: str) -> No
 async def test_lock_that_is_not_released_ends_the_request(
     api: Api, connect: Connect, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
-    monkeypatch.setattr("app.database.LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr("outwake.app.database.LOCK_TIMEOUT", 0.05)
     async with serving(database) as impatient:
         created = await impatient.create()
         blocker = await connect(autocommit=False)
@@ -188,7 +188,7 @@ async def test_lock_that_is_not_released_ends_the_request(
 
 async def test_server_that_goes_silent_ends_the_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statement's own timeout is the server's, which does not answer any more."""
-    monkeypatch.setattr("app.database.ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr("outwake.app.database.ANSWER_TIMEOUT", 0.05)
     with pytest.raises(pg.OperationalError):
         await api.context.database.row("SELECT pg_sleep(3600)")
     assert (await api.client.get("/healthz")).status_code == 200
@@ -198,7 +198,7 @@ async def test_schema_that_is_missing(empty_database: str) -> None:
     async with serving(empty_database) as api:
         response = await api.client.get("/sessions")
         assert_unavailable(response)
-        assert "sendoff migrate" in response.json()["detail"]
+        assert "outwake migrate" in response.json()["detail"]
         assert (await api.client.get("/readyz")).json()["checks"]["schema_current"] is False
 
 

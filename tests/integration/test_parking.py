@@ -12,7 +12,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox.connect import connect as connect_noticing
+from outwake.connect import connect as connect_noticing
+from outwake.worker import listen
+from outwake.worker.listen import WAKE, Listener
+from outwake.worker.park import Parking, Stage
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,
@@ -26,9 +29,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import Watched, watched
-from worker import listen
-from worker.listen import WAKE, Listener
-from worker.park import Parking, Stage
 
 
 async def runs(worker: Watched, row_id: int) -> None:
@@ -417,7 +417,7 @@ async def test_listen_comes_before_the_claim(
     real_start = Listener.start
 
     async def open_silent(url: str, lease: Any, heard: Any, earlier: int | None) -> Listener:
-        conn = await connect_noticing(url, "sendoff worker listen", lease)
+        conn = await connect_noticing(url, "outwake worker listen", lease)
         return Listener(conn, await listen._take_presence(conn, earlier), heard)
 
     class ListensLate(Watched):
@@ -445,7 +445,7 @@ async def test_listen_comes_before_the_claim(
 
 async def end_listener(conn: Connection) -> None:
     """Cut the worker's LISTEN connection as an operator would."""
-    await end_session(conn, "sendoff worker listen")
+    await end_session(conn, "outwake worker listen")
 
 
 async def end_session(conn: Connection, name: str) -> None:
@@ -462,7 +462,7 @@ async def test_listener_is_in_no_transaction(connect: Connect, database: str) ->
     async with watched(database):
         query = (
             "SELECT state, backend_xmin IS NULL FROM pg_stat_activity"
-            " WHERE application_name = 'sendoff worker listen' AND datname = current_database()"
+            " WHERE application_name = 'outwake worker listen' AND datname = current_database()"
         )
         assert await (await psql.execute(query)).fetchall() == [("idle", True)]
 

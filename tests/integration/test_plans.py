@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from app import hub, messages, rows, sessions
+from outwake.app import hub, messages, rows, sessions
 
 FILL = """
 INSERT INTO session (id, user_id, repo, target_branch, branch, title, inbox_status, last_seq, created_at)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from embedded.postgres import (
+from outwake.embedded.postgres import (
     INSTALL,
     EmbeddedPostgres,
     EmbeddedPostgresError,
@@ -24,7 +24,7 @@ from embedded.postgres import (
 OWNER = """
 import sys
 from pathlib import Path
-from embedded.postgres import EmbeddedPostgres
+from outwake.embedded.postgres import EmbeddedPostgres
 server = EmbeddedPostgres(Path(sys.argv[1]), settings={"fsync": "off"})
 server.start()
 print(server.pid, flush=True)

@@ -89,7 +89,7 @@ async def test_signals_are_passed_on(connect: Connect, database: str, handlers: 
     """SIGTERM to the parent drains each child; the parent ends when the last has, status 0."""
     psql = await connect()
     await psql.execute("SELECT pg_advisory_lock(2, 8)")
-    async with command(database, handlers, "--processes", "2", SENDOFF_DRAIN_GRACE="60") as parent:
+    async with command(database, handlers, "--processes", "2", OUTWAKE_DRAIN_GRACE="60") as parent:
         await both_parked(parent, psql)
         row = await add(psql, "wait", payload={"lock": 8})
         await started(parent, psql, row)
@@ -108,7 +108,7 @@ async def test_health_of_the_parent(connect: Connect, database: str, handlers: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    async with command(database, handlers, "--processes", "2", SENDOFF_HEALTH_PORT=str(port)) as parent:
+    async with command(database, handlers, "--processes", "2", OUTWAKE_HEALTH_PORT=str(port)) as parent:
         await both_parked(parent, psql)
         pid = await one(psql, "SELECT min(pid) FROM worker")
         assert ask(port, "/readyz") == (200, {"ready": True, "processes": 2})

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from outbox.prune import Pruned, prune
-from outbox.settings import Settings
+from outwake.prune import Pruned, prune
+from outwake.settings import Settings
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.steps import Connection
@@ -56,7 +56,7 @@ async def test_what_is_past_its_retention_goes_and_the_rest_stays(
     await conn.execute(
         "INSERT INTO outbox (topic, unique_key, max_attempts) VALUES ('outbox.prune', 'outbox.prune', 32767)"
     )
-    environment = {"DATABASE_URL": database, "SENDOFF_WORKSPACE_ROOT": str(tmp_path)}
+    environment = {"DATABASE_URL": database, "OUTWAKE_WORKSPACE_ROOT": str(tmp_path)}
     async with running("worker", "--topics", "outbox.prune", env=environment) as worker:
         pruned = await worker.event("pruned")
         await worker.event("ended", topic="outbox.prune")
@@ -104,8 +104,8 @@ async def test_rests_after_each_page_as_long_as_it_took(
     async def again() -> AsyncIterator[Connection]:
         yield conn
 
-    monkeypatch.setattr("outbox.prune.asyncio", SimpleNamespace(sleep=rest))
-    monkeypatch.setattr("outbox.prune.time", SimpleNamespace(monotonic=clock.__next__))
+    monkeypatch.setattr("outwake.prune.asyncio", SimpleNamespace(sleep=rest))
+    monkeypatch.setattr("outwake.prune.time", SimpleNamespace(monotonic=clock.__next__))
     await prune(again, Settings(database_url=database, retention=0), lambda done, _: pages.append(done))
     assert pages[-1].rows == 2500
     assert rests == [1.0] * len(pages)

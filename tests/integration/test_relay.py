@@ -17,7 +17,7 @@ from typing import Any
 import nkeys
 import pytest
 
-from outbox import enqueue
+from outwake import enqueue
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect, _new_database
 from tests.support.certificate import certificate
@@ -27,7 +27,7 @@ from tests.support.server import with_database
 from tests.support.steps import TIMEOUT, Connection, one, until
 
 TOPICS = "billing.paid,billing.refunded"
-SUBJECT = "sendoff.billing.paid"
+SUBJECT = "outwake.billing.paid"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
@@ -43,10 +43,10 @@ def relaying(database: str, url: str, **env: str | None) -> AbstractAsyncContext
         "worker",
         env={
             "DATABASE_URL": database,
-            "SENDOFF_RELAY_URL": url,
-            "SENDOFF_RELAY_TOPICS": TOPICS,
-            "SENDOFF_LOG_LEVEL": "debug",
-            "SENDOFF_DRAIN_GRACE": "0",
+            "OUTWAKE_RELAY_URL": url,
+            "OUTWAKE_RELAY_TOPICS": TOPICS,
+            "OUTWAKE_LOG_LEVEL": "debug",
+            "OUTWAKE_DRAIN_GRACE": "0",
             **env,
         },
     )
@@ -84,10 +84,10 @@ async def test_rows_reach_the_stream_in_the_order_of_their_keys(
     messages = await nats.messages(60)
     assert await nats.count() == 60
     for key, ids in rows.items():
-        own = [m for m in messages if (m.headers or {})["Sendoff-Ordering-Key"] == key]
-        assert [int((m.headers or {})["Sendoff-Row"]) for m in own] == ids
+        own = [m for m in messages if (m.headers or {})["Outwake-Ordering-Key"] == key]
+        assert [int((m.headers or {})["Outwake-Row"]) for m in own] == ids
         assert [json.loads(m.data)["n"] for m in own] == list(range(20))
-        assert [m.subject for m in own] == [f"sendoff.{TOPICS.split(',')[n % 2]}" for n in range(20)]
+        assert [m.subject for m in own] == [f"outwake.{TOPICS.split(',')[n % 2]}" for n in range(20)]
 
 
 async def test_what_a_consumer_sees(database: str, connect: Connect, nats: NatsServer) -> None:
@@ -102,10 +102,10 @@ async def test_what_a_consumer_sees(database: str, connect: Connect, nats: NatsS
         payload,
         TRACE,
     )
-    async with relaying(database, nats.url, SENDOFF_RELAY_PREFIX="sendoff.eu") as worker:
+    async with relaying(database, nats.url, OUTWAKE_RELAY_PREFIX="outwake.eu") as worker:
         await completed(worker, {row_id})
     [message] = await nats.messages(1)
-    assert message.subject == "sendoff.eu.billing.paid"
+    assert message.subject == "outwake.eu.billing.paid"
     assert message.data.decode() == await one(conn, "SELECT payload::text FROM outbox WHERE id = %s", row_id)
     cluster, oid = await (
         await conn.execute(
@@ -115,10 +115,10 @@ async def test_what_a_consumer_sees(database: str, connect: Connect, nats: NatsS
     ).fetchone() or (None, None)
     assert message.headers == {
         "Nats-Msg-Id": f"{cluster}.{oid}.{row_id}.2026-11-24T10:00:00.000001Z",
-        "Sendoff-Row": str(row_id),
-        "Sendoff-Attempt": "1",
-        "Sendoff-Created-At": "2026-11-24T10:00:00.000001Z",
-        "Sendoff-Ordering-Key": "%20%C3%BC%0A100%25",
+        "Outwake-Row": str(row_id),
+        "Outwake-Attempt": "1",
+        "Outwake-Created-At": "2026-11-24T10:00:00.000001Z",
+        "Outwake-Ordering-Key": "%20%C3%BC%0A100%25",
         "traceparent": TRACE,
     }
 
@@ -132,17 +132,17 @@ async def test_the_page_sets_it_up(database: str, connect: Connect, nats: NatsSe
     async with running(sys.executable, tmp_path / "stream.py", env={"NATS_URL": nats.url}) as process:
         assert await process.ended() == 0, process.stderr
     exported = dict(re.findall(r"^export (\w+)=(.*)$", shell, re.MULTILINE))
-    assert exported.pop("SENDOFF_RELAY_URL") == "nats://127.0.0.1:4222"
+    assert exported.pop("OUTWAKE_RELAY_URL") == "nats://127.0.0.1:4222"
     conn = await connect()
     await conn.execute(statement.encode())
     async with relaying(database, nats.url, **exported) as worker:
-        await worker.event("relayed", stream="SENDOFF", seq=1)
+        await worker.event("relayed", stream="OUTWAKE", seq=1)
     [message] = await nats.messages(1)
     assert (message.subject, message.data) == (SUBJECT, b'{"sum": 12.50}')
     named = set(re.findall(r"^\| `([\w-]+)` \|", page.partition("## What a consumer sees")[2], re.MULTILINE))
     assert set(message.headers or {}) == named - {"traceparent"}
     async with nats.jetstream() as stream:
-        assert (await stream.stream_info("SENDOFF")).config.duplicate_window == 900
+        assert (await stream.stream_info("OUTWAKE")).config.duplicate_window == 900
 
 
 async def hold_completion(conn: Connection) -> None:
@@ -166,7 +166,7 @@ async def test_a_crash_between_publish_and_complete_leaves_one_message(
     await hold_completion(conn)
     row_id = await enqueue(conn, "billing.paid", {"n": 1})
     waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND NOT granted"
-    async with relaying(database, nats.url, SENDOFF_LEASE="600") as first:
+    async with relaying(database, nats.url, OUTWAKE_LEASE="600") as first:
         await first.event("relayed", outbox_id=row_id, stream="S", seq=1, duplicate=False)
         await until(conn, f"SELECT exists ({waiting})")
         first.kill()
@@ -177,12 +177,12 @@ async def test_a_crash_between_publish_and_complete_leaves_one_message(
         await conn.execute("SELECT pg_advisory_unlock(7, 7)")
         assert (await row(conn, row_id))["state"] == "running"
         await conn.execute("UPDATE worker SET lease_until = clock_timestamp()")  # ten minutes later
-    async with relaying(database, nats.url, SENDOFF_LEASE="3") as second:
+    async with relaying(database, nats.url, OUTWAKE_LEASE="3") as second:
         await second.event("relayed", outbox_id=row_id, seq=1, duplicate=True)
         await completed(second, {row_id})
     assert await nats.count() == 1
     [message] = await nats.messages(1)
-    assert (message.headers or {})["Sendoff-Attempt"] == "1"
+    assert (message.headers or {})["Outwake-Attempt"] == "1"
     ended = await row(conn, row_id)
     assert ended["state"] == "done"
     assert ended["attempt"] >= 2
@@ -380,7 +380,7 @@ async def test_a_credentials_file_is_read_for_each_connection(
     async with nats_server(tmp_path, "-c", tmp_path / "nats.conf") as nats:
         await nats.add_stream({"user_credentials": str(good)})
         row_id = await enqueue(conn, "billing.paid", {"n": 1})
-        async with relaying(database, nats.url, SENDOFF_RELAY_CREDENTIALS=str(used)) as worker:
+        async with relaying(database, nats.url, OUTWAKE_RELAY_CREDENTIALS=str(used)) as worker:
             ended = await worker.event("ended", outbox_id=row_id, state="handed back")
             assert "Authorization Violation" in ended["reason"]
             used.write_text("not now")
@@ -400,7 +400,7 @@ async def test_what_the_server_forbids_is_told(database: str, connect: Connect, 
     config = tmp_path / "nats.conf"
     config.write_text(
         f'authorization {{ users = [{{user: "u", password: "{SECRET}",'
-        ' permissions: {publish: {deny: "sendoff.billing.refunded"}}}] }'
+        ' permissions: {publish: {deny: "outwake.billing.refunded"}}}] }'
     )
     conn = await connect()
     async with nats_server(tmp_path, "-c", config) as nats:
@@ -476,9 +476,9 @@ async def refusal(database: str, env: Mapping[str, str | None]) -> str:
 async def test_it_is_an_extra(database: str, tmp_path: Path) -> None:
     env = without_client(tmp_path)
     assert await refusal(database, env) == (
-        "worker: SENDOFF_RELAY_TOPICS is set, but nats is missing: pip install 'sendoff[relay]'"
+        "worker: OUTWAKE_RELAY_TOPICS is set, but nats is missing: pip install 'outwake[relay]'"
     )
-    async with relaying(database, "", SENDOFF_RELAY_TOPICS="", **env) as worker:
+    async with relaying(database, "", OUTWAKE_RELAY_TOPICS="", **env) as worker:
         await worker.event("parked")
 
 
@@ -486,22 +486,22 @@ async def test_it_is_an_extra(database: str, tmp_path: Path) -> None:
     ("env", "line"),
     [
         (
-            {"SENDOFF_RELAY_TOPICS": "billing.paid,webhook.deliver"},
-            "SENDOFF_RELAY_TOPICS: webhook.deliver has a handler already",
+            {"OUTWAKE_RELAY_TOPICS": "billing.paid,webhook.deliver"},
+            "OUTWAKE_RELAY_TOPICS: webhook.deliver has a handler already",
         ),
-        ({"SENDOFF_RELAY_URL": None}, "SENDOFF_RELAY_URL: is not set, and SENDOFF_RELAY_TOPICS is"),
+        ({"OUTWAKE_RELAY_URL": None}, "OUTWAKE_RELAY_URL: is not set, and OUTWAKE_RELAY_TOPICS is"),
         (
-            {"SENDOFF_RELAY_URL": f"http://{SECRET}@host"},
-            "SENDOFF_RELAY_URL: Value error, must be nats://host:port or tls://host:port, or several,"
+            {"OUTWAKE_RELAY_URL": f"http://{SECRET}@host"},
+            "OUTWAKE_RELAY_URL: Value error, must be nats://host:port or tls://host:port, or several,"
             " separated by commas",
         ),
         (
-            {"SENDOFF_RELAY_CREDENTIALS": "/nowhere/u.creds"},
-            "SENDOFF_RELAY_CREDENTIALS: /nowhere/u.creds: No such file or directory",
+            {"OUTWAKE_RELAY_CREDENTIALS": "/nowhere/u.creds"},
+            "OUTWAKE_RELAY_CREDENTIALS: /nowhere/u.creds: No such file or directory",
         ),
         (
-            {"SENDOFF_RELAY_CREDENTIALS": "/dev/null"},
-            "SENDOFF_RELAY_CREDENTIALS: /dev/null: has no 'BEGIN NATS USER JWT'",
+            {"OUTWAKE_RELAY_CREDENTIALS": "/dev/null"},
+            "OUTWAKE_RELAY_CREDENTIALS: /dev/null: has no 'BEGIN NATS USER JWT'",
         ),
     ],
 )

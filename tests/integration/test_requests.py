@@ -65,7 +65,7 @@ async def test_field_that_cannot_be_accepted(
 )
 async def test_body_that_is_no_json(api: Api, body: bytes) -> None:
     response = await post(api, body)
-    assert (response.status_code, response.json()["type"]) == (400, "urn:sendoff:problem:malformed")
+    assert (response.status_code, response.json()["type"]) == (400, "urn:outwake:problem:malformed")
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"x"', b"1"])
@@ -83,7 +83,7 @@ async def test_body_of_another_type(api: Api) -> None:
 
 
 async def test_body_that_is_too_large_is_not_read_to_its_end(database: str) -> None:
-    async with serving(database, SENDOFF_MAX_BODY=2000) as api:
+    async with serving(database, OUTWAKE_MAX_BODY=2000) as api:
         announced = await post(api, b" " * 2001)
         assert announced.status_code == 413
 

@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from outbox import WorkerEnded
+from outwake import WorkerEnded
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,
@@ -91,7 +91,7 @@ async def test_claim_waits_for_the_rescue_that_is_first(rule: Rule, connect: Con
     if rule == "kept":
         with pytest.raises(psycopg.Error) as raised:
             await claiming
-        assert raised.value.sqlstate == "SO001"
+        assert raised.value.sqlstate == "OW001"
         assert await get(psql, row) == "ready"
     else:
         assert await claiming == row
@@ -111,7 +111,7 @@ async def test_ended_worker_may_do_nothing_more(connect: Connect) -> None:
     ):
         with pytest.raises(psycopg.Error) as raised:
             await conn.execute(query, (lost,))
-        assert raised.value.sqlstate == "SO001"
+        assert raised.value.sqlstate == "OW001"
     with pytest.raises(WorkerEnded):
         await claim(conn, lost)
 

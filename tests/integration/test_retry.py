@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from outbox import HandBack, Job, Permanent, Retry, enqueue
-from outbox.claim import clean
+from outwake import HandBack, Job, Permanent, Retry, enqueue
+from outwake.claim import clean
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,
@@ -194,7 +194,7 @@ async def test_blocking_handler_runs_in_a_thread_and_the_lease_is_renewed(
     """A plain function that blocks does not stop renewal: a third of a lease later the loop still turns."""
     import threading
 
-    from outbox import Handler
+    from outwake import Handler
 
     released, began = threading.Event(), threading.Event()
 

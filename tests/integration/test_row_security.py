@@ -20,7 +20,7 @@ DECLARE
     wanted text;
 BEGIN
     FOREACH wanted IN ARRAY ARRAY[
-        'sendoff_reader', 'sendoff_operator', 'test_reader', 'test_bound', 'test_operator', 'test_other'
+        'outwake_reader', 'outwake_operator', 'test_reader', 'test_bound', 'test_operator', 'test_other'
     ] LOOP
         BEGIN
             EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
@@ -29,10 +29,10 @@ BEGIN
     END LOOP;
 END
 $$;
-GRANT sendoff_reader TO test_reader, test_bound, test_operator;
-GRANT sendoff_operator TO test_operator;
+GRANT outwake_reader TO test_reader, test_bound, test_operator;
+GRANT outwake_operator TO test_operator;
 GRANT SELECT ON session, prompt, message, outbox, idempotency, watcher
-    TO sendoff_reader, sendoff_operator, test_other;
+    TO outwake_reader, outwake_operator, test_other;
 """
 TABLES = ("session", "prompt", "message", "outbox", "idempotency", "watcher")
 
@@ -67,7 +67,7 @@ async def people(api: Api, connect: Connect) -> AsyncIterator[psycopg.AsyncConne
 async def counts(conn: psycopg.AsyncConnection[Any], role: str, user: str | None = None) -> list[int]:
     """The rows of each table that the role sees."""
     await conn.execute("RESET ROLE")
-    await conn.execute("SELECT set_config('sendoff.user_id', %s, false)", (user or "",))
+    await conn.execute("SELECT set_config('outwake.user_id', %s, false)", (user or "",))
     await conn.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
     found = []
     for table in TABLES:
@@ -95,7 +95,7 @@ async def test_a_bound_reader_cannot_set_itself_free(people: psycopg.AsyncConnec
         assert await cursor.fetchall() == [("bob",)]
 
 
-@pytest.mark.parametrize("role", ["test_operator", "sendoff_operator", "test_other"])
+@pytest.mark.parametrize("role", ["test_operator", "outwake_operator", "test_other"])
 async def test_operators_and_those_who_are_no_readers_see_all(
     people: psycopg.AsyncConnection[Any], role: str
 ) -> None:
@@ -153,7 +153,7 @@ async def test_who_may_only_insert_can_enqueue(people: psycopg.AsyncConnection[A
 
 async def test_the_sum_is_worked_out_once_a_statement(people: psycopg.AsyncConnection[Any]) -> None:
     """Not once a row: the policy's parts are InitPlans and hashed SubPlans."""
-    await people.execute("SELECT set_config('sendoff.user_id', 'alice', false)")
+    await people.execute("SELECT set_config('outwake.user_id', 'alice', false)")
     await people.execute("SET ROLE test_reader")
     cursor = await people.execute("EXPLAIN SELECT * FROM message")
     plan = "\n".join(row[0] for row in await cursor.fetchall())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from outbox import token
+from outwake import token
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.hand import Hand
@@ -37,7 +37,7 @@ async def test_discarded_row_is_cancelled_for_good(api: Api, hand: Hand) -> None
     row = await dead(api, hand)
     assert (await change(api, row, "discard"))[1]["state"] == "cancelled"
     status, problem = await change(api, row, "discard")
-    assert (status, problem["type"]) == (409, "urn:sendoff:problem:wrong-state")
+    assert (status, problem["type"]) == (409, "urn:outwake:problem:wrong-state")
     assert problem["state"] == "cancelled"
 
 
@@ -73,7 +73,7 @@ async def test_retry_while_another_row_has_its_unique_key(api: Api, connect: Con
     )
     await conn.execute("INSERT INTO outbox (topic, unique_key) VALUES ('a', 'k')")
     status, problem = await change(api, 1, "retry")
-    assert (status, problem["type"]) == (409, "urn:sendoff:problem:wrong-state")
+    assert (status, problem["type"]) == (409, "urn:outwake:problem:wrong-state")
 
 
 async def test_borrow_token_is_not_shown(api: Api, connect: Connect) -> None:

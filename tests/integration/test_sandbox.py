@@ -34,7 +34,7 @@ async def parts(tmp_path: Path) -> AsyncIterator[Production]:
 @pytest.fixture
 async def api(database: str) -> AsyncIterator[Api]:
     """An API that takes the repository of a test."""
-    async with serving(database, SENDOFF_ALLOW_FILE_REPOS=True) as made:
+    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
         yield made
 
 
@@ -236,7 +236,7 @@ async def test_a_kept_sandbox_serves_the_follow_up(
     parts: Production, database: str, api: Api, connect: Connect
 ) -> None:
     conn = await connect()
-    env = parts.environment(database, SENDOFF_SANDBOX_KEEP="1000")
+    env = parts.environment(database, OUTWAKE_SANDBOX_KEEP="1000")
     async with running("worker", env=env) as worker:
         created = await api.create(repo=parts.repo, prompt="tool: cd {repo} && echo x > .git/left")
         first = await worker.event("turn_ended", status="succeeded")
@@ -264,7 +264,7 @@ async def test_a_kept_sandbox_that_is_broken_is_returned_and_another_borrowed(
 ) -> None:
     conn = await connect()
     async with production(tmp_path, sandboxes=2) as parts:
-        env = parts.environment(database, SENDOFF_SANDBOX_KEEP="1000")
+        env = parts.environment(database, OUTWAKE_SANDBOX_KEEP="1000")
         async with running("worker", env=env) as worker:
             created = await api.create(repo=parts.repo, prompt=COMMIT)
             first = await worker.event("turn_ended", status="succeeded")
@@ -281,7 +281,7 @@ async def test_the_work_branch_is_pushed(
     parts: Production, database: str, api: Api, connect: Connect
 ) -> None:
     conn = await connect()
-    async with running("worker", env=parts.environment(database, SENDOFF_GIT_PUSH="true")) as worker:
+    async with running("worker", env=parts.environment(database, OUTWAKE_GIT_PUSH="true")) as worker:
         created = await api.create(repo=parts.repo, branch="work", prompt=COMMIT)
         await ended(worker, status="succeeded")
         (prompt,) = (await shown(api, created))["prompts"]
@@ -308,7 +308,7 @@ async def test_a_branch_is_saved_though_the_repository_has_its_commits_under_ano
 ) -> None:
     feature = parts.git("commit-tree", "-p", "main", "-m", "Feature", "main^{tree}")
     parts.git("update-ref", "refs/heads/feature", feature)
-    async with running("worker", env=parts.environment(database, SENDOFF_GIT_PUSH=str(push))) as worker:
+    async with running("worker", env=parts.environment(database, OUTWAKE_GIT_PUSH=str(push))) as worker:
         created = await api.create(
             repo=parts.repo, branch="work", prompt="tool: cd {repo} && git merge -q --ff-only origin/feature"
         )
@@ -363,14 +363,14 @@ async def test_names_reach_the_shell_quoted(parts: Production, database: str, ap
     odd.mkdir()
     git(odd, "clone", "--quiet", "--bare", str(parts.origin), "origin.git")
     url = f"file://{odd}/origin.git".replace("'", "%27").replace("$", "%24").replace(" ", "%20")
-    async with running("worker", env=parts.environment(database, SENDOFF_GIT_PUSH="true")) as worker:
+    async with running("worker", env=parts.environment(database, OUTWAKE_GIT_PUSH="true")) as worker:
         await api.create(repo=url, branch="it@#=,()-work", prompt=COMMIT)
         await ended(worker, status="succeeded")
     assert "it@#=,()-work" in git(odd / "origin.git", "for-each-ref", "--format=%(refname)")
 
 
 async def test_long_lines_and_lines_that_are_no_json(parts: Production, database: str, api: Api) -> None:
-    size = int(os.environ.get("SENDOFF_TEST_BIGLINE", 3 * 2**20))
+    size = int(os.environ.get("OUTWAKE_TEST_BIGLINE", 3 * 2**20))
     async with running("worker", env=parts.environment(database)) as worker:
         created = await api.create(repo=parts.repo, prompt=f"raw: no JSON\nbigline: {size}\nsay: after it")
         await ended(worker, status="succeeded")
@@ -408,7 +408,7 @@ async def test_credentials_open_the_repository_and_are_removed_again(
     async with git_server(parts.directory, "bot", "right-token") as (url, certificate):
         parts.sandboxes[0].environment["GIT_SSL_CAINFO"] = str(certificate)
         host = url.removeprefix("https://")
-        env = parts.environment(database, SENDOFF_GIT_CREDENTIALS=str(directory), SENDOFF_GIT_PUSH="true")
+        env = parts.environment(database, OUTWAKE_GIT_CREDENTIALS=str(directory), OUTWAKE_GIT_PUSH="true")
         async with running("worker", env=env) as worker:
             none = await api.create(repo=f"{url}/origin.git", prompt=COMMIT)
             refused = await worker.event("ended", topic="session.run", state="dead")
@@ -444,8 +444,8 @@ async def test_planted_secrets_are_nowhere(
     (credentials / "else").write_text(f"https://bot:{SECRETS['other']}@git.test\n")
     env = parts.environment(
         database,
-        SENDOFF_GIT_CREDENTIALS=str(credentials),
-        SENDOFF_GIT_PUSH="true",
+        OUTWAKE_GIT_CREDENTIALS=str(credentials),
+        OUTWAKE_GIT_PUSH="true",
         ANTHROPIC_API_KEY=SECRETS["key"],
     )
     seen: list[str] = []
@@ -453,7 +453,7 @@ async def test_planted_secrets_are_nowhere(
     async with running("worker", env=env) as worker:
         created = await api.create(repo=parts.repo, prompt=f"{COMMIT}\nenvironment\nfail")
         await fault.reached()
-        home = parts.sandboxes[0].home / "sendoff"
+        home = parts.sandboxes[0].home / "outwake"
         assert SECRETS["git"] in (home / "git-credentials").read_text()
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
         fault.release()

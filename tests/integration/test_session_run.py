@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from embedded.demo import SEED_QUERY, make_repository
+from outwake.embedded.demo import SEED_QUERY, make_repository
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.place import Place, held
@@ -20,7 +20,7 @@ from tests.support.steps import column
 
 @pytest.fixture
 async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, SENDOFF_ALLOW_FILE_REPOS="true") as served:
+    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS="true") as served:
         yield served
 
 

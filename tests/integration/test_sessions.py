@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.database import Database
+from outwake.app.database import Database
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.hand import Hand
@@ -28,7 +28,7 @@ async def test_create_writes_session_prompt_and_row(api: Api, connect: Connect) 
     created = response.json()
     assert response.headers["location"] == f"/sessions/{created['id']}"
     assert created["title"] == "Fix the Ünicode bug"
-    assert created["branch"] == f"sendoff/fix-the-unicode-bug-{created['id'][-8:]}"
+    assert created["branch"] == f"outwake/fix-the-unicode-bug-{created['id'][-8:]}"
     assert created["inbox_status"] == "active"
     assert created["worker_present"] is False
     assert [prompt["status"] for prompt in created["prompts"]] == ["queued"]
@@ -42,7 +42,7 @@ async def test_create_writes_session_prompt_and_row(api: Api, connect: Connect) 
 async def test_create_without_prompt_takes_the_repository_as_title(api: Api) -> None:
     created = await api.create(prompt=None)
     assert created["title"] == "octo/tools"
-    assert created["branch"].startswith("sendoff/octo-tools-")
+    assert created["branch"].startswith("outwake/octo-tools-")
     assert created["prompts"] == []
 
 
@@ -110,10 +110,10 @@ async def test_key_of_another_request_is_refused(api: Api) -> None:
     asked["title"] = "Another"
     other = await api.client.post("/sessions", json=asked, headers=headers)
     assert other.status_code == 422
-    assert other.json()["type"] == "urn:sendoff:problem:key-reused"
+    assert other.json()["type"] == "urn:outwake:problem:key-reused"
     prompts = f"/sessions/{created.json()['id']}/prompts"
     other = await api.client.post(prompts, json={"prompt": "More"}, headers=headers)
-    assert other.json()["type"] == "urn:sendoff:problem:key-reused"
+    assert other.json()["type"] == "urn:outwake:problem:key-reused"
 
 
 async def test_a_refused_request_does_not_use_its_key_up(api: Api) -> None:
@@ -130,7 +130,7 @@ async def test_branch_is_free_again_when_its_session_is_archived(api: Api) -> No
     first = await api.create(branch="work")
     asked = {"repo": "octo/tools", "target_branch": "main", "branch": "work"}
     taken = await api.client.post("/sessions", json=asked)
-    assert taken.json()["type"] == "urn:sendoff:problem:branch-taken"
+    assert taken.json()["type"] == "urn:outwake:problem:branch-taken"
     await api.client.delete(f"/sessions/{first['id']}")
     await api.create(branch="work")
 
@@ -244,12 +244,12 @@ async def test_messages_of_one_page_are_bounded_in_bytes(
     created = await api.create()
     await hand.claim()
     await hand.say(*("x" * 1000 for _ in range(5)))
-    monkeypatch.setattr("app.messages.PAGE_BYTES", 1500)
+    monkeypatch.setattr("outwake.app.messages.PAGE_BYTES", 1500)
     path = f"/sessions/{created['id']}/messages"
     page = (await api.client.get(path)).json()
     assert [message["seq"] for message in page["messages"]] == [1, 2]
     assert page["next"] == 2
-    monkeypatch.setattr("app.messages.PAGE_BYTES", 1)
+    monkeypatch.setattr("outwake.app.messages.PAGE_BYTES", 1)
     page = (await api.client.get(path, params={"after": 2})).json()
     assert [message["seq"] for message in page["messages"]] == [3]
 
@@ -292,7 +292,7 @@ async def test_archived_session_can_only_be_read(api: Api, connect: Connect) -> 
         await api.client.post(f"{path}/prompts", json={"prompt": "More"}),
         await api.client.patch(path, json={"title": "New"}),
     ):
-        assert (refused.status_code, refused.json()["type"]) == (409, "urn:sendoff:problem:archived")
+        assert (refused.status_code, refused.json()["type"]) == (409, "urn:outwake:problem:archived")
 
 
 async def test_prompt_that_commits_while_its_session_is_archived_is_cancelled(

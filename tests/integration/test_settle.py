@@ -186,7 +186,7 @@ async def test_nobody_is_woken_for_a_row_that_does_not_stay_ready(connect: Conne
     worker = await new_worker(conn)
     row = await made(conn, "dead", worker)
     await conn.execute("SELECT outbox_park(%s)", (worker,))
-    await conn.execute("LISTEN sendoff_wake")
+    await conn.execute("LISTEN outwake_wake")
     heard: list[str] = []
     conn.add_notify_handler(lambda note: heard.append(note.payload))
     await conn.execute("UPDATE outbox SET state = 'ready', cancel_requested_at = now() WHERE id = %s", (row,))

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from outbox.token import create
+from outwake.token import create
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.browser_issuer import SignInIssuer, sign_in_issuer
@@ -23,7 +23,7 @@ async def issuer() -> AsyncIterator[SignInIssuer]:
 
 @pytest.fixture
 async def api(database: str, issuer: SignInIssuer) -> AsyncIterator[Api]:
-    async with serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as running:
+    async with serving(database, OUTWAKE_OIDC_ISSUER=issuer.url) as running:
         yield running
 
 
@@ -99,15 +99,15 @@ async def test_the_cookie_is_closed_to_scripts_and_other_sites(browser: httpx.As
     assert "Path=/ui/sign-in/callback" in left.headers["set-cookie"]
     back = await browser.get((await browser.get(left.headers["location"])).headers["location"])
     cookies = back.headers.get_list("set-cookie")
-    assert any(one.startswith("sendoff=sendoff_") and "HttpOnly; Max-Age=28800" in one for one in cookies)
+    assert any(one.startswith("outwake=outwake_") and "HttpOnly; Max-Age=28800" in one for one in cookies)
     assert all("samesite=lax" in one.lower() for one in cookies)
     assert back.headers["location"] == "/ui/new"
 
 
 async def test_behind_tls_the_cookie_is_this_hosts_alone(database: str, issuer: SignInIssuer) -> None:
-    public = "https://sendoff.example"
+    public = "https://outwake.example"
     async with (
-        serving(database, SENDOFF_OIDC_ISSUER=issuer.url, SENDOFF_PUBLIC_URL=public) as api,
+        serving(database, OUTWAKE_OIDC_ISSUER=issuer.url, OUTWAKE_PUBLIC_URL=public) as api,
         httpx.AsyncClient(base_url=api.url) as client,
     ):
         left = await client.get(START)
@@ -118,7 +118,7 @@ async def test_behind_tls_the_cookie_is_this_hosts_alone(database: str, issuer: 
         to = (await client.get(left.headers["location"])).headers["location"].removeprefix(public)
         back = await client.get(to, headers={"Cookie": pending})
         assert any(
-            one.startswith("__Host-sendoff=") and "Path=/" in one and "Secure" in one
+            one.startswith("__Host-outwake=") and "Path=/" in one and "Secure" in one
             for one in back.headers.get_list("set-cookie")
         )
 
@@ -156,7 +156,7 @@ async def test_a_token_that_the_api_would_refuse_begins_no_session(
     issuer.changes = changes
     refused = await follow(browser, START)
     assert refused.status_code == 401
-    assert "sendoff" not in browser.cookies
+    assert "outwake" not in browser.cookies
     conn = await connect()
     assert await (await conn.execute("SELECT count(*) FROM api_token")).fetchone() == (0,)
 
@@ -173,7 +173,7 @@ async def test_a_refusal_of_the_issuer_is_told_as_text(
 async def test_a_confidential_client_shows_its_secret(database: str, issuer: SignInIssuer) -> None:
     issuer.secret = "pa%3Ass"
     for secret, status in (("pa:ss", 200), ("wrong", 401)):
-        changes = {"SENDOFF_OIDC_ISSUER": issuer.url, "SENDOFF_OIDC_CLIENT_SECRET": secret}
+        changes = {"OUTWAKE_OIDC_ISSUER": issuer.url, "OUTWAKE_OIDC_CLIENT_SECRET": secret}
         async with (
             serving(database, **changes) as api,
             httpx.AsyncClient(base_url=api.url, headers=SAME) as client,
@@ -183,29 +183,29 @@ async def test_a_confidential_client_shows_its_secret(database: str, issuer: Sig
 
 async def test_signing_out_ends_the_session_for_good(browser: httpx.AsyncClient, connect: Connect) -> None:
     await follow(browser, START)
-    kept = browser.cookies["sendoff"]
+    kept = browser.cookies["outwake"]
     page = await browser.get("/")
     assert "Sign out" in page.text
     left = await browser.post("/ui/sign-out", data={"back": "/"})
     assert left.headers["location"] == "/ui/sign-in"
-    assert "sendoff" not in browser.cookies
+    assert "outwake" not in browser.cookies
     conn = await connect()
     row = await (await conn.execute("SELECT name, revoked_at IS NOT NULL FROM api_token")).fetchone()
     assert row == ("browser", True)
-    assert kept.startswith("sendoff_")
+    assert kept.startswith("outwake_")
 
 
 async def test_an_api_token_signs_in_too(database: str, connect: Connect) -> None:
     conn = await connect()
     _, token = await create(conn, "carol", "laptop", operator=True)
     async with (
-        serving(database, SENDOFF_REQUIRE_TOKEN="1") as api,
+        serving(database, OUTWAKE_REQUIRE_TOKEN="1") as api,
         httpx.AsyncClient(base_url=api.url, headers=SAME) as client,
     ):
-        refused = await client.post("/ui/sign-in", data={"token": "sendoff_wrong"})
+        refused = await client.post("/ui/sign-in", data={"token": "outwake_wrong"})
         assert refused.status_code == 401
         assert "no API token" in refused.text
-        unknown = await client.post("/ui/sign-in", data={"token": "sendoff_" + "x" * 43})
+        unknown = await client.post("/ui/sign-in", data={"token": "outwake_" + "x" * 43})
         assert unknown.status_code == 401
         accepted = await client.post("/ui/sign-in", data={"token": f" {token} ", "back": "/ui/outbox"})
         assert (accepted.status_code, accepted.headers["location"]) == (303, "/ui/outbox")

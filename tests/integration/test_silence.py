@@ -1,6 +1,6 @@
 """An idle worker sends no query at all, and starts a row at once all the same.
 
-`SENDOFF_TEST_IDLE` sets for how many seconds a real process is watched: 3 by default, 60 for the record.
+`OUTWAKE_TEST_IDLE` sets for how many seconds a real process is watched: 3 by default, 60 for the record.
 """
 
 import asyncio
@@ -17,17 +17,17 @@ from tests.conftest import Connect
 from tests.support.steps import Connection, add, get, one, until
 from tests.support.worker import command, install, watched
 
-IDLE = float(os.environ.get("SENDOFF_TEST_IDLE", "3"))
+IDLE = float(os.environ.get("OUTWAKE_TEST_IDLE", "3"))
 
 IDLE_SESSIONS = """
 SELECT count(*) = 2 FROM pg_stat_activity
-WHERE datname = %s AND state = 'idle' AND application_name LIKE 'sendoff%%'
+WHERE datname = %s AND state = 'idle' AND application_name LIKE 'outwake%%'
 """
 
 SESSIONS = """
 SELECT pid, application_name, query_start, state_change, state
 FROM pg_stat_activity
-WHERE datname = %s AND application_name LIKE 'sendoff%%'
+WHERE datname = %s AND application_name LIKE 'outwake%%'
 ORDER BY pid
 """
 
@@ -50,7 +50,7 @@ async def test_idle_worker_sends_nothing(
         before = await sessions()
         await asyncio.sleep(IDLE)
         assert await sessions() == before
-        assert sorted(row[1] for row in before) == ["sendoff worker", "sendoff worker listen"]
+        assert sorted(row[1] for row in before) == ["outwake worker", "outwake worker listen"]
         row = await psql_insert(database, connect)
         await worker.event("completed", rows=[row])
 
@@ -96,7 +96,7 @@ async def test_rows_of_other_topics_wake_nobody(connect: Connect, database: str)
 async def test_nobody_is_notified_when_nobody_sleeps(rows: int, connect: Connect) -> None:
     """The economy: an insert notifies only if some worker is parked, and one of no rows never."""
     conn, listener = await connect(), await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     insert = "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, %s)"
     await conn.execute(insert, (rows,))
     assert await heard(conn, listener) == []
@@ -153,7 +153,7 @@ async def test_nobody_looks_for_sleepers_once_one_saw_that_all_are_awake(connect
 async def test_notification_names_the_lone_row(rows: str, payloads: list[str], connect: Connect) -> None:
     """Its id only if a sleeper may take it by itself: alone of its topic, due, and of no key."""
     conn, listener = await connect(), await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     await conn.execute(PARKED)
     values = f"SELECT topic, key, state, due::timestamptz FROM (VALUES {rows}) AS r(topic, key, state, due)"
     await conn.execute(f"INSERT INTO outbox (topic, ordering_key, state, available_at) {values}".encode())
@@ -163,7 +163,7 @@ async def test_notification_names_the_lone_row(rows: str, payloads: list[str], c
 async def test_a_transaction_names_one_row(connect: Connect) -> None:
     """Of the others it says the same, and NOTIFY says that once: a loop of inserts fills no queue."""
     conn, listener = await connect(), await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     await conn.execute(PARKED)
     async with conn.transaction():
         rows = [await add(conn) for _ in range(4)]
@@ -173,7 +173,7 @@ async def test_a_transaction_names_one_row(connect: Connect) -> None:
 
 
 async def heard(conn: Connection, listener: Connection) -> list[str]:
-    await conn.execute("SELECT pg_notify('sendoff_wake', 'end')")
+    await conn.execute("SELECT pg_notify('outwake_wake', 'end')")
     found: list[str] = []
     async for notification in listener.notifies():
         if notification.payload == "end":

@@ -12,7 +12,9 @@ from uuid import UUID
 
 import pytest
 
-import outbox
+import outwake
+from outwake.worker import standby
+from outwake.worker.standby import Standby
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
 from tests.integration.test_parking import is_missed, runs
@@ -29,8 +31,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import Watched, hang, watched
-from worker import standby
-from worker.standby import Standby
 
 STAND_IN = "SELECT outbox_stand_in(%s, %s)"
 PARKED = "SELECT parked FROM worker WHERE id = %s"
@@ -70,7 +70,7 @@ async def psql(connect: Connect) -> Connection:
 
 async def absent(conn: Connection, presence: int | None = 7) -> UUID:
     """A worker that is parked and never hears anything."""
-    worker = await outbox.register(conn, ["t"], presence=presence)
+    worker = await outwake.register(conn, ["t"], presence=presence)
     await conn.execute("UPDATE worker SET parked = true WHERE id = %s", (worker,))
     await conn.execute("SELECT nextval('outbox_sleepers')")
     return worker
@@ -201,14 +201,14 @@ async def test_one_that_took_its_row_passes_nothing_on(
 ) -> None:
     """The row that it was named for fills it."""
     listener = await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     async with watched(database, concurrency=1, run=hang) as a, watched(database):
         await names(psql, a)
         row = await add(psql)
         await a.has_run(row)
         await until(psql, "SELECT NOT parked FROM worker WHERE id = %s", a.id)
         await a.hears_nothing_more(psql)
-        await psql.execute("SELECT pg_notify('sendoff_wake', 'end')")
+        await psql.execute("SELECT pg_notify('outwake_wake', 'end')")
         payloads = [note.payload async for note in listener.notifies(stop_after=1, timeout=60)]
         while payloads[-1] != "end":
             payloads += [note.payload async for note in listener.notifies(stop_after=1, timeout=60)]
@@ -219,7 +219,7 @@ async def test_one_that_took_its_row_passes_nothing_on(
 async def test_without_a_presence_nobody_is_named(connect: Connect, psql: Connection) -> None:
     """Who registered by hand may have none: all look, as when one sleeps."""
     listener = await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     for presence in (None, 8):
         await absent(psql, presence)
     await take_out(psql, "outbox_notify", "random()", "0")  # the first
@@ -231,7 +231,7 @@ async def test_without_a_presence_nobody_is_named(connect: Connect, psql: Connec
 async def test_of_a_topic_with_a_limit_nobody_is_named(connect: Connect) -> None:
     """Without room the one that is named leaves the row, and is there all the same."""
     psql, listener = await connect(), await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     await psql.execute("INSERT INTO topic (name, max_running) VALUES ('t', 0)")
     for presence in (7, 8):
         await absent(psql, presence)
@@ -245,14 +245,14 @@ async def test_nonsense_is_not_understood(payload: str, connect: Connect, databa
     """Anybody may NOTIFY anything: the worker goes on."""
     psql = await connect()
     async with watched(database) as worker:
-        await psql.execute("SELECT pg_notify('sendoff_wake', %s)", (payload,))
+        await psql.execute("SELECT pg_notify('outwake_wake', %s)", (payload,))
         await worker.hears_nothing_more(psql)
         await worker.has_run(await add(psql))
 
 
 async def test_each_that_is_parked_may_be_drawn(connect: Connect) -> None:
     psql, listener = await connect(), await connect()
-    await listener.execute("LISTEN sendoff_wake")
+    await listener.execute("LISTEN outwake_wake")
     for presence in (7, 8):
         await absent(psql, presence)
     named: set[str] = set()

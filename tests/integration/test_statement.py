@@ -8,10 +8,10 @@ import pytest
 from psycopg import errors as pg
 from psycopg.conninfo import make_conninfo
 
-from app.connection import Connection, Statement
+from outwake.app.connection import Connection, Statement
 
 BOTH = Statement("SELECT %(a)s::text, %(b)s::text || %(a)s::text")
-NAMED = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'sendoff%'"
+NAMED = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'outwake%'"
 
 
 @pytest.fixture(params=["UTF8", "LATIN1"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from outbox import stuck
-from outbox.settings import Settings
-from outbox.stuck import StuckWatch
+from outwake import stuck
+from outwake.settings import Settings
+from outwake.stuck import StuckWatch
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.process import Process, running
@@ -34,11 +34,11 @@ async def test_api_without_a_worker(database: str, connect: Connect) -> None:
     async with receiver() as chat:
         env = {
             "DATABASE_URL": database,
-            "SENDOFF_PORT": "0",
-            "SENDOFF_STUCK_AFTER": "0.2",
-            "SENDOFF_STUCK_WEBHOOK": f"{chat.url}/hook/secret-part",
+            "OUTWAKE_PORT": "0",
+            "OUTWAKE_STUCK_AFTER": "0.2",
+            "OUTWAKE_STUCK_WEBHOOK": f"{chat.url}/hook/secret-part",
         }
-        async with running("sendoff", "api", env=env) as api:
+        async with running("outwake", "api", env=env) as api:
             await post_session(api)
             told_of = await api.event("stuck", topic="session.run", reason="no worker")
             assert told_of["level"] == "error"
@@ -60,11 +60,11 @@ async def test_a_webhook_that_fails_is_told(database: str) -> None:
         chat.status = 500
         env = {
             "DATABASE_URL": database,
-            "SENDOFF_PORT": "0",
-            "SENDOFF_STUCK_AFTER": "0.2",
-            "SENDOFF_STUCK_WEBHOOK": f"{chat.url}/hook/secret-part",
+            "OUTWAKE_PORT": "0",
+            "OUTWAKE_STUCK_AFTER": "0.2",
+            "OUTWAKE_STUCK_WEBHOOK": f"{chat.url}/hook/secret-part",
         }
-        async with running("sendoff", "api", env=env) as api:
+        async with running("outwake", "api", env=env) as api:
             await post_session(api)
             await api.event("stuck_webhook_failed", topic="session.run")
             assert "secret-part" not in "\n".join(api.stderr)
@@ -75,7 +75,7 @@ async def test_a_worker_tells_of_rows_that_nobody_serves(
 ) -> None:
     conn = await connect()
     async with command(
-        database, install(tmp_path / "handlers"), "--topics", "noop", SENDOFF_STUCK_AFTER="0.3"
+        database, install(tmp_path / "handlers"), "--topics", "noop", OUTWAKE_STUCK_AFTER="0.3"
     ) as worker:
         parked = await worker.event("parked")
         row_id = await add(conn, "no.such.topic")

@@ -9,19 +9,19 @@ from uuid import UUID
 import httpx
 import pytest
 
-from app import identity, oidc, tokens
-from outbox import token
+from outwake import token
+from outwake.app import identity, oidc, tokens
 from tests.conftest import Connect
 from tests.support.api import serving, until
 from tests.support.issuer import bearer, issuing
 from tests.support.process import ROOT, running
 
-TOKENS_ONLY = {"SENDOFF_REQUIRE_TOKEN": True}
+TOKENS_ONLY = {"OUTWAKE_REQUIRE_TOKEN": True}
 
 
-async def sendoff(database: str, *arguments: str, status: int = 0) -> tuple[list[str], list[str]]:
-    """Run `sendoff token …`; its output and its errors."""
-    async with running("sendoff", "token", *arguments, env={"DATABASE_URL": database}) as process:
+async def outwake(database: str, *arguments: str, status: int = 0) -> tuple[list[str], list[str]]:
+    """Run `outwake token …`; its output and its errors."""
+    async with running("outwake", "token", *arguments, env={"DATABASE_URL": database}) as process:
         assert await process.ended() == status, process.stderr
     return process.stdout, process.stderr
 
@@ -30,7 +30,7 @@ async def test_a_token_from_its_making_to_its_end(
     database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "MAX_AGE", 0.0)
-    [text], told = await sendoff(database, "create", "--user", "robot", "--name", "nightly build")
+    [text], told = await outwake(database, "create", "--user", "robot", "--name", "nightly build")
     assert token.is_token(text)
     token_id = told[0].split()[1]
     async with serving(database, **TOKENS_ONLY) as api:
@@ -40,29 +40,29 @@ async def test_a_token_from_its_making_to_its_end(
         assert (created.status_code, created.json()["user_id"]) == (201, "robot")
         assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 403
 
-        listed, _ = await sendoff(database, "list")
+        listed, _ = await outwake(database, "list")
         assert len(listed) == 2
         assert listed[1].split()[:2] == [token_id, "valid"]
         assert "nightly build" in listed[1]
         assert text[8:] not in "".join(listed)
 
-        assert (await sendoff(database, "revoke", token_id))[0] == [f"{token_id} revoked"]
+        assert (await outwake(database, "revoke", token_id))[0] == [f"{token_id} revoked"]
         assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 401
-        await sendoff(database, "revoke", token_id, status=1)
-        assert "revoked" in (await sendoff(database, "list"))[0][1]
+        await outwake(database, "revoke", token_id, status=1)
+        assert "revoked" in (await outwake(database, "list"))[0][1]
 
 
 async def test_the_pages_commands(database: str) -> None:
     page = (ROOT / "docs" / "authentication.md").read_text()
-    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("sendoff token ")]
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("outwake token ")]
     assert [command[2] for command in commands] == ["create", "list", "revoke"]
-    _, told = await sendoff(database, *commands[0][2:])
-    await sendoff(database, *commands[1][2:])
-    await sendoff(database, "revoke", told[0].split()[1])
+    _, told = await outwake(database, *commands[0][2:])
+    await outwake(database, *commands[1][2:])
+    await outwake(database, "revoke", told[0].split()[1])
 
 
 async def test_an_operators_token_sees_all(database: str) -> None:
-    [text], _ = await sendoff(
+    [text], _ = await outwake(
         database, "create", "--user", "ops", "--name", "ops", "--operator", "--days", "30"
     )
     async with serving(database, **TOKENS_ONLY) as api:
@@ -83,7 +83,7 @@ async def test_an_operators_token_sees_all(database: str) -> None:
     ],
 )
 async def test_wrong_arguments_are_status_2(database: str, arguments: list[str]) -> None:
-    _, told = await sendoff(database, *arguments, status=2)
+    _, told = await outwake(database, *arguments, status=2)
     assert "usage" in told[0]
 
 
@@ -145,7 +145,7 @@ async def test_a_stream_ends_with_its_token(
 ) -> None:
     _, text = await token.create(await connect(), "alice", "x")
     monkeypatch.setattr(identity, "API_TOKEN_STREAM", 0.2)
-    async with issuing() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+    async with issuing() as issuer, serving(database, OUTWAKE_OIDC_ISSUER=issuer.url) as api:
         begun = time.monotonic()
         lasts = (await api.context.authenticator.by_token(issuer.token())).until - begun
         assert lasts - oidc.LEEWAY + 2 >= 300
@@ -159,7 +159,7 @@ async def test_a_stream_ends_with_its_token(
 
 
 async def test_streams_that_are_left_are_counted_no_more(database: str) -> None:
-    async with issuing() as issuer, serving(database, SENDOFF_OIDC_ISSUER=issuer.url) as api:
+    async with issuing() as issuer, serving(database, OUTWAKE_OIDC_ISSUER=issuer.url) as api:
         asked = {"repo": "octo/tools", "target_branch": "main"}
         alice = bearer(issuer.token())
         created = await api.client.post("/sessions", json=asked, headers=alice)
@@ -175,16 +175,16 @@ async def test_streams_that_are_left_are_counted_no_more(database: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"SENDOFF_HOST": "0.0.0.0"}, "SENDOFF_HOST"),
-        ({"SENDOFF_OIDC_ISSUER": "issuer"}, "SENDOFF_OIDC_ISSUER"),
-        ({"SENDOFF_WEBHOOK_ALLOW": "all"}, "SENDOFF_WEBHOOK_ALLOW"),
-        ({"SENDOFF_WEBHOOK_SECRET": "planted"}, "SENDOFF_WEBHOOK_SECRET"),
+        ({"OUTWAKE_HOST": "0.0.0.0"}, "OUTWAKE_HOST"),
+        ({"OUTWAKE_OIDC_ISSUER": "issuer"}, "OUTWAKE_OIDC_ISSUER"),
+        ({"OUTWAKE_WEBHOOK_ALLOW": "all"}, "OUTWAKE_WEBHOOK_ALLOW"),
+        ({"OUTWAKE_WEBHOOK_SECRET": "planted"}, "OUTWAKE_WEBHOOK_SECRET"),
     ],
 )
 async def test_settings_that_cannot_be_end_the_start(
     database: str, environment: dict[str, str], told: str
 ) -> None:
-    async with running("sendoff", "api", env={"DATABASE_URL": database, **environment}) as process:
+    async with running("outwake", "api", env={"DATABASE_URL": database, **environment}) as process:
         assert await process.ended() == 2
     assert told in process.stderr[-1]
     assert "planted" not in "".join(process.stderr)
@@ -193,12 +193,12 @@ async def test_settings_that_cannot_be_end_the_start(
 async def test_with_tokens_required_it_listens_for_strangers(database: str) -> None:
     environment = {
         "DATABASE_URL": database,
-        "SENDOFF_HOST": "0.0.0.0",
-        "SENDOFF_PORT": "0",
-        "SENDOFF_REQUIRE_TOKEN": "1",
-        "SENDOFF_DEV_IDENTITY": "1",
+        "OUTWAKE_HOST": "0.0.0.0",
+        "OUTWAKE_PORT": "0",
+        "OUTWAKE_REQUIRE_TOKEN": "1",
+        "OUTWAKE_DEV_IDENTITY": "1",
     }
-    async with running("sendoff", "api", env=environment) as process:
+    async with running("outwake", "api", env=environment) as process:
         ready = await process.event("api_ready")
         assert not [event for event in process.events if event["event"] == "dev_identity"]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready['port']}") as client:

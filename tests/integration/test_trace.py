@@ -10,17 +10,17 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from outbox import trace
-from outbox.enqueue import enqueue
-from outbox.errors import ConfigurationError
-from outbox.settings import Settings
+from outwake import trace
+from outwake.enqueue import enqueue
+from outwake.errors import ConfigurationError
+from outwake.settings import Settings
+from outwake.worker.allocator import HttpAllocator
+from outwake.worker.errors import TransientError
+from outwake.worker.sandbox import Sandbox
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.receiver import Receiver, receiver
 from tests.support.steps import TIMEOUT, one, until
-from worker.allocator import HttpAllocator
-from worker.errors import TransientError
-from worker.sandbox import Sandbox
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT = "b7ad6b7169203331"
@@ -56,15 +56,15 @@ async def test_one_trace_from_request_to_result(database: str, tmp_path: Path, c
     async with receiver() as collector:
         env: dict[str, str | None] = {
             "DATABASE_URL": database,
-            "SENDOFF_PORT": "0",
-            "SENDOFF_LOG_LEVEL": "debug",
-            "SENDOFF_ALLOW_FILE_REPOS": "1",
-            "SENDOFF_WORKSPACE_ROOT": str(tmp_path),
-            "SENDOFF_AGENT_COMMAND": shlex.join([sys.executable, "-c", "pass"]),
+            "OUTWAKE_PORT": "0",
+            "OUTWAKE_LOG_LEVEL": "debug",
+            "OUTWAKE_ALLOW_FILE_REPOS": "1",
+            "OUTWAKE_WORKSPACE_ROOT": str(tmp_path),
+            "OUTWAKE_AGENT_COMMAND": shlex.join([sys.executable, "-c", "pass"]),
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         }
         async with (
-            running("sendoff", "api", env=env) as api,
+            running("outwake", "api", env=env) as api,
             running("worker", "--topics", "session.run,sandbox.return", env=env) as worker,
         ):
             port = (await api.event("api_ready"))["port"]
@@ -95,16 +95,16 @@ async def test_one_trace_from_request_to_result(database: str, tmp_path: Path, c
     assert {span["trace"] for span in (post, run, back)} == {TRACE}
     assert post["parent"] == CLIENT
     assert run["parent"] == back["parent"] == post["id"]
-    assert (post["service"], run["service"]) == ("sendoff-api", "sendoff-worker")
+    assert (post["service"], run["service"]) == ("outwake-api", "outwake-worker")
     assert (post["failed"], run["failed"], back["failed"]) == (False, True, False)
     assert {"http.route", "http.response.status_code"} <= post["attributes"]
-    assert {"sendoff.outbox_id", "sendoff.attempt", "sendoff.topic"} <= run["attributes"]
+    assert {"outwake.outbox_id", "outwake.attempt", "outwake.topic"} <= run["attributes"]
 
 
 async def test_off_unless_configured(database: str, connect: Connect) -> None:
     """The traceparent is handed on as it came, and log lines carry it, without a line of OpenTelemetry."""
-    env: dict[str, str | None] = {"DATABASE_URL": database, "SENDOFF_PORT": "0"}
-    async with running("sendoff", "api", env=env) as api, httpx.AsyncClient(timeout=TIMEOUT) as client:
+    env: dict[str, str | None] = {"DATABASE_URL": database, "OUTWAKE_PORT": "0"}
+    async with running("outwake", "api", env=env) as api, httpx.AsyncClient(timeout=TIMEOUT) as client:
         port = (await api.event("api_ready"))["port"]
         asked = {"repo": "octo/tools", "target_branch": "main", "prompt": "x"}
         for given in (TRACEPARENT, "nonsense"):

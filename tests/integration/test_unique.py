@@ -5,7 +5,7 @@ import asyncio
 import psycopg
 import pytest
 
-from outbox import Duplicate, enqueue
+from outwake import Duplicate, enqueue
 from tests.conftest import Connect
 from tests.support.steps import Rule, claim_ids, column, get, new_worker, one, waits, with_and_without
 from tests.support.worker import watched

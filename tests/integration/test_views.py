@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-import outbox
-from outbox.metrics import DEPTH
+import outwake
+from outwake.metrics import DEPTH
 from tests.conftest import Connect
 from tests.support.scenario import SESSION, Scenario, build
 from tests.support.steps import Connection, add, claim, column, new_worker, one
@@ -26,7 +26,7 @@ async def present(connect: Connect, conn: Connection, *topics: str, concurrency:
     holder = await connect()
     number = await one(conn, "SELECT coalesce(max(presence), 0) + 1 FROM worker")
     await holder.execute("SELECT pg_advisory_lock(%s, %s)", (PRESENCE, number))
-    return await outbox.register(conn, topics, concurrency=concurrency, presence=number)
+    return await outwake.register(conn, topics, concurrency=concurrency, presence=number)
 
 
 async def test_why_rows_wait(connect: Connect) -> None:
@@ -77,7 +77,7 @@ async def test_busy_draining_and_unnoticed(connect: Connect) -> None:
     await conn.execute("UPDATE worker SET draining = true")
     assert await reasons(conn) == {waiting: "workers draining"}
     await conn.execute("UPDATE worker SET draining = false")
-    await outbox.complete(conn, worker, [(running, 1)])
+    await outwake.complete(conn, worker, [(running, 1)])
     await conn.execute("SELECT outbox_park(%s)", (worker,))
     assert await reasons(conn) == {waiting: "due"}
     await conn.execute(
@@ -222,7 +222,7 @@ async def scenario(connect: Connect) -> Scenario:
 
 
 async def test_reader_reads_and_changes_nothing(connect: Connect, scenario: Scenario) -> None:
-    conn = await as_role(connect, "sendoff_reader")
+    conn = await as_role(connect, "outwake_reader")
     names = await column(
         conn,
         "SELECT relname FROM pg_class WHERE relkind IN ('r', 'v') AND relnamespace = 'public'::regnamespace",
@@ -252,7 +252,7 @@ async def test_reader_reads_and_changes_nothing(connect: Connect, scenario: Scen
 
 
 async def test_operator_retries_discards_cancels_and_limits(connect: Connect, scenario: Scenario) -> None:
-    conn = await as_role(connect, "sendoff_operator")
+    conn = await as_role(connect, "outwake_operator")
     rows = scenario.rows
     assert await one(conn, "SELECT count(*) FROM sandbox_suspect") == 0
     assert await one(conn, "SELECT outbox_retry(%s)", rows["dead"]) == "ready"
@@ -284,7 +284,7 @@ async def test_a_role_that_may_only_insert_enqueues(connect: Connect) -> None:
 async def test_grants_can_be_repeated(connect: Connect) -> None:
     conn = await connect()
     told: list[str] = []
-    await conn.execute("SELECT sendoff_grant()")
+    await conn.execute("SELECT outwake_grant()")
     conn.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
-    await conn.execute("SELECT sendoff_grant()")
+    await conn.execute("SELECT outwake_grant()")
     assert told == []

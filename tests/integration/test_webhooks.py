@@ -17,23 +17,23 @@ import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 from starlette.responses import PlainTextResponse, Response
 
-from outbox.callback import Address
-from outbox.settings import Settings
+from outwake.callback import Address
+from outwake.settings import Settings
+from outwake.worker.callback import tls_context
+from outwake.worker.handlers.webhook import post
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.certificate import certificate
 from tests.support.hand import Hand
 from tests.support.http import Receiver, listening
 from tests.support.process import ROOT, running
-from worker.callback import tls_context
-from worker.handlers.webhook import post
 
 SECRETS = ["whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2)]
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return {"SENDOFF_WEBHOOK_SECRET": SECRETS[0], "SENDOFF_WEBHOOK_ALLOW": "127.0.0.1", **changes}
+    return {"OUTWAKE_WEBHOOK_SECRET": SECRETS[0], "OUTWAKE_WEBHOOK_ALLOW": "127.0.0.1", **changes}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ async def test_without_a_secret_no_callback_is_taken(api: Api) -> None:
     asked = {"repo": "octo/tools", "target_branch": "main", "callback_url": URL}
     refused = await api.client.post("/sessions", json=asked)
     assert refused.status_code == 422
-    assert "SENDOFF_WEBHOOK_SECRET" in refused.json()["errors"][0]["detail"]
+    assert "OUTWAKE_WEBHOOK_SECRET" in refused.json()["errors"][0]["detail"]
 
 
 async def test_a_worker_delivers_signed_in_order_and_again(
@@ -175,7 +175,7 @@ async def test_a_worker_delivers_signed_in_order_and_again(
         await hand.complete()
         conn = await connect()
         variables = environment(
-            DATABASE_URL=database, SENDOFF_LOG_LEVEL="debug", SENDOFF_WEBHOOK_SECRET=" ".join(SECRETS)
+            DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug", OUTWAKE_WEBHOOK_SECRET=" ".join(SECRETS)
         )
         async with running("worker", "--topics", "webhook.deliver", env=variables) as worker:
             for status in (500, 307):
@@ -223,7 +223,7 @@ async def test_what_an_answer_leads_to(
         await hooked.create(callback_url=url)
         await hand.claim()
         await hand.complete()
-        variables = environment(DATABASE_URL=database, SENDOFF_LOG_LEVEL="debug")
+        variables = environment(DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug")
         async with running("worker", "--topics", "webhook.deliver", env=variables) as worker:
             await worker.event("ended")
             row = await (
@@ -250,7 +250,7 @@ async def test_a_forbidden_address_is_dead_at_once(
         await hand.claim()
         await hand.complete()
         variables = environment(
-            DATABASE_URL=database, SENDOFF_LOG_LEVEL="debug", SENDOFF_WEBHOOK_ALLOW="10.0.0.0/8"
+            DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug", OUTWAKE_WEBHOOK_ALLOW="10.0.0.0/8"
         )
         async with running("worker", "--topics", "webhook.deliver", env=variables) as worker:
             await worker.event("ended", state="dead")
@@ -304,7 +304,7 @@ async def test_a_receiver_that_never_ends_its_answer_does_not_hold_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its head is enough; one that does not send that is cut off."""
-    monkeypatch.setattr("worker.handlers.webhook.TIMEOUT", 0.2)
+    monkeypatch.setattr("outwake.worker.handlers.webhook.TIMEOUT", 0.2)
     settings = Settings.model_validate({"DATABASE_URL": "x", **environment()})
 
     async def dawdle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

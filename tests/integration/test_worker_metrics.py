@@ -17,7 +17,7 @@ from tests.support.worker import command, install
 
 HANDLERS = """
 import asyncio
-from outbox import Handler, HandBack, Job, Permanent, Retry
+from outwake import Handler, HandBack, Job, Permanent, Retry
 
 async def noop(job):
     pass
@@ -72,15 +72,15 @@ async def finished(conn: Connection) -> None:
 async def test_attempts_by_outcome(database: str, handlers: Path, connect: Connect) -> None:
     conn = await connect()
     await conn.execute("DELETE FROM outbox")
-    name = "sendoff_worker_attempts_total"
-    async with command(database, handlers, "--topics", TOPICS, SENDOFF_HEALTH_PORT="0") as worker:
+    name = "outwake_worker_attempts_total"
+    async with command(database, handlers, "--topics", TOPICS, OUTWAKE_HEALTH_PORT="0") as worker:
         await worker.event("parked")
         for topic in ["noop"] * 3 + ["bad", "again", "settles"]:
             await add(conn, topic)
         await finished(conn)
         # It counts once the commit is heard of, and then falls asleep.
         async with asyncio.timeout(60):
-            while total(found := await scrape(worker), name) < 8 or not found[("sendoff_workers", "parked")]:
+            while total(found := await scrape(worker), name) < 8 or not found[("outwake_workers", "parked")]:
                 pass
     assert {key[1:]: value for key, value in found.items() if key[0] == name and value} == {
         ("noop", "done"): 3,
@@ -90,17 +90,17 @@ async def test_attempts_by_outcome(database: str, handlers: Path, connect: Conne
         ("settles", "done"): 1,
     }
     for times in ("wait", "run"):
-        assert found[(f"sendoff_worker_{times}_seconds_count", "noop")] == 3
-        assert found[(f"sendoff_worker_{times}_seconds_count", "again")] == 3
-    assert found[("sendoff_worker_wakeups_total", "reconnect")] == 1
-    assert found[("sendoff_worker_wakeups_total", "notify")] >= 1
-    assert found[("sendoff_worker_connects_total",)] == 1
-    assert found[("sendoff_worker_listen_connected",)] == 1
-    assert found[("sendoff_worker_slots",)] == 10
-    assert found[("sendoff_workers", "parked")] == 1
-    assert found[("sendoff_database_up",)] == 1
-    assert found[("sendoff_outbox_rows", "bad", "dead", "")] == 1
-    assert 0 <= found[("sendoff_notification_queue_ratio",)] < 1
+        assert found[(f"outwake_worker_{times}_seconds_count", "noop")] == 3
+        assert found[(f"outwake_worker_{times}_seconds_count", "again")] == 3
+    assert found[("outwake_worker_wakeups_total", "reconnect")] == 1
+    assert found[("outwake_worker_wakeups_total", "notify")] >= 1
+    assert found[("outwake_worker_connects_total",)] == 1
+    assert found[("outwake_worker_listen_connected",)] == 1
+    assert found[("outwake_worker_slots",)] == 10
+    assert found[("outwake_workers", "parked")] == 1
+    assert found[("outwake_database_up",)] == 1
+    assert found[("outwake_outbox_rows", "bad", "dead", "")] == 1
+    assert 0 <= found[("outwake_notification_queue_ratio",)] < 1
 
 
 async def test_what_runs_what_waits_and_a_connection_lost(
@@ -108,7 +108,7 @@ async def test_what_runs_what_waits_and_a_connection_lost(
 ) -> None:
     conn = await connect()
     async with command(
-        database, handlers, "--topics", TOPICS, "--concurrency", "1", SENDOFF_HEALTH_PORT="0"
+        database, handlers, "--topics", TOPICS, "--concurrency", "1", OUTWAKE_HEALTH_PORT="0"
     ) as worker:
         await worker.event("parked")
         first = await add(conn, "hang")
@@ -116,20 +116,20 @@ async def test_what_runs_what_waits_and_a_connection_lost(
         second = await add(conn, "hang")
         await add(conn, "nobody")
         found = await scrape(worker)
-        assert found[("sendoff_worker_running",)] == 1
-        assert found[("sendoff_outbox_rows", "hang", "running", "")] == 1
-        assert found[("sendoff_outbox_rows", "hang", "ready", "due")] == 1
-        assert found[("sendoff_outbox_rows", "nobody", "ready", "due")] == 1
-        assert found[("sendoff_workers", "busy")] == 1
+        assert found[("outwake_worker_running",)] == 1
+        assert found[("outwake_outbox_rows", "hang", "running", "")] == 1
+        assert found[("outwake_outbox_rows", "hang", "ready", "due")] == 1
+        assert found[("outwake_outbox_rows", "nobody", "ready", "due")] == 1
+        assert found[("outwake_workers", "busy")] == 1
         listener = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
-        await one(conn, listener, "sendoff worker listen")
+        await one(conn, listener, "outwake worker listen")
         await worker.event("reconnected")
         found = await scrape(worker)
-        assert found[("sendoff_worker_connects_total",)] == 2
+        assert found[("outwake_worker_connects_total",)] == 2
         await conn.execute("UPDATE outbox SET cancel_requested_at = now() WHERE id = %s", (first,))
         await worker.event("ended", outbox_id=first, state="cancelled")
         found = await scrape(worker)
-        assert found[("sendoff_worker_attempts_total", "hang", "cancelled")] == 1
+        assert found[("outwake_worker_attempts_total", "hang", "cancelled")] == 1
         await worker.event("claimed", rows=[second])
         worker.send(signal.SIGTERM)
         assert await worker.ended() == 0
@@ -141,11 +141,11 @@ async def test_a_rescue_and_a_fenced_completion(database: str, handlers: Path, c
     [row_id] = [await add(conn, "noop")]
     await claim(conn, lost, topics=("noop",))
     await run_out(conn, lost)
-    async with command(database, handlers, "--topics", TOPICS, lease=0.5, SENDOFF_HEALTH_PORT="0") as worker:
+    async with command(database, handlers, "--topics", TOPICS, lease=0.5, OUTWAKE_HEALTH_PORT="0") as worker:
         await worker.event("rescued")
         await worker.event("completed", rows=[row_id])
         found = await scrape(worker)
-        assert found[("sendoff_worker_rescued_total",)] == 1
+        assert found[("outwake_worker_rescued_total",)] == 1
         waiting = await connect()
         await waiting.execute("SELECT pg_advisory_lock(3, 3)")
         slow = await add(conn, "slow")
@@ -158,8 +158,8 @@ async def test_a_rescue_and_a_fenced_completion(database: str, handlers: Path, c
         await conn.execute("COMMIT")
         await worker.event("fenced", outbox_id=slow)
         found = await scrape(worker)
-        assert found[("sendoff_worker_attempts_total", "slow", "fenced")] == 1
-        assert found[("sendoff_worker_attempts_total", "slow", "done")] == 0
+        assert found[("outwake_worker_attempts_total", "slow", "fenced")] == 1
+        assert found[("outwake_worker_attempts_total", "slow", "done")] == 0
 
 
 async def test_processes_behind_one_port(database: str, handlers: Path, connect: Connect) -> None:
@@ -167,16 +167,16 @@ async def test_processes_behind_one_port(database: str, handlers: Path, connect:
     conn = await connect()
     await conn.execute("DELETE FROM outbox")
     async with command(
-        database, handlers, "--topics", TOPICS, "--processes", "2", SENDOFF_HEALTH_PORT="0"
+        database, handlers, "--topics", TOPICS, "--processes", "2", OUTWAKE_HEALTH_PORT="0"
     ) as parent:
         await parent.event("parked")
         await conn.execute("INSERT INTO outbox (topic) SELECT 'noop' FROM generate_series(1, 40)")
         await finished(conn)
-        while (found := await scrape(parent)).get(("sendoff_worker_processes",)) != 2:
+        while (found := await scrape(parent)).get(("outwake_worker_processes",)) != 2:
             await parent.event("registered")
-        done = ("sendoff_worker_attempts_total", "noop", "done")
+        done = ("outwake_worker_attempts_total", "noop", "done")
         assert found[done] == 40
-        assert found[("sendoff_worker_slots",)] == 20
+        assert found[("outwake_worker_slots",)] == 20
         victim = await one(conn, "SELECT pid FROM worker WHERE ended_at IS NULL ORDER BY started_at LIMIT 1")
         os.kill(victim, signal.SIGKILL)
         died = await parent.event("child_died")
@@ -187,7 +187,7 @@ async def test_processes_behind_one_port(database: str, handlers: Path, connect:
 
 async def test_ready_with_the_others(database: str, handlers: Path, connect: Connect) -> None:
     conn = await connect()
-    settings: dict[str, Any] = {"SENDOFF_HEALTH_PORT": "0", "SENDOFF_STUCK_AFTER": "0.001"}
+    settings: dict[str, Any] = {"OUTWAKE_HEALTH_PORT": "0", "OUTWAKE_STUCK_AFTER": "0.001"}
     async with command(database, handlers, "--topics", TOPICS, **settings) as worker:
         await worker.event("parked")
         port = (await worker.event("health_ready"))["port"]
@@ -207,7 +207,7 @@ async def test_ready_with_the_others(database: str, handlers: Path, connect: Con
 
 async def test_scrape_without_database(server: str, database: str, handlers: Path, connect: Connect) -> None:
     """What the process knows is shown all the same."""
-    settings: dict[str, Any] = {"SENDOFF_HEALTH_PORT": "0"}
+    settings: dict[str, Any] = {"OUTWAKE_HEALTH_PORT": "0"}
     async with command(database, handlers, "--topics", TOPICS, **settings) as worker:
         await worker.event("parked")
         conn = await connect(server)
@@ -217,6 +217,6 @@ async def test_scrape_without_database(server: str, database: str, handlers: Pat
             found = await scrape(worker)
         finally:
             await conn.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
-    assert found[("sendoff_database_up",)] == 0
-    assert found[("sendoff_worker_listen_connected",)] == 1
-    assert not [key for key in found if key[0] == "sendoff_outbox_rows"]
+    assert found[("outwake_database_up",)] == 0
+    assert found[("outwake_worker_listen_connected",)] == 1
+    assert not [key for key in found if key[0] == "outwake_outbox_rows"]

@@ -12,14 +12,14 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from embedded.demo import make_repository
-from embedded.postgres import EmbeddedPostgres
-from outbox.claim import Claimed
-from outbox.handler import Job
-from outbox.migrate import migrate
+from outwake.claim import Claimed
+from outwake.embedded.demo import make_repository
+from outwake.embedded.postgres import EmbeddedPostgres
+from outwake.handler import Job
+from outwake.migrate import migrate
+from outwake.worker.lease import Lease
+from outwake.worker.messages import Messages
 from tests.support.place import LEASE, Place
-from worker.lease import Lease
-from worker.messages import Messages
 
 LINES = 30
 

@@ -15,10 +15,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from worker.agent import Agent
-from worker.errors import PermanentError, TransientError
-from worker.git import Git
-from worker.workspace import Workspace, _claim, _remove, open_workspace
+from outwake.worker.agent import Agent
+from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.git import Git
+from outwake.worker.workspace import Workspace, _claim, _remove, open_workspace
 
 ROOT = Path(__file__).parents[2]
 SESSION = UUID(int=1)
@@ -98,7 +98,7 @@ def opened(tmp_path: Path, home: Path, origin: Repository) -> Open:
 
 
 async def work(workspace: Workspace, prompt: str) -> None:
-    argv = [sys.executable, "-P", "-m", "embedded.agent", prompt]
+    argv = [sys.executable, "-P", "-m", "outwake.embedded.agent", prompt]
     env = {"PYTHONPATH": str(ROOT)}
     async with Agent.start(argv, cwd=workspace.path, env=env, deadline=inf) as agent:
         async for _ in agent.lines():
@@ -263,7 +263,7 @@ async def test_no_hook_runs(opened: Open, home: Path, tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from worker.workspace import _claim
+from outwake.worker.workspace import _claim
 _claim(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(1000)

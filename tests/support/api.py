@@ -17,10 +17,10 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 from jsonschema import Draft202012Validator
 from starlette.applications import Starlette
 
-from app.context import Context
-from app.main import Server, bind, create_app
-from app.openapi import document
-from outbox.settings import Settings
+from outwake.app.context import Context
+from outwake.app.main import Server, bind, create_app
+from outwake.app.openapi import document
+from outwake.settings import Settings
 
 TIMEOUT = 60.0  # seconds; only bounds a test that hangs
 

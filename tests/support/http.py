@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.main import bind
+from outwake.app.main import bind
 from tests.support.api import TIMEOUT
 
 

@@ -19,9 +19,9 @@ from starlette.routing import Route
 
 from tests.support.http import listening
 
-AUDIENCE = "sendoff"
-CLIENT = "sendoff-cli"
-OPERATOR_ROLE = "sendoff-operator"
+AUDIENCE = "outwake"
+CLIENT = "outwake-cli"
+OPERATOR_ROLE = "outwake-operator"
 
 
 class SigningKey:

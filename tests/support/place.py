@@ -21,12 +21,12 @@ class Place:
         self.directory = directory
         self.environment: Mapping[str, str] = {
             "DATABASE_URL": database,
-            "SENDOFF_LOG_LEVEL": "debug",
-            "SENDOFF_LEASE": str(LEASE),
-            "SENDOFF_ALLOW_FILE_REPOS": "true",
-            "SENDOFF_WORKSPACE_ROOT": str(directory / "workspaces"),
-            "SENDOFF_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "embedded.agent"]),
-            "SENDOFF_DRAIN_GRACE": "0",
+            "OUTWAKE_LOG_LEVEL": "debug",
+            "OUTWAKE_LEASE": str(LEASE),
+            "OUTWAKE_ALLOW_FILE_REPOS": "true",
+            "OUTWAKE_WORKSPACE_ROOT": str(directory / "workspaces"),
+            "OUTWAKE_AGENT_COMMAND": shlex.join([sys.executable, "-P", "-m", "outwake.embedded.agent"]),
+            "OUTWAKE_DRAIN_GRACE": "0",
         }
 
     def worker(self, *arguments: str) -> AbstractAsyncContextManager[Process]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 TIMEOUT = 60.0  # seconds
-MARK = "SENDOFF_TEST_PROCESS"  # tells a process's descendants, also those in sessions of their own
+MARK = "OUTWAKE_TEST_PROCESS"  # tells a process's descendants, also those in sessions of their own
 LINE_LIMIT = 16 * 2**20  # bytes
 
 

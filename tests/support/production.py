@@ -46,11 +46,11 @@ class Production:
         settings = {
             "DATABASE_URL": database,
             "IP_ALLOCATOR_URL": self.allocator.url,
-            "SENDOFF_BORROW_WAIT": "0",
-            "SENDOFF_ALLOW_FILE_REPOS": "true",
-            "SENDOFF_WORKSPACE_ROOT": str(self.directory / host),
-            "SENDOFF_AGENT_COMMAND": STUB,
-            "SENDOFF_LOG_LEVEL": "debug",
+            "OUTWAKE_BORROW_WAIT": "0",
+            "OUTWAKE_ALLOW_FILE_REPOS": "true",
+            "OUTWAKE_WORKSPACE_ROOT": str(self.directory / host),
+            "OUTWAKE_AGENT_COMMAND": STUB,
+            "OUTWAKE_LOG_LEVEL": "debug",
         }
         return {**settings, **more}
 
@@ -66,7 +66,7 @@ class Production:
 
 def git(directory: Path, *arguments: str) -> str:
     """Run git there and return what it prints."""
-    who = ("-c", "user.name=Test", "-c", "user.email=test@sendoff.invalid")
+    who = ("-c", "user.name=Test", "-c", "user.email=test@outwake.invalid")
     done = subprocess.run(
         ["git", "-C", str(directory), *who, *arguments], check=True, capture_output=True, text=True
     )

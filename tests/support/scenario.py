@@ -10,8 +10,8 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-import outbox
-from outbox import Claimed
+import outwake
+from outwake import Claimed
 from tests.conftest import Connect
 from tests.support.steps import Connection, add
 
@@ -38,7 +38,7 @@ async def build(connect: Connect) -> Scenario:
     topics = ("email.send", "invoice.send", "report.make", "session.run", "sms.send")
     busy = await _present(connect, conn, 101, topics, concurrency=4)
     parked = await _present(connect, conn, 102, ("audit.log",), concurrency=10)
-    lost = await outbox.register(conn, topics, concurrency=4)
+    lost = await outwake.register(conn, topics, concurrency=4)
     await conn.execute("UPDATE worker SET host = 'worker-3', pid = 103 WHERE id = %s", (lost,))
     await conn.execute("SELECT outbox_park(%s)", (parked,))
     await conn.execute("INSERT INTO topic VALUES ('sms.send', 0, NULL), ('report.make', 1, NULL)")
@@ -47,12 +47,12 @@ async def build(connect: Connect) -> Scenario:
     for _ in range(5):
         await add(conn, "email.send")
     for row in await _claim(conn, busy, "email.send", 5):
-        await outbox.complete(conn, busy, [(row.id, row.attempt)])
+        await outwake.complete(conn, busy, [(row.id, row.attempt)])
 
     rows["dead"] = await _claimed_one(conn, busy, "email.send", payload={"to": "nobody@example.org"})
-    await outbox.fail(conn, busy, (rows["dead"], 1), "550 no such mailbox", permanent=True)
+    await outwake.fail(conn, busy, (rows["dead"], 1), "550 no such mailbox", permanent=True)
     rows["retry"] = await _claimed_one(conn, busy, "email.send")
-    await outbox.fail(conn, busy, (rows["retry"], 1), "connection refused", delay=timedelta(minutes=10))
+    await outwake.fail(conn, busy, (rows["retry"], 1), "connection refused", delay=timedelta(minutes=10))
     rows["lost"] = await _claimed_one(conn, lost, "email.send")
     await conn.execute(
         "UPDATE worker SET lease_until = clock_timestamp() - interval '2 minutes' WHERE id = %s", (lost,)
@@ -86,7 +86,7 @@ async def _present(
     """A worker whose presence lock a connection of the test holds."""
     holder = await connect()
     await holder.execute("SELECT pg_advisory_lock(%s, %s)", (PRESENCE, number))
-    worker = await outbox.register(conn, topics, concurrency=concurrency, presence=number)
+    worker = await outwake.register(conn, topics, concurrency=concurrency, presence=number)
     await conn.execute(
         "UPDATE worker SET host = %s, pid = %s WHERE id = %s", (f"worker-{number - 100}", number, worker)
     )
@@ -94,7 +94,7 @@ async def _present(
 
 
 async def _claim(conn: Connection, worker: UUID, topic: str, slots: int) -> list[Claimed]:
-    return await outbox.claim(conn, worker, [topic], slots, lease=LEASE)
+    return await outwake.claim(conn, worker, [topic], slots, lease=LEASE)
 
 
 async def _claimed_one(conn: Connection, worker: UUID, topic: str, **columns: Any) -> int:
@@ -108,7 +108,7 @@ async def _session(conn: Connection, worker: UUID) -> int:
     """A session whose turn took two attempts."""
     await conn.execute(
         "INSERT INTO session (id, repo, target_branch, branch, title)"
-        " VALUES (%s, 'octo/tools', 'main', 'sendoff/fix', 'Fix the build')",
+        " VALUES (%s, 'octo/tools', 'main', 'outwake/fix', 'Fix the build')",
         (SESSION,),
     )
     await conn.execute(
@@ -118,10 +118,10 @@ async def _session(conn: Connection, worker: UUID) -> int:
     key = f"session:{SESSION}"
     row_id = await _claimed_one(conn, worker, "session.run", payload=payload, ordering_key=key)
     await _say(conn, worker, row_id, 1, ["Looking"])
-    await outbox.fail(conn, worker, (row_id, 1), "git: connection reset", delay=timedelta(0))
+    await outwake.fail(conn, worker, (row_id, 1), "git: connection reset", delay=timedelta(0))
     await _claim(conn, worker, "session.run", 1)
     await _say(conn, worker, row_id, 2, ["Looking", "Fixed"])
-    await outbox.complete(conn, worker, [(row_id, 2)])
+    await outwake.complete(conn, worker, [(row_id, 2)])
     return row_id
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 
-from outbox.migrate import migrate
+from outwake.migrate import migrate
 
 _QUERY = """
 WITH tables AS (
@@ -68,7 +68,7 @@ async def describe(conn: psycopg.AsyncConnection[Any]) -> str:
 
 
 async def _main() -> None:
-    from embedded.postgres import EmbeddedPostgres
+    from outwake.embedded.postgres import EmbeddedPostgres
 
     with tempfile.TemporaryDirectory() as directory:
         server = EmbeddedPostgres(Path(directory) / "data", settings={"fsync": "off"})

@@ -33,7 +33,7 @@ def running_server(data_dir: Path) -> Iterator[str]:
         with _container() as url:
             yield url
     else:
-        from embedded.postgres import EmbeddedPostgres
+        from outwake.embedded.postgres import EmbeddedPostgres
 
         server = EmbeddedPostgres(data_dir, settings=SETTINGS)
         try:

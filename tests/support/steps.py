@@ -18,8 +18,8 @@ import pytest
 from psycopg import AsyncConnection, sql
 from psycopg.types.json import Jsonb
 
-import outbox
-from outbox import Claimed
+import outwake
+from outwake import Claimed
 
 Connection = AsyncConnection[Any]
 Rule = Literal["kept", "taken out"]
@@ -66,7 +66,7 @@ async def get(conn: Connection, row_id: int, name: str = "state") -> Any:
 
 async def new_worker(conn: Connection, *topics: str) -> UUID:
     """A worker's row; whoever knows its id can act for it."""
-    return await outbox.register(conn, topics or ("t",))
+    return await outwake.register(conn, topics or ("t",))
 
 
 async def claim(
@@ -77,7 +77,7 @@ async def claim(
     topics: tuple[str, ...] = ("t",),
     lease: timedelta = LEASE,
 ) -> list[Claimed]:
-    return await outbox.claim(conn, worker, topics, slots, lease=lease)
+    return await outwake.claim(conn, worker, topics, slots, lease=lease)
 
 
 async def claim_ids(

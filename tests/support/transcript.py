@@ -8,7 +8,7 @@
     (1 row)
     ```
 
-and ```console blocks with `$ sendoff …`, `$ worker …` or `$ curl -s URL`. With SENDOFF_WRITE_DOCS=1 in the
+and ```console blocks with `$ outwake …`, `$ worker …` or `$ curl -s URL`. With OUTWAKE_WRITE_DOCS=1 in the
 environment the test writes the outputs into the page instead. Times, intervals, ids and ports differ from
 run to run: they are compared by their kind only.
 """
@@ -21,9 +21,9 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from outbox.cli.output import clean
+from outwake.cli.output import clean
 
-WRITE = os.environ.get("SENDOFF_WRITE_DOCS") == "1"
+WRITE = os.environ.get("OUTWAKE_WRITE_DOCS") == "1"
 
 _PSQL = re.compile(r"(?<=```psql\n)=> (?P<asked>.*?;)\n(?P<said>.*?)(?=```)", re.DOTALL)
 _CONSOLE = re.compile(r"(?<=```console\n)\$ (?P<asked>[^\n]*)\n(?P<said>.*?)(?=```)", re.DOTALL)

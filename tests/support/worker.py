@@ -16,15 +16,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from outbox import Handler, Job
-from outbox.handler import Run
-from outbox.settings import Settings
+from outwake import Handler, Job
+from outwake.handler import Run
+from outwake.settings import Settings
+from outwake.worker.attempt import Outcome
+from outwake.worker.listen import CANCEL
+from outwake.worker.loop import Worker
+from outwake.worker.park import Stage
 from tests.support.process import ROOT, Process, running
 from tests.support.steps import TIMEOUT, Connection
-from worker.attempt import Outcome
-from worker.listen import CANCEL
-from worker.loop import Worker
-from worker.park import Stage
 
 
 class Held:
@@ -237,7 +237,7 @@ async def watched(
 
 HANDLERS = '''
 import asyncio, time
-from outbox import Handler, HandBack, Job, Permanent, Retry
+from outwake import Handler, HandBack, Job, Permanent, Retry
 
 async def noop(job):
     pass
@@ -282,7 +282,7 @@ def install(directory: Path, source: str = HANDLERS, name: str = "test_handlers"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     lines = [f"{topic} = {name}:{topic}" for topic in topics]
-    (info / "entry_points.txt").write_text("[sendoff.handlers]\n" + "\n".join(lines) + "\n")
+    (info / "entry_points.txt").write_text("[outwake.handlers]\n" + "\n".join(lines) + "\n")
     return directory
 
 
@@ -296,9 +296,9 @@ def command(
         env={
             "DATABASE_URL": database,
             "PYTHONPATH": f"{ROOT}:{handlers}",
-            "SENDOFF_LEASE": str(lease),
-            "SENDOFF_DRAIN_GRACE": "0",
-            "SENDOFF_LOG_LEVEL": "debug",
+            "OUTWAKE_LEASE": str(lease),
+            "OUTWAKE_DRAIN_GRACE": "0",
+            "OUTWAKE_LOG_LEVEL": "debug",
             **env,
         },
     )

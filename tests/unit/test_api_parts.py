@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import cursor
-from app.identity import check_host, is_loopback
-from app.main import create_app
-from app.problems import Problem
-from app.sessions import _first_line, _slug
-from outbox.errors import ConfigurationError
-from outbox.names import check_branch, check_title
-from outbox.settings import Settings
+from outwake.app import cursor
+from outwake.app.identity import check_host, is_loopback
+from outwake.app.main import create_app
+from outwake.app.problems import Problem
+from outwake.app.sessions import _first_line, _slug
+from outwake.errors import ConfigurationError
+from outwake.names import check_branch, check_title
+from outwake.settings import Settings
 
 UUIDS = st.uuids()
 TIMES = st.datetimes(timezones=st.just(UTC))
@@ -31,7 +31,7 @@ def test_title_made_of_a_prompt_is_a_title(prompt: str) -> None:
 
 @given(st.text())
 def test_branch_made_of_a_title_is_a_branch(title: str) -> None:
-    check_branch(f"sendoff/{_slug(title) or 'session'}-0123abcd")
+    check_branch(f"outwake/{_slug(title) or 'session'}-0123abcd")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def settings(**changes: object) -> Settings:
 
 
 def test_other_hosts_need_an_explicit_wish() -> None:
-    check_host(settings(SENDOFF_HOST="::1"))
-    check_host(settings(SENDOFF_HOST="0.0.0.0", SENDOFF_DEV_IDENTITY="1"))
-    with pytest.raises(ConfigurationError, match="SENDOFF_DEV_IDENTITY"):
-        create_app(settings(SENDOFF_HOST="0.0.0.0"))
+    check_host(settings(OUTWAKE_HOST="::1"))
+    check_host(settings(OUTWAKE_HOST="0.0.0.0", OUTWAKE_DEV_IDENTITY="1"))
+    with pytest.raises(ConfigurationError, match="OUTWAKE_DEV_IDENTITY"):
+        create_app(settings(OUTWAKE_HOST="0.0.0.0"))

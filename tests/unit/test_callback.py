@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.callback import (
+from outwake.callback import (
     CallbackError,
     check_address,
     check_callback,

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from outbox.settings import Settings
+from outwake.settings import Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-All settings are environment variables, read by `sendoff` and `worker` alike. Times are in seconds, sizes in
+All settings are environment variables, read by `outwake` and `worker` alike. Times are in seconds, sizes in
 bytes. A wrong value is one line on stderr and exit status 2.
 
 | variable | default | meaning |

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.dashboard.charts import HEIGHT, WIDTH, charts
-from app.dashboard.conversation import attempts_of, blocks_of
-from app.dashboard.markdown import to_html
-from app.dashboard.queries import Bin
-from app.dashboard.words import ago, count, duration, money
+from outwake.app.dashboard.charts import HEIGHT, WIDTH, charts
+from outwake.app.dashboard.conversation import attempts_of, blocks_of
+from outwake.app.dashboard.markdown import to_html
+from outwake.app.dashboard.queries import Bin
+from outwake.app.dashboard.words import ago, count, duration, money
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from app.dashboard.signin import CALLBACK
-from app.identity import is_loopback
-from outbox.settings import Settings
+from outwake.app.dashboard.signin import CALLBACK
+from outwake.app.identity import is_loopback
+from outwake.settings import Settings
 from tests.support.process import ROOT, SCRIPTS, command_line
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if service["image"] == "sendoff"}
+OURS = {name: service for name, service in SERVICES.items() if service["image"] == "outwake"}
 NEEDED = {"postgres", "migrate", "api", "worker"}
 VARIABLES = {field.alias for field in Settings.model_fields.values()}
 
@@ -107,7 +107,8 @@ def test_ports_are_published_on_loopback_only_and_the_database_not_at_all() -> N
 
 def test_the_image_holds_every_package_and_its_variables_are_settings() -> None:
     copied = {word for words in instructions("COPY") for word in words[:-1]}
-    packages = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    packages = {"outwake", *(path.name for path in (ROOT / "outwake").iterdir() if path.is_symlink())}
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["outwake"]
     assert packages | {"pyproject.toml", PROJECT["project"]["readme"]} <= copied
     assert all((ROOT / name).exists() for name in packages)
     ignored = (ROOT / ".dockerignore").read_text().split()
@@ -125,7 +126,7 @@ def test_the_image_has_git_and_does_not_run_as_root() -> None:
 
 # Keycloak, for trying out authentication
 
-REALM = json.loads((ROOT / "keycloak" / "sendoff-realm.json").read_text())
+REALM = json.loads((ROOT / "keycloak" / "outwake-realm.json").read_text())
 
 
 def default(name: str) -> Any:
@@ -135,7 +136,7 @@ def default(name: str) -> Any:
 def test_the_realm_is_the_issuer_that_the_pages_name() -> None:
     issuer = f"{SERVICES['keycloak']['environment']['KC_HOSTNAME']}/realms/{REALM['realm']}"
     for page in ("docker-compose.yml", "docs/authentication.md"):
-        assert f"SENDOFF_OIDC_ISSUER={issuer}" in (ROOT / page).read_text()
+        assert f"OUTWAKE_OIDC_ISSUER={issuer}" in (ROOT / page).read_text()
     host = issuer.removeprefix("http://").partition(":")[0]
     assert SERVICES["keycloak"]["networks"]["default"]["aliases"] == [host]
     assert is_loopback(host)  # browsers and curl take any name below localhost for loopback
@@ -144,7 +145,7 @@ def test_the_realm_is_the_issuer_that_the_pages_name() -> None:
 def test_the_realms_tokens_are_for_us_and_name_operators() -> None:
     assert {role["name"] for role in REALM["roles"]["realm"]} == {default("oidc_operator_role")}
     clients = {client["clientId"]: client for client in REALM["clients"]}
-    assert clients.keys() == {"sendoff-cli", default("oidc_client_id")}
+    assert clients.keys() == {"outwake-cli", default("oidc_client_id")}
     for client in clients.values():
         audiences = {
             mapper["config"]["included.custom.audience"]

@@ -1,4 +1,4 @@
-"""The end of a connection is noticed however it comes, by who listens (outbox.connect.hear) and by who waits
+"""The end of a connection is noticed however it comes, by who listens (outwake.connect.hear) and by who waits
 for an answer on the same connection (worker.reply).
 """
 
@@ -13,8 +13,8 @@ import psycopg
 import pytest
 import uvloop
 
-from outbox.connect import hear
-from worker.listen import Listener
+from outwake.connect import hear
+from outwake.worker.listen import Listener
 
 
 class Server:
@@ -75,7 +75,7 @@ class Behind(Server):
     def notifies(self) -> Any:
         if self.results == 0:
             self.results -= 1
-            return SimpleNamespace(relname=b"sendoff_wake", extra=b"t@0")
+            return SimpleNamespace(relname=b"outwake_wake", extra=b"t@0")
         return None
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from worker.events import DEPTH, HEAD, NOTE, Splitter, event
+from outwake.worker.events import DEPTH, HEAD, NOTE, Splitter, event
 
 BAD = "\ufffd"
 

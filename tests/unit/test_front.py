@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from outbox import Claimed
-from outbox.claim import Level
-from worker import front as module
-from worker.front import NEAR, SOON, Front, Look, Seen
+from outwake import Claimed
+from outwake.claim import Level
+from outwake.worker import front as module
+from outwake.worker.front import NEAR, SOON, Front, Look, Seen
 
 T = datetime(2026, 1, 1, tzinfo=UTC)
 FRONT = Look(None)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from worker.lease import Lease
+from outwake.worker.lease import Lease
 
 
 class Clock:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from app import limits
-from app.identity import Identity
-from app.limits import Limits
-from app.problems import Problem
-from outbox.settings import Settings
+from outwake.app import limits
+from outwake.app.identity import Identity
+from outwake.app.limits import Limits
+from outwake.app.problems import Problem
+from outwake.settings import Settings
 
 ALICE, BOB, OLGA = Identity("alice", False), Identity("bob", False), Identity("olga", True)
 
@@ -34,7 +34,7 @@ def admitted(limit: Limits, identity: Identity, most: int = 1000) -> int:
 
 def test_a_burst_then_the_rate() -> None:
     clock = Clock()
-    limit = made(clock, SENDOFF_REQUEST_RATE=2)
+    limit = made(clock, OUTWAKE_REQUEST_RATE=2)
     assert admitted(limit, ALICE) == 20
     assert admitted(limit, BOB) == 20
     clock.now += 1
@@ -47,7 +47,7 @@ def test_a_burst_then_the_rate() -> None:
 @pytest.mark.parametrize(("rate", "seconds"), [(2.0, 1), (0.05, 20)])
 def test_retry_after_is_long_enough(rate: float, seconds: int) -> None:
     clock = Clock()
-    limit = made(clock, SENDOFF_REQUEST_RATE=rate)
+    limit = made(clock, OUTWAKE_REQUEST_RATE=rate)
     admitted(limit, ALICE)
     with pytest.raises(Problem, match="a second") as raised:
         limit.admit(ALICE)
@@ -58,7 +58,7 @@ def test_retry_after_is_long_enough(rate: float, seconds: int) -> None:
 
 def test_users_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REMEMBERED", 10)
-    limit = made(Clock(), SENDOFF_REQUEST_RATE=0.1)
+    limit = made(Clock(), OUTWAKE_REQUEST_RATE=0.1)
     for number in range(100):
         limit.admit(Identity(f"user-{number}", False))
     assert len(limit._buckets) == 10
@@ -66,7 +66,7 @@ def test_users_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_streams_of_a_user_and_of_the_process() -> None:
-    limit = made(Clock(), SENDOFF_MAX_STREAMS=2, SENDOFF_MAX_PROCESS_STREAMS=4)
+    limit = made(Clock(), OUTWAKE_MAX_STREAMS=2, OUTWAKE_MAX_PROCESS_STREAMS=4)
     closing = [limit.open_stream(ALICE) for _ in range(2)]
     with pytest.raises(Problem, match="2 event streams"):
         limit.open_stream(ALICE)

@@ -12,16 +12,16 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from app.metrics import REGISTRY
-from outbox.metrics import WORKER_STATES, _families
+from outwake.app.metrics import REGISTRY
+from outwake.metrics import WORKER_STATES, _families
+from outwake.worker.metrics import OUTCOMES, Stats, families
 from tests.support.process import ROOT
-from worker.metrics import OUTCOMES, Stats, families
 
 OBSERVE = ROOT / "observe"
 ALERTS = yaml.safe_load((OBSERVE / "alerts.yml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 TESTS = yaml.safe_load((OBSERVE / "alerts_test.yml").read_text())
-DASHBOARD = json.loads((OBSERVE / "grafana" / "dashboards" / "sendoff.json").read_text())
+DASHBOARD = json.loads((OBSERVE / "grafana" / "dashboards" / "outwake.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -32,7 +32,7 @@ def exported() -> dict[str, set[str]]:
     """The names of all series, with their labels."""
     api = [*REGISTRY.collect(), *_families([("outbox", "t", "ready", "due", 1.0, 1.0)])]
     worker = families(Stats().snapshot({}))
-    series: dict[str, set[str]] = {"up": {"job", "instance"}, "sendoff_api_listen_connected": set()}
+    series: dict[str, set[str]] = {"up": {"job", "instance"}, "outwake_api_listen_connected": set()}
     for family in [*api, *worker]:
         # A family made by hand knows its labels; the API's own have them on the metric in its registry.
         names = getattr(family, "_labelnames", None)
@@ -84,7 +84,7 @@ def test_the_dashboard_asks_for_what_is_exported(query: str) -> None:
 
 
 def test_a_query_for_something_else_is_found() -> None:
-    for wrong in ("sendoff_outbox_row", "sum by (tpic) (sendoff_outbox_rows)", 'sendoff_workers{stat="x"}'):
+    for wrong in ("outwake_outbox_row", "sum by (tpic) (outwake_outbox_rows)", 'outwake_workers{stat="x"}'):
         with pytest.raises(AssertionError):
             check(wrong)
     with pytest.raises(ValueError, match=r"unclosed|unexpected|parse"):
@@ -93,10 +93,10 @@ def test_a_query_for_something_else_is_found() -> None:
 
 def test_every_metric_is_on_the_dashboard() -> None:
     """Or in an alert: what nobody looks at need not be counted."""
-    asked = set(re.findall(r"sendoff_\w+", " ".join(QUERIES + [rule["expr"] for rule in RULES])))
+    asked = set(re.findall(r"outwake_\w+", " ".join(QUERIES + [rule["expr"] for rule in RULES])))
     looked_at = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in asked}
     names = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in SERIES} - {"up"}
-    assert names - looked_at <= {"sendoff_http_requests_in_progress", "sendoff_worker_leases_lost"}
+    assert names - looked_at <= {"outwake_http_requests_in_progress", "outwake_worker_leases_lost"}
 
 
 def test_values_of_labels_are_those_that_occur() -> None:
@@ -146,11 +146,11 @@ def test_compose_wires_them_under_a_profile() -> None:
     }
     environment = COMPOSE["worker"]["environment"]
     assert targets == {
-        ("api", int(COMPOSE["api"]["environment"]["SENDOFF_PORT"])),
-        ("worker", int(environment["SENDOFF_HEALTH_PORT"])),
+        ("api", int(COMPOSE["api"]["environment"]["OUTWAKE_PORT"])),
+        ("worker", int(environment["OUTWAKE_HEALTH_PORT"])),
     }
-    assert {job["job_name"] for job in scraped} == {"sendoff-api", "sendoff-worker"}
-    assert environment["SENDOFF_HEALTH_HOST"] == "0.0.0.0"
+    assert {job["job_name"] for job in scraped} == {"outwake-api", "outwake-worker"}
+    assert environment["OUTWAKE_HEALTH_HOST"] == "0.0.0.0"
     source = yaml.safe_load(
         (OBSERVE / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
     )["datasources"][0]

@@ -4,9 +4,9 @@ import json
 
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from app.openapi import document
-from app.problems import KINDS
-from app.routes import ENDPOINTS, routes
+from outwake.app.openapi import document
+from outwake.app.problems import KINDS
+from outwake.app.routes import ENDPOINTS, routes
 
 
 def test_document_is_valid() -> None:

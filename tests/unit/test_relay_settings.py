@@ -1,10 +1,10 @@
-"""What SENDOFF_RELAY_… may say. The worker's refusals are in tests/integration/test_relay.py."""
+"""What OUTWAKE_RELAY_… may say. The worker's refusals are in tests/integration/test_relay.py."""
 
 import pytest
 
-from outbox.errors import ConfigurationError
-from outbox.names import InvalidNameError, check_topics
-from outbox.settings import load
+from outwake.errors import ConfigurationError
+from outwake.names import InvalidNameError, check_topics
+from outwake.settings import load
 
 SECRET = "s3cr3t"
 
@@ -34,8 +34,8 @@ def test_topics(text: str, topics: tuple[str, ...]) -> None:
 def test_what_no_subject_can_be_made_from(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidNameError):
         check_topics(text)
-    monkeypatch.setenv("SENDOFF_RELAY_TOPICS", text)
-    with pytest.raises(ConfigurationError, match=r"^SENDOFF_RELAY_TOPICS: "):
+    monkeypatch.setenv("OUTWAKE_RELAY_TOPICS", text)
+    with pytest.raises(ConfigurationError, match=r"^OUTWAKE_RELAY_TOPICS: "):
         load()
 
 
@@ -50,7 +50,7 @@ def test_what_no_subject_can_be_made_from(text: str, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_servers(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENDOFF_RELAY_URL", url)
+    monkeypatch.setenv("OUTWAKE_RELAY_URL", url)
     settings = load()
     assert settings.relay_url is not None
     assert settings.relay_url.get_secret_value() == url
@@ -58,7 +58,7 @@ def test_servers(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENDOFF_RELAY_URL", "")
+    monkeypatch.setenv("OUTWAKE_RELAY_URL", "")
     assert load().relay_url is None
 
 
@@ -77,14 +77,14 @@ def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_wrong_server_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENDOFF_RELAY_URL", url)
-    with pytest.raises(ConfigurationError, match=r"^SENDOFF_RELAY_URL: .*must be nats://") as refused:
+    monkeypatch.setenv("OUTWAKE_RELAY_URL", url)
+    with pytest.raises(ConfigurationError, match=r"^OUTWAKE_RELAY_URL: .*must be nats://") as refused:
         load()
     assert SECRET not in str(refused.value)
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "a.", "a b", "a.*", ">", "$JS.API"])
 def test_a_prefix_that_is_no_subject_is_refused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENDOFF_RELAY_PREFIX", prefix)
-    with pytest.raises(ConfigurationError, match=r"^SENDOFF_RELAY_PREFIX: "):
+    monkeypatch.setenv("OUTWAKE_RELAY_PREFIX", prefix)
+    with pytest.raises(ConfigurationError, match=r"^OUTWAKE_RELAY_PREFIX: "):
         load()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from worker.credentials import load_credentials, secrets_in
-from worker.errors import TransientError
-from worker.secrets import Secrets
+from outwake.worker.credentials import load_credentials, secrets_in
+from outwake.worker.errors import TransientError
+from outwake.worker.secrets import Secrets
 
 
 def test_a_secret_is_hidden_in_every_spelling() -> None:

@@ -8,21 +8,30 @@ from pathlib import Path
 
 import pytest
 
-import outbox
-import sql
+import outwake
+from outwake import sql
 from tests.support.process import ROOT
+
+ROOMS = ("app", "worker", "sql", "embedded")  # folders of the root, linked below outwake/
+
+
+def _room(name: str) -> str:
+    """`outwake.worker.loop` is in the room `worker`, `outwake.claim` in `outwake`."""
+    top, _, rest = name.partition(".")
+    below = rest.partition(".")[0]
+    return below if top == "outwake" and below in ROOMS else top
 
 
 def imports(package: str) -> dict[Path, set[str]]:
-    """The top-level packages that each module of a package imports, inside functions too."""
+    """The rooms, and the packages of others, that each module of a folder imports, in functions too."""
     found: dict[Path, set[str]] = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         names: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
+                names |= {_room(alias.name) for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module.partition(".")[0])
+                names |= {_room(f"{node.module}.{alias.name}") for alias in node.names}
         found[path] = names
     assert found
     return found
@@ -33,41 +42,41 @@ def imports(package: str) -> dict[Path, set[str]]:
     [
         ("app", {"worker", "embedded", "tests"}),
         ("worker", {"app", "embedded", "tests"}),
-        ("outbox", {"app", "worker", "embedded", "tests"}),
-        ("sql", {"app", "worker", "outbox", "embedded", "tests"}),
+        ("outwake", {"app", "worker", "embedded", "tests"}),
+        ("sql", {"app", "worker", "outwake", "embedded", "tests"}),
         ("embedded", {"tests"}),
     ],
 )
 def test_layers(package: str, never: set[str]) -> None:
-    """app and worker never import each other; outbox imports neither."""
+    """app and worker never import each other; outwake itself imports neither."""
     wrong = {str(path): names & never for path, names in imports(package).items() if names & never}
     assert wrong == {}
 
 
 def test_exports_are_sorted_and_complete() -> None:
-    """All public names that outbox/__init__.py binds, in order: capitals first, as sorted() has them."""
-    assert outbox.__all__ == sorted(outbox.__all__)
-    modules = {module.name for module in pkgutil.iter_modules(outbox.__path__)}
+    """All public names that outwake/__init__.py binds, in order: capitals first, as sorted() has them."""
+    assert outwake.__all__ == sorted(outwake.__all__)
+    modules = {module.name for module in pkgutil.iter_modules(outwake.__path__)}
     bound = {
         name
-        for name, value in vars(outbox).items()
+        for name, value in vars(outwake).items()
         if not name.startswith("_") and not (inspect.ismodule(value) and name in modules)
     }
-    assert bound == set(outbox.__all__)
+    assert bound == set(outwake.__all__)
 
 
-@pytest.mark.parametrize("name", outbox.__all__)
+@pytest.mark.parametrize("name", outwake.__all__)
 def test_export_is_documented_and_ours(name: str) -> None:
-    value = getattr(outbox, name)
+    value = getattr(outwake, name)
     assert inspect.getdoc(value)
-    assert value.__module__.startswith("outbox.")
+    assert value.__module__.startswith("outwake.")
 
 
 def test_every_error_is_in_the_tree_and_exported() -> None:
-    errors = importlib.import_module("outbox.errors")
+    errors = importlib.import_module("outwake.errors")
     found = inspect.getmembers(errors, inspect.isclass)
     classes = {name for name, value in found if value.__module__ == errors.__name__}
-    assert classes <= set(outbox.__all__)
+    assert classes <= set(outwake.__all__)
     assert errors.__doc__ is not None
     assert all(name in errors.__doc__ for name in classes)
 

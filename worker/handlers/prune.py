@@ -11,11 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-from outbox.enqueue import enqueue
-from outbox.handler import Handler, Job
-from outbox.log import get_logger
-from outbox.prune import prune
-from outbox.settings import load
+from outwake.enqueue import enqueue
+from outwake.handler import Handler, Job
+from outwake.log import get_logger
+from outwake.prune import prune
+from outwake.settings import load
 
 TOPIC = "outbox.prune"
 

@@ -1,4 +1,4 @@
-"""Topics of SENDOFF_RELAY_TOPICS: publishes their rows to NATS JetStream, for fan-out beyond Postgres.
+"""Topics of OUTWAKE_RELAY_TOPICS: publishes their rows to NATS JetStream, for fan-out beyond Postgres.
 
 1. What is published is the payload as Postgres has it, not as Python understood it: no number loses digits.
 2. The message id is the same for all attempts at a row, so that JetStream drops what it has already; and no
@@ -19,13 +19,13 @@ from urllib.parse import quote
 from nats.errors import Error
 from nats.js.errors import APIError, NoStreamResponseError
 
-from outbox.errors import ConfigurationError, Fenced, HandBack, Permanent, Retry
-from outbox.handler import Handler, Job
-from outbox.log import get_logger
-from outbox.names import check_topics
-from outbox.settings import Settings
-from worker.backoff import backoff
-from worker.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
+from outwake.errors import ConfigurationError, Fenced, HandBack, Permanent, Retry
+from outwake.handler import Handler, Job
+from outwake.log import get_logger
+from outwake.names import check_topics
+from outwake.settings import Settings
+from outwake.worker.backoff import backoff
+from outwake.worker.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds
 
@@ -55,7 +55,7 @@ class Relay:
     def __init__(self, settings: Settings) -> None:
         """Raises ConfigurationError; connects to nothing yet."""
         if settings.relay_url is None:
-            raise ConfigurationError("SENDOFF_RELAY_URL: is not set, and SENDOFF_RELAY_TOPICS is")
+            raise ConfigurationError("OUTWAKE_RELAY_URL: is not set, and OUTWAKE_RELAY_TOPICS is")
         if settings.relay_credentials is not None:
             read_credentials(settings.relay_credentials)
         servers = [server.strip() for server in settings.relay_url.get_secret_value().split(",")]
@@ -105,12 +105,12 @@ async def _message(job: Job) -> tuple[bytes, dict[str, str]]:
     payload, created_at, message_id = found
     headers = {
         "Nats-Msg-Id": message_id,
-        "Sendoff-Row": str(row_id),
-        "Sendoff-Attempt": str(attempt),
-        "Sendoff-Created-At": created_at,
+        "Outwake-Row": str(row_id),
+        "Outwake-Attempt": str(attempt),
+        "Outwake-Created-At": created_at,
     }
     if job.row.ordering_key is not None:
-        headers["Sendoff-Ordering-Key"] = quote(job.row.ordering_key, safe=_VISIBLE)
+        headers["Outwake-Ordering-Key"] = quote(job.row.ordering_key, safe=_VISIBLE)
     if job.traceparent is not None:
         headers["traceparent"] = job.traceparent
     return payload.encode(), headers

@@ -6,12 +6,12 @@ the worker. It never gives up: it backs off, and its age is what monitoring aler
 
 from psycopg.types.json import Jsonb
 
-from outbox.errors import Retry
-from outbox.handler import Handler, Job
-from outbox.log import get_logger
-from outbox.settings import load
-from worker.allocator import allocator
-from worker.errors import SessionError
+from outwake.errors import Retry
+from outwake.handler import Handler, Job
+from outwake.log import get_logger
+from outwake.settings import load
+from outwake.worker.allocator import allocator
+from outwake.worker.errors import SessionError
 
 TOPIC = "sandbox.return"
 

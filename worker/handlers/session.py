@@ -26,27 +26,27 @@ from uuid import UUID
 from psycopg import DataError
 from psycopg.types.json import Jsonb
 
-from outbox.errors import Permanent, Retry
-from outbox.handler import Handler, Job, Lease
-from outbox.log import get_logger
-from outbox.names import InvalidNameError, check_branch, clone_url
-from outbox.settings import Settings, load
-from worker.agent import Agent
-from worker.allocator import allocator
-from worker.borrow import borrow
-from worker.claude import Command, Transcript, prepare, pull_request, take_transcript, unreached
-from worker.credentials import load_credentials, secrets_in
-from worker.errors import PermanentError, TransientError
-from worker.events import Event
-from worker.git import Git
-from worker.guarded import Exit
-from worker.local import Sandbox
-from worker.messages import Messages, outlast
-from worker.metrics import agent_used
-from worker.remote import Remote, RemoteWorkspace, open_remote
-from worker.sandbox import Sandbox as Client
-from worker.secrets import Secrets
-from worker.workspace import Workspace, open_workspace, own_directory
+from outwake.errors import Permanent, Retry
+from outwake.handler import Handler, Job, Lease
+from outwake.log import get_logger
+from outwake.names import InvalidNameError, check_branch, clone_url
+from outwake.settings import Settings, load
+from outwake.worker.agent import Agent
+from outwake.worker.allocator import allocator
+from outwake.worker.borrow import borrow
+from outwake.worker.claude import Command, Transcript, prepare, pull_request, take_transcript, unreached
+from outwake.worker.credentials import load_credentials, secrets_in
+from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.events import Event
+from outwake.worker.git import Git
+from outwake.worker.guarded import Exit
+from outwake.worker.local import Sandbox
+from outwake.worker.messages import Messages, outlast
+from outwake.worker.metrics import agent_used
+from outwake.worker.remote import Remote, RemoteWorkspace, open_remote
+from outwake.worker.sandbox import Sandbox as Client
+from outwake.worker.secrets import Secrets
+from outwake.worker.workspace import Workspace, open_workspace, own_directory
 
 TOPIC = "session.run"
 

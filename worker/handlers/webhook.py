@@ -18,13 +18,13 @@ from datetime import timedelta
 
 import httpx
 
-from outbox.callback import CallbackError, parse_networks, parse_secrets
-from outbox.errors import Permanent, Retry
-from outbox.handler import Handler, Job
-from outbox.log import get_logger
-from outbox.settings import Settings, load
-from worker.backoff import backoff
-from worker.callback import CallbackTransport, Resolve
+from outwake.callback import CallbackError, parse_networks, parse_secrets
+from outwake.errors import Permanent, Retry
+from outwake.handler import Handler, Job
+from outwake.log import get_logger
+from outwake.settings import Settings, load
+from outwake.worker.backoff import backoff
+from outwake.worker.callback import CallbackTransport, Resolve
 
 TOPIC = "webhook.deliver"
 
@@ -68,12 +68,12 @@ async def post(
     Raises CallbackError, httpx.HTTPError, TimeoutError, Retry if no secret is set.
     """
     if settings.webhook_secret is None:
-        raise Retry("this worker has no SENDOFF_WEBHOOK_SECRET")
+        raise Retry("this worker has no OUTWAKE_WEBHOOK_SECRET")
     keys = parse_secrets(settings.webhook_secret.get_secret_value())
     now = int(time.time())
     headers = {
         "Content-Type": "application/json",
-        "User-Agent": "sendoff",
+        "User-Agent": "outwake",
         "webhook-id": message_id,
         "webhook-timestamp": str(now),
         "webhook-signature": sign(keys, message_id, now, body),

@@ -1,6 +1,6 @@
 """A topic of one's own: see docs/outbox.md."""
 
-from outbox import Handler, Job, Permanent
+from outwake import Handler, Job, Permanent
 
 
 async def send(job: Job) -> None:

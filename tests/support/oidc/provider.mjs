@@ -47,7 +47,7 @@ const configure = () => ({
   // Keycloak's shape.
   extraTokenClaims: (ctx, token) => ({
     sub: token.clientId,
-    realm_access: { roles: token.clientId === 'olga' ? ['sendoff-operator'] : ['offline_access'] },
+    realm_access: { roles: token.clientId === 'olga' ? ['outwake-operator'] : ['offline_access'] },
   }),
 });
 

@@ -1,4 +1,4 @@
-"""`sendoff tail SESSION`: a session's messages as they come."""
+"""`outwake tail SESSION`: a session's messages as they come."""
 
 import asyncio
 import sys
@@ -10,9 +10,9 @@ from uuid import UUID
 import psycopg
 from rich.text import Text
 
-from outbox.cli.output import as_json, clean, console
-from outbox.settings import Settings
-from outbox.watch import NoSession, follow
+from outwake.cli.output import as_json, clean, console
+from outwake.settings import Settings
+from outwake.watch import NoSession, follow
 
 _RETRY = 1.0  # seconds
 _WIDTH = 200  # characters of a tool's input or result
@@ -41,10 +41,10 @@ async def tail(settings: Settings, session_id: UUID, *, after: int, json: bool, 
                     ):
                         return 0
         except NoSession:
-            print(f"sendoff: there is no session {session_id}", file=sys.stderr)
+            print(f"outwake: there is no session {session_id}", file=sys.stderr)
             return 1
         except psycopg.OperationalError as error:
-            print(f"sendoff: {str(error).strip().splitlines()[0]}; reconnecting", file=sys.stderr)
+            print(f"outwake: {str(error).strip().splitlines()[0]}; reconnecting", file=sys.stderr)
             await asyncio.sleep(_RETRY)
 
 

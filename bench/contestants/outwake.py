@@ -1,4 +1,4 @@
-"""Sendoff: the worker command as it is, its handler found through an entry point (bench/contestants.py)."""
+"""Outwake: the worker command as it is, its handler found through an entry point (bench/contestants.py)."""
 
 import asyncio
 import sys
@@ -7,8 +7,8 @@ import common
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
-from outbox import Handler, Job, enqueue
-from outbox.migrate import migrate
+from outwake import Handler, Job, enqueue
+from outwake.migrate import migrate
 
 INSERT = "INSERT INTO outbox (topic) VALUES (%s) RETURNING id"
 

@@ -8,13 +8,13 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from outbox.callback import parse_networks, parse_secrets
-from outbox.errors import ConfigurationError
-from outbox.names import check_topics
+from outwake.callback import parse_networks, parse_secrets
+from outwake.errors import ConfigurationError
+from outwake.names import check_topics
 
 
 def _variable(name: str) -> str:
-    return f"SENDOFF_{name.upper()}"
+    return f"OUTWAKE_{name.upper()}"
 
 
 def _checked_networks(text: str) -> str:
@@ -74,7 +74,7 @@ class Settings(BaseSettings):
 
     dev_identity: bool = False
     """Serve everybody as operator even where strangers could connect. Without effect where tokens are
-    required, that is with SENDOFF_OIDC_ISSUER or SENDOFF_REQUIRE_TOKEN."""
+    required, that is with OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN."""
 
     require_token: bool = False
     """Refuse requests without a token even without an issuer: then only API tokens are accepted."""
@@ -82,23 +82,23 @@ class Settings(BaseSettings):
     oidc_issuer: Annotated[str | None, Field(max_length=1000)] = None
     """URL of the OpenID Connect issuer whose tokens are accepted; empty or unset: none."""
 
-    oidc_audience: Annotated[str, Field(min_length=1)] = "sendoff"
+    oidc_audience: Annotated[str, Field(min_length=1)] = "outwake"
     """What the `aud` of a token must contain."""
 
     oidc_role_claim: str = "realm_access.roles"
     """The claim that lists a user's roles, with dots between the names of nested ones."""
 
-    oidc_operator_role: Annotated[str, Field(min_length=1)] = "sendoff-operator"
+    oidc_operator_role: Annotated[str, Field(min_length=1)] = "outwake-operator"
     """The role that makes a user an operator."""
 
-    oidc_client_id: Annotated[str, Field(min_length=1)] = "sendoff-dashboard"
+    oidc_client_id: Annotated[str, Field(min_length=1)] = "outwake-dashboard"
     """The client that the dashboard is at the issuer, for people who sign in with a browser."""
 
     oidc_client_secret: SecretStr | None = None
     """Its secret; unset: a public client, which PKCE alone protects."""
 
     public_url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
-    """Where browsers reach the dashboard, such as `https://sendoff.example`. Default: as they say."""
+    """Where browsers reach the dashboard, such as `https://outwake.example`. Default: as they say."""
 
     max_sessions: Annotated[int, Field(ge=1)] = 100
     """Unfinished sessions a user may have at once. Operators are not limited."""
@@ -183,14 +183,14 @@ class Settings(BaseSettings):
     http: `10.1.0.0/16,127.0.0.1`."""
 
     relay_url: Annotated[SecretStr | None, AfterValidator(_checked_servers)] = None
-    """NATS, for the topics of SENDOFF_RELAY_TOPICS: `nats://host:4222`, or `tls://`, with user and password
+    """NATS, for the topics of OUTWAKE_RELAY_TOPICS: `nats://host:4222`, or `tls://`, with user and password
     or a token before the host. Several servers of one cluster are separated by commas."""
 
     relay_topics: Annotated[str, AfterValidator(_checked_topics)] = ""
     """Topics, separated by commas, whose rows are published to JetStream (docs/relay.md). Needs the extra
     `relay`."""
 
-    relay_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "sendoff"
+    relay_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "outwake"
     """What stands before the topic in a subject, with a dot between them."""
 
     relay_credentials: Path | None = None

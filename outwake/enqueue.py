@@ -13,8 +13,8 @@ import psycopg
 from psycopg.rows import scalar_row
 from psycopg.types.json import Jsonb
 
-from outbox import trace
-from outbox.errors import Duplicate
+from outwake import trace
+from outwake.errors import Duplicate
 
 OnDuplicate = Literal["reject", "keep", "replace"]
 

@@ -1,6 +1,6 @@
 """Handlers: what a user writes to serve a topic.
 
-    from outbox import Handler, Job, Retry
+    from outwake import Handler, Job, Retry
 
     async def send(job: Job) -> None:
         async with job.transaction() as conn:       # fenced: all of it happens, or none
@@ -11,7 +11,7 @@
 
 and in pyproject.toml, so that `worker` finds it:
 
-    [project.entry-points."sendoff.handlers"]
+    [project.entry-points."outwake.handlers"]
     "email.send" = "my_package.email:handler"
 """
 
@@ -27,8 +27,8 @@ from uuid import UUID
 
 import psycopg
 
-from outbox.claim import Claimed, complete, fence
-from outbox.errors import Cancelled, ConfigurationError, Fenced
+from outwake.claim import Claimed, complete, fence
+from outwake.errors import Cancelled, ConfigurationError, Fenced
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -94,7 +94,7 @@ Run = Callable[[Job], Awaitable[None] | None]
 class Handler:
     """Serves one topic. `run` returns when the work is done; a plain function runs in a thread.
 
-    It may raise Retry, Permanent or HandBack (outbox.errors); any other exception is a failure that is
+    It may raise Retry, Permanent or HandBack (outwake.errors); any other exception is a failure that is
     retried by backoff. `timeout` is for one attempt; the topic table can override it.
     """
 
@@ -109,12 +109,12 @@ class Handler:
 
 
 def installed_handlers() -> dict[str, Handler]:
-    """The handlers of the entry point group `sendoff.handlers`, by topic.
+    """The handlers of the entry point group `outwake.handlers`, by topic.
 
     Raises ConfigurationError if an entry point does not load, is no Handler, or serves another's topic.
     """
     found: dict[str, Handler] = {}
-    for entry in entry_points(group="sendoff.handlers"):
+    for entry in entry_points(group="outwake.handlers"):
         try:
             handler = entry.load()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""`sendoff status` and `sendoff top`: outbox and workers, once or live, for people or as JSON."""
+"""`outwake status` and `outwake top`: outbox and workers, once or live, for people or as JSON."""
 
 import asyncio
 import sys
@@ -13,11 +13,11 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from outbox.cli.output import Record, as_json, clean, console, table
-from outbox.connect import connect
-from outbox.errors import SchemaError
-from outbox.migrate import check_schema
-from outbox.settings import Settings
+from outwake.cli.output import Record, as_json, clean, console, table
+from outwake.connect import connect
+from outwake.errors import SchemaError
+from outwake.migrate import check_schema
+from outwake.settings import Settings
 
 _SHOWN = 15
 
@@ -73,7 +73,7 @@ async def top(settings: Settings, *, every: float, json: bool) -> int:
 @asynccontextmanager
 async def _connection(settings: Settings) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
     lease = timedelta(seconds=settings.lease)
-    conn = await connect(settings.database_url, "sendoff cli", lease, pooled=settings.pooled)
+    conn = await connect(settings.database_url, "outwake cli", lease, pooled=settings.pooled)
     async with conn:
         await check_schema(conn)
         yield conn

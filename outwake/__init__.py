@@ -1,22 +1,32 @@
 """A transactional outbox on Postgres: enqueue in your transaction, claim with a lease, complete fenced."""
 
-from outbox.claim import Claimed, claim, complete, complete_and_claim, fail, fence, hand_back, register, renew
-from outbox.enqueue import enqueue, enqueue_many
-from outbox.errors import (
+from outwake.claim import (
+    Claimed,
+    claim,
+    complete,
+    complete_and_claim,
+    fail,
+    fence,
+    hand_back,
+    register,
+    renew,
+)
+from outwake.enqueue import enqueue, enqueue_many
+from outwake.errors import (
     Cancelled,
     ConfigurationError,
     Duplicate,
     Fenced,
     HandBack,
     Outcome,
+    OutwakeError,
     Permanent,
     Retry,
     SchemaError,
-    SendoffError,
     WorkerEnded,
 )
-from outbox.handler import Handler, Job
-from outbox.migrate import migrate
+from outwake.handler import Handler, Job
+from outwake.migrate import migrate
 
 __all__ = [
     "Cancelled",
@@ -28,10 +38,10 @@ __all__ = [
     "Handler",
     "Job",
     "Outcome",
+    "OutwakeError",
     "Permanent",
     "Retry",
     "SchemaError",
-    "SendoffError",
     "WorkerEnded",
     "claim",
     "complete",

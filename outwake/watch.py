@@ -18,8 +18,8 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import dict_row
 
-from outbox.connect import connect, hear
-from outbox.settings import Settings
+from outwake.connect import connect, hear
+from outwake.settings import Settings
 
 _PRESENCE = 1397048890
 _PAGE = 500
@@ -53,12 +53,12 @@ async def follow(
     Raises NoSession; psycopg.OperationalError when a connection breaks: go on from the last seq.
     """
     lease = timedelta(seconds=settings.lease)
-    listener = await connect(settings.listen_url, "sendoff tail listener", lease)
+    listener = await connect(settings.listen_url, "outwake tail listener", lease)
     async with (
         listener,
-        await connect(settings.database_url, "sendoff tail", lease, pooled=settings.pooled) as conn,
+        await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn,
     ):
-        await listener.execute("LISTEN sendoff_session")
+        await listener.execute("LISTEN outwake_session")
         presence = secrets.randbelow(2**31)
         await listener.execute("SELECT pg_advisory_lock(%s, %s)", (_PRESENCE, presence))
         await conn.execute("SELECT session_watch(%s::uuid[], %s)", ([session_id], presence))
@@ -106,7 +106,7 @@ async def _settle(settings: Settings, news: asyncio.Event) -> None:
     lease = timedelta(seconds=settings.lease)
     pause = _LOOK_FIRST
     waits_for: set[str] | None = None
-    async with await connect(settings.database_url, "sendoff tail", lease, pooled=settings.pooled) as conn:
+    async with await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn:
         while waits_for is None or waits_for:
             cursor = await conn.execute("SELECT session_writers()")
             row = await cursor.fetchone()

@@ -1,4 +1,4 @@
-"""API tokens, for machines: `sendoff_` and 256 random bits in base64url, shown once.
+"""API tokens, for machines: `outwake_` and 256 random bits in base64url, shown once.
 
 What is stored is their SHA-256. A slow, salted hash protects what people can remember, by making each guess
 dear; 256 random bits cannot be guessed, so it would only make each request slow. And by a plain hash a
@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-PREFIX = "sendoff_"
+PREFIX = "outwake_"
 _FORM = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
 
 

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, TextIO, cast
 
-from outbox.lean import without
+from outwake.lean import without
 
 with without("rich", "greenlet"):  # for tracebacks in colours, and greenlets: 2 MB of a worker
     import structlog

@@ -1,6 +1,6 @@
 """Deletes what is past its retention, page by page: each is a transaction of its own, so that no lock is
 held for long. After each it rests for as long as that took, so that half of a core is left to others.
-For the built-in topic `outbox.prune` and for `sendoff prune`.
+For the built-in topic `outbox.prune` and for `outwake prune`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 
-from outbox.settings import Settings
+from outwake.settings import Settings
 
 _PAGE = 1000
 

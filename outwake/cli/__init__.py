@@ -1,4 +1,4 @@
-"""The `sendoff` command: set up the database, serve the API, look, and an operator's hand on the outbox."""
+"""The `outwake` command: set up the database, serve the API, look, and an operator's hand on the outbox."""
 
 import argparse
 import asyncio
@@ -10,16 +10,16 @@ from uuid import UUID
 
 import psycopg
 
-from outbox import log
-from outbox.cli import token as token_cli
-from outbox.cli.progress import progress
-from outbox.cli.status import status, top
-from outbox.cli.tail import tail
-from outbox.errors import ConfigurationError, SchemaError
-from outbox.migrate import migrate
-from outbox.prune import prune
-from outbox.settings import Settings, load
-from sql import migrations
+from outwake import log
+from outwake.cli import token as token_cli
+from outwake.cli.progress import progress
+from outwake.cli.status import status, top
+from outwake.cli.tail import tail
+from outwake.errors import ConfigurationError, SchemaError
+from outwake.migrate import migrate
+from outwake.prune import prune
+from outwake.settings import Settings, load
+from outwake.sql import migrations
 
 _OPERATIONS = {
     "cancel": "cancel a row that waits or runs",
@@ -36,17 +36,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_run(arguments))
     except (ConfigurationError, SchemaError) as error:
-        print(f"sendoff: {error}", file=sys.stderr)
+        print(f"outwake: {error}", file=sys.stderr)
         sys.exit(2)
     except (psycopg.Error, OSError) as error:
-        print(f"sendoff: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"outwake: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sendoff", description="Sendoff, an outbox on Postgres.")
+    parser = argparse.ArgumentParser(prog="outwake", description="Outwake, an outbox on Postgres.")
     commands = parser.add_subparsers(dest="command", required=True)
     found = commands.add_parser("migrate", help="bring the database to this version's schema")
     found.add_argument("--print", action="store_true", help="print the SQL instead")
@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "api":
             # By name: this library does not depend on the application.
-            importlib.import_module("app.main").run(settings)
+            importlib.import_module("outwake.app.main").run(settings)
         case "status":
             return asyncio.run(status(settings, json=arguments.json))
         case "top":

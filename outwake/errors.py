@@ -1,6 +1,6 @@
 """What can go wrong, as one tree.
 
-    SendoffError
+    OutwakeError
     ├── ConfigurationError   a setting is missing or wrong: correct it, then start again
     ├── SchemaError          the database's schema is older or newer than this code
     ├── Duplicate            an unfinished row has this unique_key: use `.row_id`, or another key
@@ -19,19 +19,19 @@ What a handler raises to say how its attempt ended is another tree:
 from datetime import timedelta
 
 
-class SendoffError(Exception):
-    """The root of Sendoff's errors."""
+class OutwakeError(Exception):
+    """The root of Outwake's errors."""
 
 
-class ConfigurationError(SendoffError):
+class ConfigurationError(OutwakeError):
     """A setting is missing or wrong."""
 
 
-class SchemaError(SendoffError):
+class SchemaError(OutwakeError):
     """The database's schema is not the one this code works with; the message says what to run."""
 
 
-class Duplicate(SendoffError):
+class Duplicate(OutwakeError):
     """An unfinished row has this unique_key already."""
 
     def __init__(self, unique_key: str, row_id: int) -> None:
@@ -40,11 +40,11 @@ class Duplicate(SendoffError):
         self.row_id = row_id
 
 
-class WorkerEnded(SendoffError):
+class WorkerEnded(OutwakeError):
     """This worker's lease was ended: its rows were given to others, and it may never claim again."""
 
 
-class Fenced(SendoffError):
+class Fenced(OutwakeError):
     """This attempt's row was rescued, cancelled or claimed again: nothing was written."""
 
     def __init__(self, row_id: int, attempt: int) -> None:

@@ -1,4 +1,4 @@
-"""`sendoff token create | list | revoke`."""
+"""`outwake token create | list | revoke`."""
 
 import argparse
 import sys
@@ -8,8 +8,8 @@ from uuid import UUID
 
 import psycopg
 
-from outbox import token
-from outbox.settings import Settings
+from outwake import token
+from outwake.settings import Settings
 
 _LIST = """
 SELECT
@@ -24,7 +24,7 @@ _TITLES = ("ID", "STATE", "USER", "OPERATOR", "NAME", "CREATED", "LAST USED", "E
 
 
 def add_parser(commands: Any) -> None:
-    """Add `token` to the commands of `sendoff`."""
+    """Add `token` to the commands of `outwake`."""
     parser = commands.add_parser("token", help="make, list and revoke API tokens")
     actions = parser.add_subparsers(dest="action", required=True)
     found = actions.add_parser("create", help="make a token and print it, this once")

@@ -7,7 +7,7 @@
 
 Spans are exported only if the standard variables say so (OTEL_EXPORTER_OTLP_ENDPOINT and the like, read by
 OpenTelemetry's own SDK, the extra `otel`). Without them the traceparent is handed on all the same, as it
-came, so that a trace is not torn where Sendoff stands in the middle.
+came, so that a trace is not torn where Outwake stands in the middle.
 """
 
 import os
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
-from outbox.errors import ConfigurationError
-from outbox.log import bound_contextvars
+from outwake.errors import ConfigurationError
+from outwake.log import bound_contextvars
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -61,7 +61,7 @@ def configure(service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
     except ImportError as error:
         raise ConfigurationError(
-            f"OTEL_ variables ask for traces, but {error.name} is missing: pip install 'sendoff[otel]'"
+            f"OTEL_ variables ask for traces, but {error.name} is missing: pip install 'outwake[otel]'"
         ) from None
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     _provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
@@ -149,7 +149,7 @@ def span(
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     context = TraceContextTextMapPropagator().extract({"traceparent": parent} if parent else {})
-    tracer = _provider.get_tracer("sendoff")
+    tracer = _provider.get_tracer("outwake")
     with tracer.start_as_current_span(
         name,
         context=context,

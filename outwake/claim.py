@@ -15,9 +15,9 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import TupleRow, args_row, tuple_row
 
-from outbox.errors import Fenced, WorkerEnded
+from outwake.errors import Fenced, WorkerEnded
 
-ENDED = "SO001"
+ENDED = "OW001"
 """The SQLSTATE of a call by a worker whose lease was ended."""
 
 LEASE = timedelta(seconds=6)
@@ -66,7 +66,7 @@ async def register(
         conn,
         "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
         " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id",
-        (socket.gethostname(), os.getpid(), version("sendoff"), list(topics), concurrency, presence),
+        (socket.gethostname(), os.getpid(), version("outwake"), list(topics), concurrency, presence),
     )
     row = await cursor.fetchone()
     assert row is not None

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 import psycopg
 from psycopg import sql as compose
 
-from outbox.errors import SchemaError
-from sql import Migration, migrations
+from outwake.errors import SchemaError
+from outwake.sql import Migration, migrations
 
 _LOCK = 1397048889
 
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS schema_migration (
     name       text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-COMMENT ON TABLE schema_migration IS 'The migrations of Sendoff that were applied to this database.';
+COMMENT ON TABLE schema_migration IS 'The migrations of Outwake that were applied to this database.';
 COMMENT ON COLUMN schema_migration.number IS 'Its number: the greatest is the version of the schema.';
 COMMENT ON COLUMN schema_migration.name IS 'The name of its file.';
 COMMENT ON COLUMN schema_migration.applied_at IS 'When it was applied.';
@@ -60,7 +60,7 @@ async def _missing(conn: psycopg.AsyncConnection) -> AsyncIterator[Migration]:
     version = await schema_version(conn)
     if version > known[-1].number:
         raise SchemaError(
-            f"the database has schema {version}, newer than this code's {known[-1].number}: upgrade sendoff"
+            f"the database has schema {version}, newer than this code's {known[-1].number}: upgrade outwake"
         )
     for migration in known:
         if migration.number > version:
@@ -85,7 +85,7 @@ async def check_schema(conn: psycopg.AsyncConnection) -> None:
     version, wanted = await schema_version(conn), migrations()[-1].number
     if version < wanted:
         raise SchemaError(
-            f"the database has schema {version}, this code needs {wanted}: run `sendoff migrate`"
+            f"the database has schema {version}, this code needs {wanted}: run `outwake migrate`"
         )
     if version > wanted:
-        raise SchemaError(f"the database has schema {version}, this code knows {wanted}: upgrade sendoff")
+        raise SchemaError(f"the database has schema {version}, this code knows {wanted}: upgrade outwake")

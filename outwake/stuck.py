@@ -6,7 +6,7 @@ rows of topics that nobody serves:
 1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment at
    which that work could be stuck, unless one is set for sooner. No query.
 2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
-   `stuck` for each topic, and a POST to SENDOFF_STUCK_WEBHOOK if that is set. A topic is reported by one
+   `stuck` for each topic, and a POST to OUTWAKE_STUCK_WEBHOOK if that is set. A topic is reported by one
    process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said. While
    somebody holds an old snapshot the query may read for seconds, past all rows claimed since: it comes again
    after SHARE times as long, and nobody waits for it.
@@ -26,10 +26,10 @@ from typing import Any
 
 import psycopg
 
-from outbox.connect import bounded, cut
-from outbox.lean import without
-from outbox.log import get_logger
-from outbox.settings import Settings
+from outwake.connect import bounded, cut
+from outwake.lean import without
+from outwake.log import get_logger
+from outwake.settings import Settings
 
 with without("rich", "click"):  # for its own command line: 4 MB of a worker
     import httpx

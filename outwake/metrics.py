@@ -45,30 +45,30 @@ def unreachable() -> list[Metric]:
 
 
 def _up(value: float) -> Metric:
-    return GaugeMetricFamily("sendoff_database_up", "Whether the database answered this scrape.", value=value)
+    return GaugeMetricFamily("outwake_database_up", "Whether the database answered this scrape.", value=value)
 
 
 def _families(found: Iterable[tuple[Any, ...]]) -> list[Metric]:
     labels = ["topic", "state", "wait"]
     rows = GaugeMetricFamily(
-        "sendoff_outbox_rows", "Rows of outbox that are not finished, or dead.", labels=labels
+        "outwake_outbox_rows", "Rows of outbox that are not finished, or dead.", labels=labels
     )
     oldest = GaugeMetricFamily(
-        "sendoff_outbox_oldest_seconds",
+        "outwake_outbox_oldest_seconds",
         "For how long the oldest row has been due, has run, or has been dead.",
         labels=labels,
     )
-    workers = GaugeMetricFamily("sendoff_workers", "Workers by what they do.", labels=["state"])
+    workers = GaugeMetricFamily("outwake_workers", "Workers by what they do.", labels=["state"])
     writers = GaugeMetricFamily(
-        "sendoff_outbox_writers", "Open transactions that may have written to outbox."
+        "outwake_outbox_writers", "Open transactions that may have written to outbox."
     )
     writer_age = GaugeMetricFamily(
-        "sendoff_outbox_oldest_writer_seconds", "For how long the oldest of them has been open."
+        "outwake_outbox_oldest_writer_seconds", "For how long the oldest of them has been open."
     )
-    sandboxes = GaugeMetricFamily("sendoff_sandboxes_held", "Sessions that hold a sandbox.")
-    suspects = GaugeMetricFamily("sendoff_sandboxes_suspected", "Sandboxes that may have leaked.")
+    sandboxes = GaugeMetricFamily("outwake_sandboxes_held", "Sessions that hold a sandbox.")
+    suspects = GaugeMetricFamily("outwake_sandboxes_suspected", "Sandboxes that may have leaked.")
     queue = GaugeMetricFamily(
-        "sendoff_notification_queue_ratio", "How full the server's notification queue is, 0 to 1."
+        "outwake_notification_queue_ratio", "How full the server's notification queue is, 0 to 1."
     )
     states = dict.fromkeys(WORKER_STATES, 0.0)
     for kind, topic, state, wait, value, seconds in found:

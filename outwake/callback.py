@@ -1,7 +1,7 @@
 """Where webhooks may go, and what signs them. The API checks a URL when it is named, the worker every time
 it delivers, and then the addresses that the name has.
 
-An address is allowed if it is public unicast, or in a network of SENDOFF_WEBHOOK_ALLOW. What embeds an
+An address is allowed if it is public unicast, or in a network of OUTWAKE_WEBHOOK_ALLOW. What embeds an
 IPv4 address (mapped, NAT64) counts as that one; 6to4 and Teredo, which hide where a packet ends, never pass.
 """
 
