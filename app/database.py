@@ -45,7 +45,7 @@ def _conninfo(settings: Settings) -> str:
     info = make_conninfo(info, connect_timeout=CONNECT_TIMEOUT)
     if settings.pooled:  # a pooler refuses startup options
         return info
-    # A plan is kept; one made while a table was empty would read all of it (sql/0003_claim.sql).
+    # A plan is kept; one made while a table was empty would read all of it (sql/outbox/functions/claim.sql).
     options = (
         f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c enable_seqscan=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "

@@ -32,6 +32,7 @@ from outwake.app.database import Database
 from outwake.app.listen import Listener
 from outwake.app.problems import Problem, of_database, unavailable
 from outwake.log import get_logger
+from outwake.schema import in_schema
 
 PAUSE = 0.05  # seconds between two reads, at least
 FAILURE_PAUSE = 0.5  # seconds after a read that failed
@@ -40,7 +41,7 @@ BATCH = 100  # messages
 BATCH_BYTES = 65536  # as stored; the first message of a batch may exceed it
 LOOK_PAUSE = (0.002, 1.0)  # seconds between looks at writers, first and last
 
-_READ = """
+_READ = in_schema("""
 SELECT
     w.place, s.user_id, s.last_seq, s.inbox_status,
     jsonb_build_object(
@@ -51,35 +52,36 @@ SELECT
                 jsonb_agg(jsonb_build_object('id', p.id, 'status', p.status, 'reason', p.reason)
                           ORDER BY p.created_at, p.id), '[]')
             FROM (
-                SELECT q.* FROM prompt AS q WHERE q.session_id = s.id
+                SELECT q.id, q.status, q.reason, q.created_at FROM :schema.prompt AS q
+                WHERE q.session_id = s.id
                 ORDER BY q.created_at DESC, q.id DESC LIMIT 100
             ) AS p
         ))::text,
     batch.seqs, batch.superseded, batch.texts
 FROM unnest(%(ids)s::uuid[], %(cursors)s::bigint[]) WITH ORDINALITY AS w (session_id, after, place)
-JOIN session AS s ON s.id = w.session_id
+JOIN :schema.session AS s ON s.id = w.session_id
 CROSS JOIN LATERAL (
     SELECT
         coalesce(array_agg(b.seq ORDER BY b.seq), '{}') AS seqs,
         coalesce(array_agg((b.body ->> 'type') IS NOT DISTINCT FROM 'superseded' ORDER BY b.seq), '{}')
             AS superseded,
         coalesce(array_agg(
-            message_json(b.seq, b.prompt_id, b.attempt, b.body, b.created_at)::text ORDER BY b.seq), '{}')
-            AS texts
+            :schema.message_json(b.seq, b.prompt_id, b.attempt, b.body, b.created_at)::text ORDER BY b.seq),
+            '{}') AS texts
     FROM (
-        SELECT m.*,
+        SELECT m.seq, m.prompt_id, m.attempt, m.body, m.created_at,
                sum(pg_column_size(m.body)) OVER (ORDER BY m.seq) - pg_column_size(m.body) AS bytes_before
-        FROM message AS m
+        FROM :schema.message AS m
         WHERE m.session_id = w.session_id AND m.seq > w.after
         ORDER BY m.seq
         LIMIT %(batch)s
     ) AS b
     WHERE b.bytes_before < %(batch_bytes)s
 ) AS batch
-"""
-_WATCH = "SELECT session_watch(%s::uuid[], %s)"
-_UNWATCH = "DELETE FROM watcher WHERE presence = %s AND session_id = ANY (%s::uuid[])"
-_WRITERS = "SELECT session_writers()"
+""")
+_WATCH = in_schema("SELECT :schema.session_watch(%s::uuid[], %s)")
+_UNWATCH = in_schema("DELETE FROM :schema.watcher WHERE presence = %s AND session_id = ANY (%s::uuid[])")
+_WRITERS = in_schema("SELECT :schema.session_writers()")
 
 log = get_logger("outwake.app.hub")
 
@@ -208,7 +210,11 @@ class Hub:
     def __init__(self, database: Database, listen_url: str) -> None:
         self._database = database
         self._listener = Listener(
-            listen_url, up=self._listener_up, down=self._listener_down, changed=self._changed
+            listen_url,
+            up=self._listener_up,
+            down=self._listener_down,
+            changed=self._changed,
+            unclear=self._anything_changed,
         )
         self._streams: defaultdict[UUID, set[Stream]] = defaultdict(set)
         self._stale: set[Stream] = set()
@@ -270,6 +276,9 @@ class Hub:
     def _changed(self, session_id: UUID) -> None:
         for stream in self._streams.get(session_id, ()):
             self._mark(stream)
+
+    def _anything_changed(self) -> None:
+        self._mark_all(set(self._streams))
 
     async def _read_stale(self) -> None:
         while True:

@@ -8,7 +8,6 @@ which would hold back the server's queue.
 import asyncio
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from uuid import UUID
 
 import psycopg
@@ -17,15 +16,21 @@ from psycopg import AsyncConnection
 from outwake.app.database import SILENCE
 from outwake.connect import connect, hear
 from outwake.log import get_logger
+from outwake.schema import SCHEMA
 
-LOCK = 1397048890  # the first integer of a presence
+CHANNEL = f"{SCHEMA.name}_session"
+LOCK = SCHEMA.lock("watch")
+"""The first integer of a presence."""
 PAUSE = (0.05, 2.0)  # seconds between attempts to connect, first and last
 
 log = get_logger("outwake.app.listen")
 
 
 class Listener:
-    """Keeps the connection up. `up` is called with each new presence, `down` when it is lost."""
+    """Keeps the connection up. `up` is called with each new presence, `down` when it is lost, `changed` with
+    each session that a notification names, `unclear` where one cannot be understood: a newer version may say
+    more, and any session may be meant.
+    """
 
     def __init__(
         self,
@@ -34,11 +39,14 @@ class Listener:
         up: Callable[[int], None],
         down: Callable[[], None],
         changed: Callable[[UUID], None],
+        unclear: Callable[[], None],
     ) -> None:
         self._url = url
         self._up = up
         self._down = down
         self._changed = changed
+        self._unclear = unclear
+        self._puzzled = False
 
     async def run(self) -> None:
         """Listen until cancelled."""
@@ -60,15 +68,22 @@ class Listener:
             pause = min(pause * 2, last)
 
     async def _listen(self, conn: AsyncConnection) -> None:
-        def heard(_channel: str, payload: str) -> None:
-            with suppress(ValueError):  # anybody may NOTIFY anything
-                self._changed(UUID(payload))
+        await hear(conn, self._heard)
 
-        await hear(conn, heard)
+    def _heard(self, channel: str, payload: str) -> None:
+        try:
+            session_id = UUID(payload)
+        except ValueError:
+            if not self._puzzled:  # anybody may NOTIFY anything: say it once
+                self._puzzled = True
+                log.info("not_understood", channel=channel, payload=payload[:200])
+            self._unclear()
+        else:
+            self._changed(session_id)
 
 
 async def _prepare(conn: AsyncConnection) -> int:
-    await conn.execute("LISTEN outwake_session")
+    await conn.execute(f"LISTEN {CHANNEL}")
     while True:
         presence = random.randrange(2**31)  # noqa: S311 - no secret
         cursor = await conn.execute("SELECT pg_try_advisory_lock(%s, %s)", (LOCK, presence))

@@ -11,27 +11,28 @@ from outwake.app.context import context
 from outwake.app.identity import Identity
 from outwake.app.models import MessageQuery
 from outwake.app.sessions import no_session
+from outwake.schema import in_schema
 
 PAGE_BYTES = 4_000_000  # as stored, which is compressed; the first message of a page may exceed it
 
 # One row more than asked for tells whether there is more. A page also ends where it gets too large.
-_LIST = """
+_LIST = in_schema("""
 WITH target AS (
-    SELECT s.id FROM session AS s
+    SELECT s.id FROM :schema.session AS s
     WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 ),
 last_attempt AS MATERIALIZED (
     SELECT p.id AS prompt_id,
-           (SELECT max(m.attempt) FROM message AS m WHERE m.prompt_id = p.id) AS attempt
-    FROM prompt AS p
+           (SELECT max(m.attempt) FROM :schema.message AS m WHERE m.prompt_id = p.id) AS attempt
+    FROM :schema.prompt AS p
     WHERE p.session_id = %(id)s AND %(attempts)s = 'last'
 ),
 found AS MATERIALIZED (
-    SELECT f.*, row_number() OVER reading AS place,
+    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at, row_number() OVER reading AS place,
            sum(pg_column_size(f.body)) OVER reading - pg_column_size(f.body) AS bytes_before
     FROM (
-        SELECT m.*
-        FROM message AS m
+        SELECT m.seq, m.prompt_id, m.attempt, m.body, m.created_at
+        FROM :schema.message AS m
         WHERE m.session_id = %(id)s AND m.seq > %(after)s
           AND (%(attempts)s = 'all' OR (
               (m.prompt_id, m.attempt) IN (SELECT l.prompt_id, l.attempt FROM last_attempt AS l)
@@ -42,16 +43,18 @@ found AS MATERIALIZED (
     WINDOW reading AS (ORDER BY f.seq)
 ),
 page AS MATERIALIZED (
-    SELECT * FROM found WHERE place <= %(limit)s AND bytes_before < %(page_bytes)s
+    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at FROM found AS f
+    WHERE f.place <= %(limit)s AND f.bytes_before < %(page_bytes)s
 )
 SELECT
     (SELECT coalesce(
-        array_agg(message_json(p.seq, p.prompt_id, p.attempt, p.body, p.created_at)::text ORDER BY p.seq),
+        array_agg(:schema.message_json(p.seq, p.prompt_id, p.attempt, p.body, p.created_at)::text
+                  ORDER BY p.seq),
         '{}') FROM page AS p),
     (SELECT max(p.seq) FROM page AS p),
     (SELECT count(*) FROM found) > (SELECT count(*) FROM page)
 FROM target
-"""
+""")
 
 
 async def list_messages(request: Request, identity: Identity) -> Response:

@@ -297,7 +297,10 @@ class Health(Answer):
 
 class Ready(Answer):
     database: bool
-    schema_current: bool
+    schema_fits: bool
+    """Whether this code works on the database's schema."""
+    database_schema: Literal["current", "older", "newer"] | None
+    """How the schema compares with this code; null: it does not fit, or is not known."""
     listener: bool
     """Whether the connection that feeds the event streams is up."""
     worker_present: bool

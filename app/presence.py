@@ -4,12 +4,13 @@ import asyncio
 import time
 
 from outwake.app.database import Database
+from outwake.schema import in_schema
 
 MAX_AGE = 1.0  # seconds
 
-_PRESENT = """
-SELECT EXISTS (SELECT FROM worker_present WHERE NOT draining AND 'session.run' = ANY (topics))
-"""
+_PRESENT = in_schema("""
+SELECT EXISTS (SELECT FROM :schema.worker_present WHERE NOT draining AND 'session.run' = ANY (topics))
+""")
 
 
 class WorkerPresence:

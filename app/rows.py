@@ -13,20 +13,21 @@ from outwake.app.context import context
 from outwake.app.identity import Identity
 from outwake.app.models import RowQuery
 from outwake.app.problems import Problem
+from outwake.schema import in_schema
 
-_DEAD = """
-SELECT outbox_json(o)::text, o.finished_at, o.id
-FROM outbox AS o
+_DEAD = in_schema("""
+SELECT :schema.outbox_json(o)::text, o.finished_at, o.id
+FROM :schema.outbox AS o
 WHERE o.state = 'dead'
   AND (%(at)s::timestamptz IS NULL OR (o.finished_at, o.id) < (%(at)s, %(key)s::bigint))
 ORDER BY o.finished_at DESC, o.id DESC
 LIMIT %(rows)s
-"""
-_SHOW = "SELECT outbox_json(o)::text FROM outbox AS o WHERE o.id = %s"
+""")
+_SHOW = in_schema("SELECT :schema.outbox_json(o)::text FROM :schema.outbox AS o WHERE o.id = %s")
 _CHANGE = {
-    "retry": "SELECT outbox_retry(%s)",
-    "discard": "SELECT outbox_discard(%s)",
-    "cancel": "SELECT outbox_cancel(%s)",
+    "retry": in_schema("SELECT :schema.outbox_retry(%s)"),
+    "discard": in_schema("SELECT :schema.outbox_discard(%s)"),
+    "cancel": in_schema("SELECT :schema.outbox_cancel(%s)"),
 }
 
 

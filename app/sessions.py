@@ -20,6 +20,7 @@ from outwake.app.context import context
 from outwake.app.identity import Identity
 from outwake.app.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
 from outwake.app.problems import Problem
+from outwake.schema import in_schema
 
 JSON = ("application/json",)
 SESSION_RETRY = 30  # seconds: a turn takes minutes
@@ -29,56 +30,63 @@ _NO_WORD = re.compile(r"[^a-z0-9]+")
 # One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
 # that may not be seen leaves `new` empty, so that nothing is called.
 _CREATE = Statement(
-    """
+    in_schema("""
 WITH new AS MATERIALIZED (
-    SELECT uuid_v7() AS id, now() AS at
+    SELECT :schema.uuid_v7() AS id, now() AS at
     WHERE %(parent)s::uuid IS NULL
        OR EXISTS (
-           SELECT FROM session AS p
+           SELECT FROM :schema.session AS p
            WHERE p.id = %(parent)s AND (%(scope)s::text IS NULL OR p.user_id = %(scope)s))
 )
 SELECT c.outcome, c.answer ->> 'id', c.answer::text
 FROM new
-CROSS JOIN LATERAL session_create(
-    ROW(
-        new.id, %(user_id)s::text, %(repo)s::text, %(target_branch)s::text,
-        coalesce(%(branch)s::text, %(branch_stem)s::text || right(new.id::text, 8)),
-        %(title)s::text, %(parent)s::uuid, 'active', 'active', NULL, 0, new.at, new.at, NULL,
-        %(callback_url)s::text
-    )::session,
-    %(prompt)s::text, %(worker_present)s::boolean, %(key)s::text, %(request_hash)s::bytea, %(trace)s::text,
-    %(most_sessions)s::integer
+CROSS JOIN LATERAL :schema.session_create(
+    of_id => new.id,
+    of_user => %(user_id)s::text,
+    of_repo => %(repo)s::text,
+    of_target_branch => %(target_branch)s::text,
+    of_branch => coalesce(%(branch)s::text, %(branch_stem)s::text || right(new.id::text, 8)),
+    of_title => %(title)s::text,
+    of_parent => %(parent)s::uuid,
+    of_callback_url => %(callback_url)s::text,
+    moment => new.at,
+    prompt_text => %(prompt)s::text,
+    worker_present => %(worker_present)s::boolean,
+    idempotency_key => %(key)s::text,
+    request_hash => %(request_hash)s::bytea,
+    trace => %(trace)s::text,
+    most_sessions => %(most_sessions)s::integer
 ) AS c
-"""
+""")
 )
 
 _CREATE_PROMPT = Statement(
-    """
+    in_schema("""
 SELECT outcome, answer::text
-FROM prompt_create(
+FROM :schema.prompt_create(
     %(id)s::uuid, %(scope)s::text, %(prompt)s::text, %(worker_present)s::boolean,
     %(key)s::text, %(request_hash)s::bytea, %(trace)s::text, %(user_id)s::text, %(most_sessions)s::integer)
-"""
+""")
 )
 
-_SHOW = """
-SELECT (session_json(s) || jsonb_build_object(
+_SHOW = in_schema("""
+SELECT (:schema.session_json(s) || jsonb_build_object(
     'worker_present', %(worker_present)s::boolean,
     'prompts', (
-        SELECT coalesce(jsonb_agg(prompt_json(p) ORDER BY p.created_at, p.id), '[]')
-        FROM prompt AS p WHERE p.session_id = s.id)))::text
-FROM session AS s
+        SELECT coalesce(jsonb_agg(:schema.prompt_json(p) ORDER BY p.created_at, p.id), '[]')
+        FROM :schema.prompt AS p WHERE p.session_id = s.id)))::text
+FROM :schema.session AS s
 WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
-"""
+""")
 
 _LIST = sql.SQL(
-    """
-SELECT session_json(s)::text, s.created_at, s.id
-FROM session AS s
+    in_schema("""
+SELECT :schema.session_json(s)::text, s.created_at, s.id
+FROM :schema.session AS s
 WHERE {conditions}
 ORDER BY s.created_at DESC, s.id DESC
 LIMIT %(rows)s
-"""
+""")
 )
 # Only those that apply, so that each combination gets a plan of its own.
 _CONDITIONS = {
@@ -89,32 +97,32 @@ _CONDITIONS = {
     "repo": sql.SQL("s.repo = %(repo)s"),
 }
 
-_CANCEL = """
+_CANCEL = in_schema("""
 SELECT c.cancelled, c.cancelling
-FROM session AS s CROSS JOIN LATERAL session_cancel(s.id) AS c
+FROM :schema.session AS s CROSS JOIN LATERAL :schema.session_cancel(s.id) AS c
 WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
-"""
+""")
 
-_ARCHIVE = """
-SELECT session_archive(s.id)
-FROM session AS s
+_ARCHIVE = in_schema("""
+SELECT :schema.session_archive(s.id)
+FROM :schema.session AS s
 WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
-"""
+""")
 
-_RENAME = """
+_RENAME = in_schema("""
 WITH found AS (
-    SELECT s.id FROM session AS s
+    SELECT s.id FROM :schema.session AS s
     WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 ),
 renamed AS (
-    UPDATE session AS s
+    UPDATE :schema.session AS s
     SET title = %(title)s, updated_at = clock_timestamp()
     FROM found AS f
     WHERE s.id = f.id AND s.session_status = 'active'
-    RETURNING session_json(s)::text AS answer
+    RETURNING :schema.session_json(s)::text AS answer
 )
 SELECT (SELECT r.answer FROM renamed AS r) FROM found
-"""
+""")
 
 
 async def create_session(request: Request, identity: Identity) -> Response:

@@ -8,28 +8,29 @@ minute: no request waits for a write of its own, and the row is written once a m
 import time
 
 from outwake.app.database import Database
+from outwake.schema import in_schema
 from outwake.token import hash_of
 
 MAX_AGE = 5.0  # seconds
 REMEMBERED = 10_000
 
-_FIND = """
+_FIND = in_schema("""
 WITH found AS MATERIALIZED (
     SELECT t.id, t.user_id, t.operator, t.last_used_at,
            t.expires_at - clock_timestamp() AS valid_for
-    FROM api_token AS t
+    FROM :schema.api_token AS t
     WHERE t.hash = %s AND t.revoked_at IS NULL
       AND (t.expires_at IS NULL OR t.expires_at > clock_timestamp())
 ),
 noted AS (
-    UPDATE api_token AS t
+    UPDATE :schema.api_token AS t
     SET last_used_at = clock_timestamp()
     FROM found AS f
     WHERE t.id = f.id
       AND (f.last_used_at IS NULL OR f.last_used_at < clock_timestamp() - interval '1 minute')
 )
 SELECT user_id, operator, extract(epoch FROM valid_for)::float8 FROM found
-"""
+""")
 
 
 class Tokens:

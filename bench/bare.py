@@ -14,18 +14,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-INSERT = """
+from outwake.schema import in_schema
+
+INSERT = in_schema("""
 WITH s AS (
-    INSERT INTO session (id, user_id, repo, target_branch, branch, title)
+    INSERT INTO :schema.session (id, user_id, repo, target_branch, branch, title)
     VALUES (%s, 'local', %s, 'main', %s, 'bench')
     RETURNING id
 ), p AS (
-    INSERT INTO prompt (session_id, text) SELECT id, %s FROM s RETURNING id, session_id
+    INSERT INTO :schema.prompt (session_id, text) SELECT id, %s FROM s RETURNING id, session_id
 )
-INSERT INTO outbox (topic, ordering_key, payload)
+INSERT INTO :schema.outbox (topic, ordering_key, payload)
 SELECT 'session.run', 'session:' || session_id, jsonb_build_object('session_id', session_id, 'prompt_id', id)
 FROM p
-"""
+""")
 pool: AsyncConnectionPool = AsyncConnectionPool(
     os.environ["DATABASE_URL"], kwargs={"autocommit": True, "prepare_threshold": 1}, min_size=10, open=False
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bench.server import STATE
+from outwake.schema import in_schema
 
 SCRIPTS = Path(__file__).parent / "contestants"
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ class Contestant:
 
     @property
     def peer(self) -> bool:
-        return self.script not in ("outwake.py", "floor.py")
+        return self.script not in ("outwake_.py", "floor.py")
 
 
 def _left(table: str, *conditions: str) -> str:
@@ -61,7 +62,10 @@ _DEFER = (
     "SELECT procrastinate_defer_jobs_v1("
     "ARRAY[ROW('default', 'noop', 0, NULL, NULL, '{}', NULL)::procrastinate_job_to_defer_v1]);"
 )
-_OUTWAKE = _left("outbox", *(f"topic = 'bench.noop' AND state = '{state}'" for state in ("ready", "running")))
+_OUTWAKE = _left(
+    in_schema(":schema.outbox"),
+    *(f"topic = 'bench.noop' AND state = '{state}'" for state in ("ready", "running")),
+)
 _FLOOR = _left("job", "state = 'ready'", "state = 'running'")
 _PROCRASTINATE = _left("procrastinate_jobs", "status = 'todo'", "status = 'doing'")
 _OBAN = _left("oban_jobs", "state = 'available'", "state = 'executing'")
@@ -70,10 +74,10 @@ _BOSS = _left("pgboss.job", "name = 'noop' AND state < 'completed'")
 _GRAPHILE = "SELECT 1 FROM graphile_worker._private_jobs LIMIT 1"
 
 CONTESTANTS = [
-    Contestant("outwake c10", "outwake.py", "default", _OUTWAKE, concurrency=10),
-    Contestant("outwake c100", "outwake.py", "best", _OUTWAKE, concurrency=100),
-    Contestant("outwake c500", "outwake.py", "best", _OUTWAKE, concurrency=500),
-    Contestant("outwake c1000", "outwake.py", "best", _OUTWAKE, concurrency=1000),
+    Contestant("outwake c10", "outwake_.py", "default", _OUTWAKE, concurrency=10),
+    Contestant("outwake c100", "outwake_.py", "best", _OUTWAKE, concurrency=100),
+    Contestant("outwake c500", "outwake_.py", "best", _OUTWAKE, concurrency=500),
+    Contestant("outwake c1000", "outwake_.py", "best", _OUTWAKE, concurrency=1000),
     Contestant("floor b10", "floor.py", "b10", _FLOOR),
     Contestant("floor b100", "floor.py", "b100", _FLOOR),
     *(
@@ -194,7 +198,7 @@ def _environment(contestant: Contestant, url: str, *, tell: bool) -> dict[str, s
         "NODE_PATH": str(STATE / "node/node_modules"),
         "OUTWAKE_LOG_LEVEL": "warning",
     }
-    if contestant.script == "outwake.py":
+    if contestant.script == "outwake_.py":
         environment["PYTHONPATH"] = os.pathsep.join([str(_handlers()), str(SCRIPTS), str(ROOT)])
     if tell:
         environment["BENCH_TELL"] = "1"
@@ -205,7 +209,7 @@ def _handlers() -> Path:
     """A directory with the metadata that makes the worker find the handler."""
     directory = STATE / "handlers"
     info = directory / "bench_handlers-1.dist-info"
-    handlers = "[outwake.handlers]\nbench = outwake:handler\nbench_hold = outwake:holder\n"
+    handlers = "[outwake.handlers]\nbench = outwake_:handler\nbench_hold = outwake_:holder\n"
     metadata = "Metadata-Version: 2.1\nName: bench-handlers\nVersion: 1\n"
     info.mkdir(parents=True, exist_ok=True)
     for name, text in (("entry_points.txt", handlers), ("METADATA", metadata)):
@@ -259,8 +263,8 @@ def working(
     `prefix`: what its command is to be run by.
     """
     command = _command(contestant, "work", contestant.variant)
-    if contestant.script == "outwake.py":
-        command = [sys.executable, "-m", "worker", "--topics", topics]
+    if contestant.script == "outwake_.py":
+        command = [sys.executable, "-m", "outwake.worker", "--topics", topics]
         command += ["--concurrency", str(contestant.concurrency), *options]
     environment = {**_environment(contestant, url, tell=tell), **settings}
     process = Process([*prefix, *command], environment, STATE / "workers.log")

@@ -22,16 +22,17 @@ from bench.contestant import ROOT, run, wait_until
 from bench.server import STATE, Server, cpu_seconds, settle
 from bench.workloads import OUTWAKE, Figures
 from outwake.embedded.postgres import free_port
+from outwake.schema import in_schema
 
 CONNECTIONS = 16
 SESSIONS = 50  # of a user
 FASTEST = 6000  # requests a second that there are users for
 
-FILL = """
-INSERT INTO session (user_id, repo, target_branch, branch, title, inbox_status)
+FILL = in_schema("""
+INSERT INTO :schema.session (user_id, repo, target_branch, branch, title, inbox_status)
 SELECT 'before-' || n % 40, 'octo/tools', 'main', 'before/' || n, 'Before', 'completed'
 FROM generate_series(1, 2000) AS n
-"""
+""")
 """For both sides: a foreign key's check, planned while the table is known to be empty, would read all of it,
 a thousand rows a request, until the next ANALYZE.
 """

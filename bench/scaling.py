@@ -32,8 +32,10 @@ from bench.contestant import ROOT, by_name, run, wait_until, working
 from bench.http import FASTEST, FILL, SESSIONS, accepts, api_tokens
 from bench.network import Host, Network, network
 from bench.server import STATE, Server, children_cpu_seconds, cpu_seconds, machine_cpu_seconds, settle
-from bench.workloads import OFF, ON, nothing_left
+from bench.workloads import ASLEEP, OFF, ON, nothing_left
+from bench.workloads import FILL as ROWS
 from outwake.embedded.postgres import free_port
+from outwake.schema import in_schema
 
 APIS = (1, 2, 4)
 LAYOUTS = {"1 host": [1], "2 hosts": [2], "4 hosts": [4], "8 hosts": [8], "2 hosts, 2 databases": [1, 1]}
@@ -144,12 +146,11 @@ def drain(server: Server, net: Network, layout: list[int], rows: int) -> Cores:
             _filled_in_their_sleep(conn, count, rows // len(layout))
         with _cores(server, pids, found):
             for conn in conns:
-                conn.execute("SELECT outbox_wake()")
+                conn.execute(in_schema("SELECT :schema.outbox_wake()"))
             for conn in conns:
                 nothing_left(conn, WORKER)
-        spans = [
-            conn.execute("SELECT min(started_at), max(finished_at) FROM outbox").fetchone() for conn in conns
-        ]
+        span = in_schema("SELECT min(started_at), max(finished_at) FROM :schema.outbox")
+        spans = [conn.execute(span).fetchone() for conn in conns]
     for database in databases:
         server.drop(database)
     began, ended = min(s[0] for s in spans if s), max(s[1] for s in spans if s)
@@ -157,10 +158,9 @@ def drain(server: Server, net: Network, layout: list[int], rows: int) -> Cores:
 
 
 def _filled_in_their_sleep(conn: psycopg.Connection[object], workers: int, rows: int) -> None:
-    asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
-    wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
+    wait_until(lambda: conn.execute(ASLEEP, (workers,)).fetchone())
     conn.execute(OFF.format("outbox_inserted"))
-    conn.execute("INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)", (rows,))
+    conn.execute(ROWS, (rows,))
     conn.execute(ON.format("outbox_inserted"))
     settle(conn)
 

@@ -51,6 +51,7 @@ from bench.server import (
     settle,
 )
 from bench.soak_report import report
+from outwake.schema import in_schema
 
 BURST = 20_000
 BURST_SECONDS = 10.0
@@ -66,16 +67,17 @@ CORES = os.sched_getaffinity(0)
 OVERLOAD = 100_000
 """More rows a second than any machine gets through."""
 
-FILL = "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)"
-FILL_DUE = (
-    "INSERT INTO outbox (topic, available_at)"
+FILL = in_schema("INSERT INTO :schema.outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)")
+FILL_DUE = in_schema(
+    "INSERT INTO :schema.outbox (topic, available_at)"
     " SELECT 'bench.noop', to_timestamp(%s) FROM generate_series(1, %s)"
 )
 
 # The rows since the frontier, the lowest id that was not seen finished: all, or every tenth.
-ALL = "outbox AS o WHERE o.id >= %(frontier)s AND o.topic = 'bench.noop'"
-TENTH = """generate_series((%(frontier)s + 9) / 10 * 10, (SELECT max(id) FROM outbox), 10) AS s (id)
-JOIN outbox AS o ON o.id = s.id WHERE o.topic = 'bench.noop'"""
+ALL = in_schema(":schema.outbox AS o WHERE o.id >= %(frontier)s AND o.topic = 'bench.noop'")
+TENTH = in_schema("""
+generate_series((%(frontier)s + 9) / 10 * 10, (SELECT max(id) FROM :schema.outbox), 10) AS s (id)
+JOIN :schema.outbox AS o ON o.id = s.id WHERE o.topic = 'bench.noop'""")
 UNFINISHED = """
 SELECT count(*) FILTER (WHERE state IN ('ready', 'running')),
        coalesce(min(o.id) FILTER (WHERE state IN ('ready', 'running')), max(o.id) + 1)
@@ -87,12 +89,23 @@ SELECT count(*),
        array_agg(extract(epoch FROM started_at - available_at)::float8 * 1000)
            FILTER (WHERE o.id > %(timed_from)s AND o.id %% 10 = 0 AND started_at IS NOT NULL)
 FROM """
-SIZES = """
-SELECT pg_table_size('outbox') / 1e6, s.n_dead_tup, s.autovacuum_count,
+SIZES = in_schema("""
+SELECT pg_table_size(':schema.outbox') / 1e6, s.n_dead_tup, s.autovacuum_count,
        (SELECT json_object_agg(indexrelname, round(pg_relation_size(indexrelid) / 1e6, 1))
-        FROM pg_stat_user_indexes WHERE relname = 'outbox')
-FROM pg_stat_user_tables AS s WHERE s.relname = 'outbox'
-"""
+        FROM pg_stat_user_indexes WHERE schemaname = ':schema' AND relname = 'outbox')
+FROM pg_stat_user_tables AS s WHERE s.schemaname = ':schema' AND s.relname = 'outbox'
+""")
+STATE_OF = in_schema("SELECT state FROM :schema.outbox WHERE id = %s")
+STATE_OF_LOAD = in_schema("SELECT state FROM :schema.outbox WHERE id = %s AND topic = 'bench.noop'")
+RATE = in_schema("""
+SELECT count(*), extract(epoch FROM max(finished_at) - %(began)s)::float8 FROM :schema.outbox
+WHERE id > %(from)s AND finished_at >= %(began)s
+""")
+PRUNE_NOW = in_schema("""
+UPDATE :schema.outbox SET available_at = clock_timestamp()
+WHERE unique_key = 'outbox.prune' AND state = 'ready'
+""")
+KEPT = in_schema("SELECT count(*), max(id) FROM :schema.outbox")
 
 
 def _produce(
@@ -127,9 +140,7 @@ def _is_behind(conn: psycopg.Connection[Any], last_id: int) -> bool:
     """Whether BACKLOG rows wait, as does the one that so many came after."""
     # The state is no condition: the planner would read a partial index, dead entries and all. And prune's
     # successor, which waits for an hour, is no row of the load.
-    far = conn.execute(
-        "SELECT state FROM outbox WHERE id = %s AND topic = 'bench.noop'", (last_id - BACKLOG,)
-    ).fetchone()
+    far = conn.execute(STATE_OF_LOAD, (last_id - BACKLOG,)).fetchone()
     return far is not None and far[0] in ("ready", "running")
 
 
@@ -205,11 +216,7 @@ class Soak:
             time.sleep(0.005)
         drained = self._state(last) == "done"
         used = self._worker_cpu() - used
-        row = self._conn.execute(
-            "SELECT count(*), extract(epoch FROM max(finished_at) - %(began)s)::float8 FROM outbox"
-            " WHERE id > %(from)s AND finished_at >= %(began)s",
-            {"began": began, "from": last - BACKLOG - 3 * BURST},
-        ).fetchone()
+        row = self._conn.execute(RATE, {"began": began, "from": last - BACKLOG - 3 * BURST}).fetchone()
         assert row is not None
         rate = row[0] / row[1] if row[0] else 0.0
         self.bursts.append(
@@ -233,7 +240,7 @@ class Soak:
         return sum(map(cpu_seconds, (self._worker.pid, *(pid for (pid,) in sessions))))
 
     def _state(self, row_id: int) -> str | None:
-        found = self._conn.execute("SELECT state FROM outbox WHERE id = %s", (row_id,)).fetchone()
+        found = self._conn.execute(STATE_OF, (row_id,)).fetchone()
         return None if found is None else str(found[0])
 
     def watch(self, until: float) -> None:
@@ -302,14 +309,11 @@ class Soak:
         return record
 
     def make_prune_due(self) -> None:
-        self._conn.execute(
-            "UPDATE outbox SET available_at = clock_timestamp()"
-            " WHERE unique_key = 'outbox.prune' AND state = 'ready'"
-        )
+        self._conn.execute(PRUNE_NOW)
 
     def pruned(self) -> dict[str, Any]:
         """The other way to count: what the worker says it deleted, and what is left, of all topics."""
-        kept = self._conn.execute("SELECT count(*), max(id) FROM outbox").fetchone()
+        kept = self._conn.execute(KEPT).fetchone()
         assert kept is not None
         log = (json.loads(line) for line in LOG.read_text().splitlines() if line.startswith("{"))
         lines = [line for line in log if line.get("level") != "info" or line["event"] == "pruned"]

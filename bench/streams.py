@@ -27,28 +27,29 @@ from bench.contestant import ROOT, run
 from bench.http import api
 from bench.server import Server, cpu_seconds, resident_mb, settle
 from bench.workloads import OUTWAKE
+from outwake.schema import in_schema
 
 WRITERS = 32  # connections, shared by all sessions: as many commits may wait for the disk at once
 OPENING = 100  # streams that are opened at once
 SETTLE = 10.0  # seconds
 
-_SESSIONS = """
+_SESSIONS = in_schema("""
 WITH w AS (
-    INSERT INTO worker (host, pid, version, topics, concurrency, lease_until)
+    INSERT INTO :schema.worker (host, pid, version, topics, concurrency, lease_until)
     VALUES ('bench', 1, '1', '{session.run}', 10000, clock_timestamp() + interval '1 day')
     RETURNING id
 ),
 s AS (
-    INSERT INTO session (repo, target_branch, branch, title, inbox_status)
+    INSERT INTO :schema.session (repo, target_branch, branch, title, inbox_status)
     SELECT 'octo/tools', 'main', 'bench/' || n, 'bench', 'pending' FROM generate_series(1, %s) AS n
     RETURNING id
 ),
 p AS (
-    INSERT INTO prompt (session_id, text, status) SELECT s.id, 'bench', 'running' FROM s
+    INSERT INTO :schema.prompt (session_id, text, status) SELECT s.id, 'bench', 'running' FROM s
     RETURNING id, session_id
 ),
 o AS (
-    INSERT INTO outbox (topic, ordering_key, payload, state, attempt, worker_id)
+    INSERT INTO :schema.outbox (topic, ordering_key, payload, state, attempt, worker_id)
     SELECT 'session.run', 'session:' || p.session_id,
            jsonb_build_object('session_id', p.session_id, 'prompt_id', p.id), 'running', 1, w.id
     FROM p, w
@@ -56,13 +57,13 @@ o AS (
 )
 SELECT o.worker_id::text, o.id, 1, p.session_id::text, p.id::text
 FROM o JOIN p ON p.id = (o.payload ->> 'prompt_id')::uuid
-"""
+""")
 # As worker/messages.py does.
-_APPEND = """
-SELECT last_seq, watched FROM message_append(%s, %s, %s, %s, %s, ARRAY[%s::jsonb], NULL, true)
+_APPEND = in_schema("""
+SELECT last_seq, watched FROM :schema.message_append(%s, %s, %s, %s, %s, ARRAY[%s::jsonb], NULL, true)
 WHERE NOT fenced
-"""
-_NOTIFY = "SELECT session_notify(%s)"
+""")
+_NOTIFY = in_schema("SELECT :schema.session_notify(%s)")
 _LISTENING = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'outwake api listener'"
 # An assistant's event of a common size, as the agent prints it.
 _BODY = json.dumps({"type": "assistant", "message": {"content": [{"type": "text", "text": "word " * 40}]}})

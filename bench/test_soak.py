@@ -12,18 +12,19 @@ SOAK = """
 import json, time
 from bench.server import Server
 from bench.soak import ALL, BACKLOG, _is_behind, _soaking
+from outwake.schema import in_schema
 with Server.running() as server, _soaking(server, ALL, 300) as soak:
     soak.settled(60)
     counted = len(soak._latencies)
     soak.minute()
     conn = server.connect("bench")
-    first = conn.execute("SELECT max(id) FROM outbox").fetchone()[0] + 1
-    stuck = "INSERT INTO outbox (id, topic, available_at) VALUES (%s, %s, 'tomorrow')"
+    first = conn.execute(in_schema("SELECT max(id) FROM :schema.outbox")).fetchone()[0] + 1
+    stuck = in_schema("INSERT INTO :schema.outbox (id, topic, available_at) VALUES (%s, %s, 'tomorrow')")
     behind = []
     for topic in ("outbox.other", "bench.noop"):
         conn.execute(stuck, (first - 1 + 2 * BACKLOG, topic))
         behind.append(_is_behind(conn, first - 1 + 3 * BACKLOG))
-        conn.execute("DELETE FROM outbox WHERE id >= %s", (first,))
+        conn.execute(in_schema("DELETE FROM :schema.outbox WHERE id >= %s"), (first,))
     soak.load(500)
     soak.watch(time.monotonic() + 2)
     soak.make_prune_due()

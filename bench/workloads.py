@@ -16,6 +16,7 @@ from psycopg import Connection
 from bench.contestant import Contestant, Process, by_name, producing, run, wait_until, working
 from bench.server import STATE, Server, cpu_seconds, resident_mb, settle
 from outwake.embedded.postgres import free_port
+from outwake.schema import in_schema
 
 OUTWAKE = by_name("outwake c10")
 Figures = dict[str, float]
@@ -86,15 +87,22 @@ def _first(process: Process, began: int) -> int:
         return 2**63
 
 
-INSERT = "INSERT INTO outbox (topic) VALUES ('bench.noop');"
-ALWAYS = """
+INSERT = in_schema("INSERT INTO :schema.outbox (topic) VALUES ('bench.noop');")
+FILL = in_schema("INSERT INTO :schema.outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)")
+ASLEEP = in_schema(
+    "SELECT 1 FROM :schema.worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
+)
+"""Returns a row once so many workers sleep, and no other is there."""
+ALWAYS = in_schema("""
 CREATE FUNCTION always_notify() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_notify(''outwake_wake'', ''x@0''); RETURN NULL; END';
-CREATE TRIGGER always_notify AFTER INSERT ON outbox FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
-ALTER TABLE outbox DISABLE TRIGGER always_notify;
-"""
+    'BEGIN PERFORM pg_notify('':schema_wake'', ''x@0''); RETURN NULL; END';
+CREATE TRIGGER always_notify AFTER INSERT ON :schema.outbox
+    FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
+ALTER TABLE :schema.outbox DISABLE TRIGGER always_notify;
+""")
 # How a trigger is switched on; `ENABLE ALWAYS` is how the migration leaves Outwake's own.
-ON, OFF = "ALTER TABLE outbox ENABLE ALWAYS TRIGGER {}", "ALTER TABLE outbox DISABLE TRIGGER {}"
+ON = in_schema("ALTER TABLE :schema.outbox ENABLE ALWAYS TRIGGER {}")
+OFF = in_schema("ALTER TABLE :schema.outbox DISABLE TRIGGER {}")
 BURST = 2
 """Seconds. In shorter bursts the new connections' plans would weigh."""
 
@@ -140,10 +148,13 @@ def inserts(server: Server, kind: str, clients: int, seconds: int) -> dict[str, 
 @contextmanager
 def _awake(conn: Connection[Any], url: str) -> Iterator[None]:
     """A worker that is awake all the time: its one handler never ends."""
-    conn.execute("INSERT INTO outbox (topic) VALUES ('bench.hold')")
+    conn.execute(in_schema("INSERT INTO :schema.outbox (topic) VALUES ('bench.hold')"))
     settings = {"OUTWAKE_DRAIN_GRACE": "0"}
     with working(replace(OUTWAKE, concurrency=1), url, topics="bench.hold", settings=settings):
-        held = "SELECT 1 FROM worker AS w JOIN outbox AS o ON o.worker_id = w.id WHERE NOT w.parked"
+        held = in_schema(
+            "SELECT 1 FROM :schema.worker AS w JOIN :schema.outbox AS o ON o.worker_id = w.id"
+            " WHERE NOT w.parked"
+        )
         wait_until(lambda: conn.execute(held).fetchone())
         yield
 
@@ -212,12 +223,11 @@ def claim_cost(server: Server, sizes: dict[str, tuple[int, int]]) -> dict[str, l
         name: _prepared(server, f"bench_claim_{n}", *size) for n, (name, size) in enumerate(sizes.items())
     }
     taken: dict[str, list[float]] = {name: [] for name in sizes}
+    claim = in_schema("SELECT count(*) FROM :schema.outbox_claim(%s, '{bench.noop}', 10, '1 minute', false)")
     for _ in range(10 + 5 * 30):
         for name, (conn, worker) in conns.items():
             start = time.perf_counter()
-            conn.execute(
-                "SELECT count(*) FROM outbox_claim(%s, '{bench.noop}', 10, '1 minute', false)", worker
-            )
+            conn.execute(claim, worker)
             taken[name].append((time.perf_counter() - start) * 1e3)
     for number, (conn, _) in enumerate(conns.values()):
         conn.close()
@@ -232,19 +242,24 @@ def _prepared(
     run(OUTWAKE, server.fresh(database), "setup")
     conn = server.connect(database)
     conn.execute("SET synchronous_commit = off")
-    conn.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
+    conn.execute(OFF.format("USER"))
     conn.execute(
-        "INSERT INTO outbox (topic, state, attempt, worker_id, finished_at)"
-        " SELECT 'bench.noop', 'done', 1, gen_random_uuid(), clock_timestamp() FROM generate_series(1, %s)",
+        in_schema(
+            "INSERT INTO :schema.outbox (topic, state, attempt, worker_id, finished_at)"
+            " SELECT 'bench.noop', 'done', 1, gen_random_uuid(), clock_timestamp()"
+            " FROM generate_series(1, %s)"
+        ),
         (finished,),
     )
-    conn.execute("INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)", (ready,))
-    conn.execute("ALTER TABLE outbox ENABLE TRIGGER USER")
+    conn.execute(FILL, (ready,))
+    conn.execute(in_schema("ALTER TABLE :schema.outbox ENABLE TRIGGER USER"))
     conn.execute("RESET synchronous_commit")
     settle(conn)
     worker = conn.execute(
-        "INSERT INTO worker (host, pid, version, topics, concurrency)"
-        " VALUES ('bench', 1, '1', '{bench.noop}', 10) RETURNING id"
+        in_schema(
+            "INSERT INTO :schema.worker (host, pid, version, topics, concurrency)"
+            " VALUES ('bench', 1, '1', '{bench.noop}', 10) RETURNING id"
+        )
     ).fetchone()
     assert worker is not None
     return conn, worker
@@ -255,7 +270,7 @@ def idle(server: Server, seconds: float) -> Figures:
     url = server.fresh("bench")
     run(OUTWAKE, url, "setup")
     with server.connect("bench") as conn, working(OUTWAKE, url) as worker:
-        wait_until(lambda: conn.execute("SELECT 1 FROM worker WHERE parked").fetchone())
+        wait_until(lambda: conn.execute(ASLEEP, (1,)).fetchone())
         time.sleep(2)
         before, at = cpu_seconds(worker.pid), _queries(conn)
         time.sleep(seconds)
@@ -284,16 +299,9 @@ def held_snapshot(server: Server, contestant: Contestant, seconds: float) -> Fig
     """
     url = server.fresh("bench")
     run(contestant, url, "setup")
-    count = (
-        "SELECT count(*) FROM outbox WHERE state = 'done'"
-        if contestant.script == "outwake.py"
-        else ("SELECT count(*) FROM job WHERE state = 'done'")
-    )
-    fill = (
-        "INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, 20000)"
-        if contestant.script == "outwake.py"
-        else "INSERT INTO job (topic) SELECT 'noop' FROM generate_series(1, 20000)"
-    )
+    table, topic = (":schema.outbox", "bench.noop") if contestant.script == "outwake_.py" else ("job", "noop")
+    count = in_schema(f"SELECT count(*) FROM {table} WHERE state = 'done'")
+    fill = in_schema(f"INSERT INTO {table} (topic) SELECT '{topic}' FROM generate_series(1, 20000)")
     with server.connect("bench") as conn, server.connect("bench") as foreign:
         conn.execute(fill)
         settle(conn)
@@ -335,23 +343,25 @@ def many_workers(server: Server, workers: int, count: int) -> Figures:
     """
     url = server.fresh("bench")
     run(OUTWAKE, url, "setup")
-    asleep = "SELECT 1 FROM worker WHERE ended_at IS NULL HAVING bool_and(parked) AND count(*) = %s"
     port = free_port()
     with server.connect("bench") as conn:
         settle(conn)
         options = ("--processes", str(workers))
         with working(OUTWAKE, url, options=options, settings={"OUTWAKE_HEALTH_PORT": str(port)}):
-            wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
+            wait_until(lambda: conn.execute(ASLEEP, (workers,)).fetchone())
             run(OUTWAKE, url, "fill", str(count))
             nothing_left(conn, OUTWAKE)
             span = conn.execute(
-                "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8 FROM outbox"
+                in_schema(
+                    "SELECT extract(epoch FROM max(finished_at) - min(started_at))::float8"
+                    " FROM :schema.outbox"
+                )
             ).fetchone()
-            wait_until(lambda: conn.execute(asleep, (workers,)).fetchone())
+            wait_until(lambda: conn.execute(ASLEEP, (workers,)).fetchone())
             time.sleep(1)
             before = _in_vain(port)
             for _ in range(200):
-                conn.execute("INSERT INTO outbox (topic) VALUES ('bench.noop')")
+                conn.execute(INSERT)
                 time.sleep(0.02)
             nothing_left(conn, OUTWAKE)
             time.sleep(1)

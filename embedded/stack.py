@@ -18,6 +18,7 @@ from psycopg import sql
 
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.migrate import migrate
+from outwake.schema import SCHEMA
 
 DATABASE = "outwake"
 _READY_TIMEOUT = 60.0
@@ -65,18 +66,26 @@ async def running(
 
 
 async def _create_database(url: str) -> None:
+    """With a search_path by which people at psql find our tables without naming the schema."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
         cursor = await conn.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,))
         if await cursor.fetchone() is None:
             await conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
+        await conn.execute(
+            sql.SQL("ALTER DATABASE {} SET search_path = {}, public").format(
+                sql.Identifier(DATABASE), sql.Identifier(SCHEMA.name)
+            )
+        )
 
 
 def _environment(state: Path, database_url: str, api_port: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OUTWAKE_")}
-    kept.pop("LISTEN_DATABASE_URL", None)
+    for name in ("DATABASE_URL_FILE", "LISTEN_DATABASE_URL", "LISTEN_DATABASE_URL_FILE"):
+        kept.pop(name, None)
     return {
         **kept,
         "DATABASE_URL": database_url,
+        "OUTWAKE_SCHEMA": SCHEMA.name,
         "OUTWAKE_PORT": str(api_port),
         "OUTWAKE_ALLOW_FILE_REPOS": "true",
         "OUTWAKE_WORKSPACE_ROOT": str(state.absolute() / "workspaces"),

@@ -1,6 +1,6 @@
 """Claim, complete, fail: a worker's side of the outbox, for the worker command and for your own loop.
 
-Each function is one call of a function in sql/0003_claim.sql, which holds the statement and its reasons.
+Each function is one call of a function in sql/outbox/functions/, which holds the statement and its reasons.
 The connection is the caller's: in autocommit each call is a transaction, inside a transaction it joins it.
 """
 
@@ -16,6 +16,7 @@ import psycopg
 from psycopg.rows import TupleRow, args_row, tuple_row
 
 from outwake.errors import Fenced, WorkerEnded
+from outwake.schema import in_schema
 
 ENDED = "OW001"
 """The SQLSTATE of a call by a worker whose lease was ended."""
@@ -43,6 +44,10 @@ class Claimed(NamedTuple):
     available_at: datetime
 
 
+CLAIMED = ", ".join(Claimed._fields)
+"""The columns of what the functions that claim return, in the order of `Claimed`."""
+
+
 class Level(NamedTuple):
     """Where a look begins in a topic and priority: at this place, in the order of available_at and id."""
 
@@ -52,6 +57,25 @@ class Level(NamedTuple):
     id: int
     alone: bool
     """The one row there is looked for, nothing after it."""
+
+
+_REGISTER = in_schema(
+    "INSERT INTO :schema.worker (host, pid, version, topics, concurrency, presence)"
+    " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id"
+)
+_RECONNECT = in_schema("SELECT r FROM :schema.outbox_reconnect(%s, %s, %s::bigint[], %s::integer[]) AS r")
+_TURN = in_schema(
+    f"SELECT {CLAIMED} FROM :schema.outbox_complete_and_claim("  # noqa: S608 - names of ours
+    "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s,"
+    " %s::smallint[], %s::timestamptz[], %s::bigint[], %s::boolean[])"
+)
+_COMPLETE = in_schema("SELECT r FROM :schema.outbox_complete(%s, %s::bigint[], %s::integer[]) AS r")
+_FAIL = in_schema("SELECT :schema.outbox_fail(%s, %s, %s, %s, %s, %s)")
+_HAND_BACK = in_schema("SELECT r FROM :schema.outbox_hand_back(%s, %s::bigint[], %s::integer[], %s) AS r")
+_FENCE = in_schema("SELECT :schema.outbox_fence(%s, %s, %s)")
+_RENEW = in_schema(
+    "SELECT id, attempt, cancel FROM :schema.outbox_renew(%s, %s, %s::bigint[], %s::integer[])"
+)
 
 
 async def register(
@@ -64,8 +88,7 @@ async def register(
     """Make this process known as a worker and return its id, under which it claims."""
     cursor = await _execute(
         conn,
-        "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
-        " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id",
+        _REGISTER,
         (socket.gethostname(), os.getpid(), version("outwake"), list(topics), concurrency, presence),
     )
     row = await cursor.fetchone()
@@ -105,11 +128,7 @@ async def reconnect(
     Raises WorkerEnded if a rescue came first.
     """
     try:
-        cursor = await _execute(
-            conn,
-            "SELECT * FROM outbox_reconnect(%s, %s, %s::bigint[], %s::integer[])",
-            (worker_id, presence, *arrays(running)),
-        )
+        cursor = await _execute(conn, _RECONNECT, (worker_id, presence, *arrays(running)))
         return {row[0] async for row in cursor}
     except psycopg.Error as error:
         raise as_ended(error) from error
@@ -139,9 +158,7 @@ async def complete_and_claim(
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                "SELECT * FROM outbox_complete_and_claim("
-                "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s,"
-                " %s::smallint[], %s::timestamptz[], %s::bigint[], %s::boolean[])",
+                _TURN,
                 (
                     worker_id,
                     *arrays(completed),
@@ -166,11 +183,7 @@ async def complete(
     conn: psycopg.AsyncConnection[Any], worker_id: UUID, rows: Iterable[tuple[int, int]]
 ) -> set[int]:
     """End rows, given as (id, attempt), as done. Returns the ids that were still the worker's to end."""
-    cursor = await _execute(
-        conn,
-        "SELECT * FROM outbox_complete(%s, %s::bigint[], %s::integer[])",
-        (worker_id, *arrays(rows)),
-    )
+    cursor = await _execute(conn, _COMPLETE, (worker_id, *arrays(rows)))
     return {row[0] async for row in cursor}
 
 
@@ -190,9 +203,7 @@ async def fail(
 
     Raises Fenced if the row is not the worker's any more.
     """
-    cursor = await _execute(
-        conn, "SELECT outbox_fail(%s, %s, %s, %s, %s, %s)", (worker_id, *row, clean(error), delay, permanent)
-    )
+    cursor = await _execute(conn, _FAIL, (worker_id, *row, clean(error), delay, permanent))
     found = await cursor.fetchone()
     if found is None or found[0] is None:
         raise Fenced(*row)
@@ -206,11 +217,7 @@ async def hand_back(
     delay: timedelta = timedelta(0),
 ) -> set[int]:
     """Give rows, as (id, attempt), back without a failure. Returns the ids that were the worker's."""
-    cursor = await _execute(
-        conn,
-        "SELECT * FROM outbox_hand_back(%s, %s::bigint[], %s::integer[], %s)",
-        (worker_id, *arrays(rows), delay),
-    )
+    cursor = await _execute(conn, _HAND_BACK, (worker_id, *arrays(rows), delay))
     return {row[0] async for row in cursor}
 
 
@@ -220,7 +227,7 @@ async def fence(conn: psycopg.AsyncConnection[Any], worker_id: UUID, row: tuple[
     What the transaction writes then happens wholly before any rescue, or not at all. Returns whether a
     cancel was requested. Raises Fenced if the row is not the worker's any more: roll back.
     """
-    cursor = await _execute(conn, "SELECT outbox_fence(%s, %s, %s)", (worker_id, *row))
+    cursor = await _execute(conn, _FENCE, (worker_id, *row))
     found = await cursor.fetchone()
     if found is None or found[0] is None:
         raise Fenced(*row)
@@ -239,11 +246,7 @@ async def renew(
     Raises WorkerEnded if a rescue came first.
     """
     try:
-        cursor = await _execute(
-            conn,
-            "SELECT * FROM outbox_renew(%s, %s, %s::bigint[], %s::integer[])",
-            (worker_id, lease, *arrays(rows)),
-        )
+        cursor = await _execute(conn, _RENEW, (worker_id, lease, *arrays(rows)))
         return {(row[0], row[1]): row[2] async for row in cursor}
     except psycopg.Error as error:
         raise as_ended(error) from error

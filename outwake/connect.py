@@ -6,6 +6,7 @@ on the server, so that a dead client's session and its locks do not stay for two
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +19,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import error_from_result
 
 
-def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> str:
-    """`url` with keepalive and user timeout for `lease`; a pooler takes no server options."""
+def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, shared: bool = False) -> str:
+    """`url` with keepalive and user timeout for `lease`; a pooler takes no server options.
+
+    `shared`: a user's code runs on the connection too, so it keeps the search_path of its role and database.
+    Otherwise nothing but our own queries runs on it. They name the schema, and nothing is found without one.
+    """
     seconds = lease.total_seconds()
     # First probe after a third, then ten at most over the rest, so that silence is known before the
     # lease is out. The kernel counts whole seconds, and refuses more than 127 probes.
@@ -27,14 +32,16 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> 
     rest = max(1, int(seconds) - idle - 1)
     count = min(rest, 10)
     interval = rest // count
-    # jit is off: before PostgreSQL 18 a scan that is switched off (sql/0003_claim.sql) but is the only way
-    # looks so dear that each call would be compiled.
+    # jit is off: before PostgreSQL 18 a scan that is off, but is the only way, looks so expensive that each
+    # call would be compiled (sql/outbox/functions/claim.sql).
     server = (
         f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
         f"-c tcp_keepalives_count={count} "
         f"-c tcp_user_timeout={int(seconds * 1000)} "
         "-c jit=off"
     )
+    if not shared:
+        server += " -c search_path=pg_catalog"
     own = conninfo_to_dict(url).get("options") or ""  # what the URL asks for stays
     extra: dict[str, Any] = {} if pooled else {"options": f"{server} {own}"}
     return make_conninfo(
@@ -161,6 +168,33 @@ def is_outage(error: BaseException) -> bool:
         return True
     text = str(error)
     return "Connection refused" in text or "the database system is" in text
+
+
+def will_not_pass(error: BaseException, mend: str) -> str | None:
+    """What an operator has to do before the statement can succeed, in one line; None if it may pass.
+
+    `mend`: what gives the right, if one is missing (`grant`).
+    """
+    said = str(error).partition("\n")[0]
+    match error:
+        case psycopg.errors.InsufficientPrivilege():
+            return f"{said}: {mend}"
+        case psycopg.errors.UndefinedTable() | psycopg.errors.UndefinedFunction():
+            return f"{said}: run `outwake migrate`"
+        case psycopg.errors.UndefinedColumn() | psycopg.errors.UndefinedObject():
+            return f"{said}: run `outwake migrate`"
+    return None
+
+
+def grant(what: str, url: str) -> str:
+    """The statement that gives a right, or a role, to the role that `url` logs in as."""
+    user = conninfo_to_dict(url).get("user") or os.environ.get("PGUSER")
+    return f"GRANT {what} TO {_identifier(str(user)) if user else 'your role'}"
+
+
+def _identifier(name: str) -> str:
+    """As SQL has it; a name that need not be quoted is not."""
+    return name if re.fullmatch("[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
 def is_away(error: psycopg.Error) -> bool:

@@ -29,6 +29,7 @@ import psycopg
 
 from outwake.claim import Claimed, complete, fence
 from outwake.errors import Cancelled, ConfigurationError, Fenced
+from outwake.sql import Line
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -101,6 +102,11 @@ class Handler:
     topic: str
     run: Run
     timeout: timedelta | None = None
+    line: Line = "outbox"
+    """The tables that it needs. Where a database lacks them, a worker does not serve the topic."""
+    built_in: bool = False
+    """It runs queries of Outwake's alone: on its connections no name is looked up in the search_path of the
+    role, where others may be able to create functions and operators."""
 
     @cached_property
     def blocking(self) -> bool:
@@ -120,7 +126,7 @@ def installed_handlers() -> dict[str, Handler]:
         except Exception as error:
             raise ConfigurationError(f"handler {entry.name} = {entry.value}: {error}") from error
         if not isinstance(handler, Handler):
-            raise ConfigurationError(f"handler {entry.name} = {entry.value} is not an outbox.Handler")
+            raise ConfigurationError(f"handler {entry.name} = {entry.value} is not an outwake.Handler")
         if handler.topic in found:
             raise ConfigurationError(f"two handlers serve the topic {handler.topic}")
         found[handler.topic] = handler

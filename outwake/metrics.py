@@ -1,7 +1,7 @@
 """Metrics that come from the database, for whoever is scraped: every process shows the same numbers, so
 take their maximum, not their sum.
 
-One query at a scrape, none in between. It reads partial indexes only: its cost grows with the rows that
+Queries at a scrape, none in between. They read partial indexes only: their cost grows with the rows that
 wait, not with those that are done (a test compares the pages read).
 """
 
@@ -13,22 +13,32 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from outwake.installed import has_sessions
+from outwake.schema import in_schema
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-DEPTH = """
-SELECT 'outbox', topic, state, wait, rows::float8, extract(epoch FROM oldest)::float8 FROM outbox_depth
+DEPTH = in_schema(
+    """
+SELECT 'outbox', topic, state, wait, rows::float8, extract(epoch FROM oldest)::float8
+FROM :schema.outbox_depth
 UNION ALL
-SELECT 'worker', '', state, '', count(*)::float8, 0 FROM worker_status WHERE ended_at IS NULL GROUP BY state
+SELECT 'worker', '', state, '', count(*)::float8, 0
+FROM :schema.worker_status WHERE ended_at IS NULL GROUP BY state
 UNION ALL
 SELECT 'writer', '', '', '', count(*)::float8, greatest(max(extract(epoch FROM open_for)), 0)::float8
-FROM outbox_writer
-UNION ALL
-SELECT 'sandbox', '', '', '', count(*)::float8, 0 FROM session WHERE sandbox IS NOT NULL
-UNION ALL
-SELECT 'suspect', '', '', '', count(*)::float8, 0 FROM sandbox_suspect
+FROM :schema.outbox_writer
 UNION ALL
 SELECT 'queue', '', '', '', pg_notification_queue_usage(), 0
 """
+)
+SANDBOXES = in_schema(
+    """
+SELECT 'sandbox', '', '', '', count(*)::float8, 0 FROM :schema.session WHERE sandbox IS NOT NULL
+UNION ALL
+SELECT 'suspect', '', '', '', count(*)::float8, 0 FROM :schema.sandbox_suspect
+"""
+)
 
 WORKER_STATES = ("parked", "awake", "busy", "draining", "late", "absent", "lost")
 
@@ -36,7 +46,11 @@ WORKER_STATES = ("parked", "awake", "busy", "draining", "late", "absent", "lost"
 async def database_metrics(conn: psycopg.AsyncConnection[Any]) -> list[Metric]:
     """Depth and oldest age by topic and state, workers, sandboxes held, notification queue."""
     cursor = await conn.execute(DEPTH, prepare=False)
-    return _families(await cursor.fetchall())
+    found = await cursor.fetchall()
+    if await has_sessions(conn):
+        cursor = await conn.execute(SANDBOXES, prepare=False)
+        found += await cursor.fetchall()
+    return _families(found)
 
 
 def unreachable() -> list[Metric]:

@@ -1,91 +1,448 @@
-"""Applies the migrations of sql/.
+"""Brings a database to this code's schema, and says whether a database and this code fit.
 
-1. Take an advisory lock, so that two replicas may start at once: the second waits, then finds nothing
-   left to do.
-2. Refuse a database whose schema is newer than this code: an old process must not run on it.
-3. Apply each migration in a transaction of its own, the row that records it included, so that a
-   failure leaves the schema between two migrations and never inside one.
+1. Take an advisory lock, so that two replicas may start at once: the second waits, then has nothing to do.
+2. Refuse a schema that is not ours alone: whoever may create in it could make our functions call theirs.
+3. Refuse a ledger that differs. The table `migration` keeps the hash of every file that was applied. If a
+   numbered file was applied in another form, the tables are not what this code takes them for.
+4. Apply nothing if the database is newer: older functions must not replace those of a newer version.
+5. Apply each numbered file that is missing in a transaction of its own, its row in the ledger first. A
+   failure or a kill leaves the database between two files, never inside one.
+6. Apply the functions that have changed in one transaction, and grant the roles what they may do.
+7. With each commit call the workers, who look whether the schema still fits.
+
+Code of one version works on the schema of the version before, and on that of the version after unless a file
+of that says that older code must stop. So a rolling upgrade may migrate first or last (docs/releases.md).
 """
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any, Literal, LiteralString
 
 import psycopg
-from psycopg import sql as compose
+from psycopg.rows import args_row
 
 from outwake.errors import SchemaError
-from outwake.sql import Migration, migrations
+from outwake.schema import SCHEMA, Schema
+from outwake.sql import LINES, OLDEST, File, Line, files
 
-_LOCK = 1397048889
+Connection = psycopg.AsyncConnection[Any]
+Fit = Literal["current", "older", "newer"]
 
-_LEDGER = """
-CREATE TABLE IF NOT EXISTS schema_migration (
-    number     integer PRIMARY KEY,
-    name       text NOT NULL,
+_LOCK_TIMEOUT = 0.5
+"""Seconds that a transaction waits for a table, and everybody else behind it. Less than the server's
+deadlock_timeout of 1 s: where two wait for each other it is we who let go, and try again."""
+_LOCK_TRIES = 120
+_LOCK_PAUSE = 1.0
+"""Seconds at most, by chance: a busy worker comes again and again as well."""
+
+_LEDGER: LiteralString = """
+CREATE TABLE IF NOT EXISTS :schema.migration (
+    name       text PRIMARY KEY,
+    line       text NOT NULL,
+    number     integer,
+    sha256     text NOT NULL,
+    breaking   boolean NOT NULL DEFAULT false,
+    version    text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-COMMENT ON TABLE schema_migration IS 'The migrations of Outwake that were applied to this database.';
-COMMENT ON COLUMN schema_migration.number IS 'Its number: the greatest is the version of the schema.';
-COMMENT ON COLUMN schema_migration.name IS 'The name of its file.';
-COMMENT ON COLUMN schema_migration.applied_at IS 'When it was applied.';
+COMMENT ON TABLE :schema.migration IS 'The ledger: the files of Outwake''s sql/ that were applied.';
+COMMENT ON COLUMN :schema.migration.name IS 'The file: line/NNNN_words, or line/words if it is repeatable.';
+COMMENT ON COLUMN :schema.migration.line IS 'outbox or session.';
+COMMENT ON COLUMN :schema.migration.number IS 'Of a numbered file; the greatest is the version of a line.';
+COMMENT ON COLUMN :schema.migration.sha256 IS 'Of the file as it was applied last.';
+COMMENT ON COLUMN :schema.migration.breaking IS 'Whether code of the version before must stop.';
+COMMENT ON COLUMN :schema.migration.version IS 'The version of Outwake that applied it.';
+COMMENT ON COLUMN :schema.migration.applied_at IS 'When it was applied last.';
 """
 
+_RECORD: LiteralString = """
+INSERT INTO :schema.migration (name, line, number, sha256, breaking, version)
+VALUES ('{name}', '{line}', {number}, '{sha256}', {breaking}, '{version}')
+ON CONFLICT (name) DO UPDATE
+SET sha256 = excluded.sha256, version = excluded.version, applied_at = excluded.applied_at;
+"""
 
-async def migrate(url: str, tell: Callable[[str], None] = lambda name: None) -> list[str]:
-    """Bring the database at `url` to this code's schema; call `tell` with each migration's name first.
+# Names that are not written with the schema are ours, and nothing of a temporary schema comes before them.
+_PATH: LiteralString = "SET LOCAL search_path = :schema, pg_temp;\n"
 
-    Returns the names applied, none if the schema was up to date. The connection must be direct or a
-    pooler's session: the lock belongs to the session.
+# In a transaction of another tool, what comes behind it is to find its own names again.
+_KEEP_PATH: LiteralString = (
+    "SELECT pg_catalog.set_config(':schema.path', pg_catalog.current_setting('search_path'), true);"
+)
+_RESTORE_PATH: LiteralString = (
+    "SELECT pg_catalog.set_config('search_path', pg_catalog.current_setting(':schema.path'), true);"
+)
 
-    Raises SchemaError if the database is newer than this code, psycopg.Error if it cannot be reached.
+# As outbox_wake does, which is not there yet before the first file: each worker looks what the schema is now.
+_CALL: LiteralString = "NOTIFY :schema_wake, '*@0';\n"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A row of the ledger."""
+
+    name: str
+    line: str
+    number: int | None
+    sha256: str
+    breaking: bool
+    version: str
+    applied_at: datetime
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file, and what the database has of it."""
+
+    line: Line
+    name: str
+    kind: Literal["numbered", "repeatable"]
+    state: Literal["applied", "missing", "changed", "newer"]
+    """changed: applied in another form. newer: by a newer version, in a form that this code does not know."""
+    breaking: bool
+    applied_at: datetime | None
+
+
+async def migrate(
+    url: str,
+    tell: Callable[[str], None] = lambda name: None,
+    *,
+    only: Line | None = None,
+    schema: Schema = SCHEMA,
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Bring the database at `url` to this code's schema; call `tell` with each file's name first.
+
+    `only` leaves the other line out; `outbox` alone is enough for a worker with handlers of its own. `warn`
+    is told what an operator has to do by hand. Returns the names applied, none if the schema was up to date.
+
+    The connection must be direct or a pooler's session: the lock belongs to the session.
+
+    Raises SchemaError if the schema is not ours alone, differs, or cannot be changed now; psycopg.Error if
+    the database cannot be reached.
     """
-    applied = []
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
-        await conn.execute("SELECT pg_advisory_lock(%s, 0)", (_LOCK,))
+    applied: list[str] = []
+    async with await _connect(url) as conn:
+        conn.add_notice_handler(lambda notice: warn(notice.message_primary or ""))
         await conn.execute("SET client_min_messages = warning")
-        await conn.execute(_LEDGER)
-        async for migration in _missing(conn):
-            tell(migration.name)
-            async with conn.transaction():
-                await conn.execute(compose.SQL(migration.text))
-                await conn.execute(
-                    "INSERT INTO schema_migration (number, name) VALUES (%s, %s)",
-                    (migration.number, migration.name),
-                )
-            applied.append(migration.name)
+        await conn.execute("SELECT pg_advisory_lock(%s, 0)", (schema.lock("migrate"),))
+        await _refuse_foreign(conn, schema)
+        known = await _ledger(conn, schema)
+        await _run(conn, _create(schema))
+        await _refuse_foreign(conn, schema)  # a new schema has the rights that ALTER DEFAULT PRIVILEGES says
+        for batch in _applicable(known, _chosen(only)):
+            for file in batch:
+                tell(file.name)
+            await _run(conn, _script(batch, schema))
+            applied += [file.name for file in batch]
     return applied
 
 
-async def _missing(conn: psycopg.AsyncConnection) -> AsyncIterator[Migration]:
-    known = migrations()
-    version = await schema_version(conn)
-    if version > known[-1].number:
+async def plan(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[Step]:
+    """Every file and its state in the database at `url`, in the order in which they are applied."""
+    async with await _connect(url) as conn:
+        known = await _ledger(conn, schema)
+    lines = _chosen(only)
+    steps = [_step(file, known.get(file.name)) for line in lines for file in files(line)]
+    ours = {step.name for step in steps}
+    steps += [_unknown(row) for row in known.values() if row.line in lines and row.name not in ours]
+    return sorted(steps, key=lambda step: step.kind)
+
+
+async def pending(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[str]:
+    """The names of what `migrate` would apply to the database at `url`. Raises SchemaError as it does."""
+    batches = _applicable(await _known(url, schema), _chosen(only))
+    return [file.name for batch in batches for file in batch]
+
+
+async def print_sql(
+    url: str | None, *, only: Line | None = None, schema: Schema = SCHEMA, transaction: bool = True
+) -> str:
+    """SQL for what the database at `url` lacks, the ledger included; without a url, for all of it.
+
+    The text is one transaction, from BEGIN to COMMIT, unless the tool that runs it has a transaction of its
+    own. Raises SchemaError as `migrate` does.
+    """
+    known = {} if url is None else await _known(url, schema)
+    batches = _applicable(known, _chosen(only))
+    if not batches:
+        return ""
+    begin, end = ("BEGIN;", "COMMIT;") if transaction else (_KEEP_PATH, _RESTORE_PATH)
+    parts = [f"-- Outwake {version('outwake')}, schema {schema.name}", schema.sql(begin)]
+    if not known:
+        parts.append(schema.sql(_PATH) + _create(schema))
+    parts += [_script(batch, schema) for batch in batches]
+    return "\n".join([*parts, schema.sql(end)])
+
+
+def uninstall_sql(schema: Schema = SCHEMA) -> str:
+    """SQL that removes the schema with all rows in it, and then the roles, which belong to the cluster."""
+    roles = ("producer", "worker", "monitor", "reader", "operator")
+    drops = [
+        f"DROP SCHEMA IF EXISTS {schema.name} CASCADE;",
+        "-- The roles may be in use in other databases of the cluster.",
+        *(f"-- DROP ROLE IF EXISTS {schema.name}_{role};" for role in roles),
+    ]
+    return "\n".join(drops)
+
+
+async def check_schema(conn: Connection, lines: Sequence[Line] = ("outbox",)) -> Fit:
+    """Whether these lines of the database are this code's, or older or newer ones that it works on.
+
+    Raises SchemaError if it does not work on them.
+    """
+    known = await _ledger(conn, SCHEMA)
+    _refuse_changed(known, lines)
+    for line in lines:
+        have = _number(known, line)
+        if have == 0:
+            raise SchemaError(f"schema {SCHEMA.name} has no {line} tables: run `outwake migrate`")
+        if have < OLDEST[line]:
+            raise SchemaError(
+                f"schema {SCHEMA.name}: the {line} tables are at {have}, this code needs {OLDEST[line]}:"
+                " run `outwake migrate`"
+            )
+    if _is_newer(known, lines):
+        _refuse_breaking(known, lines)
+        return "newer"
+    return "older" if _batches(known, lines) else "current"
+
+
+async def has_line(conn: Connection, line: Line) -> bool:
+    """Whether the database has the tables of this line."""
+    return _number(await _ledger(conn, SCHEMA), line) > 0
+
+
+async def _connect(url: str) -> Connection:
+    """In the schema public others may have made functions and operators that fit a query better."""
+    conn = await psycopg.AsyncConnection.connect(url, autocommit=True)
+    await conn.execute("SET search_path = pg_catalog")
+    return conn
+
+
+def _chosen(only: Line | None) -> tuple[Line, ...]:
+    return LINES if only is None else (only,)
+
+
+# The owner of a schema may create in it. So it has to be who owns the functions, or be above all rights.
+_FOREIGN: LiteralString = """
+SELECT
+    o.rolname,
+    o.rolname = current_user OR o.rolsuper AND pg_has_role(o.oid, 'USAGE'),
+    ARRAY(
+        SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(a.grantee)::text END
+        FROM aclexplode(n.nspacl) AS a
+        WHERE a.privilege_type = 'CREATE' AND a.grantee <> n.nspowner
+    ),
+    NOT EXISTS (SELECT FROM pg_class AS c WHERE c.relnamespace = n.oid AND c.relname = 'migration')
+    AND EXISTS (
+        SELECT FROM pg_class AS c WHERE c.relnamespace = n.oid
+        UNION ALL
+        SELECT FROM pg_proc AS p WHERE p.pronamespace = n.oid
+        UNION ALL
+        SELECT FROM pg_type AS t WHERE t.typnamespace = n.oid
+    )
+FROM pg_namespace AS n
+JOIN pg_roles AS o ON o.oid = n.nspowner
+WHERE n.nspname = %(name)s
+"""
+
+
+async def _refuse_foreign(conn: Connection, schema: Schema) -> None:
+    """Step 2. Raises SchemaError."""
+    name = schema.name
+    cursor = await conn.execute(
+        "SELECT FROM pg_get_keywords() AS k WHERE k.word = %s AND k.catcode IN ('R', 'T')", (name,)
+    )
+    if await cursor.fetchone() is not None:
+        raise SchemaError(f"{name} is a word of SQL: name another schema by OUTWAKE_SCHEMA")
+    cursor = await conn.execute(_FOREIGN, {"name": name})
+    found = await cursor.fetchone()
+    if found is None:
+        return
+    owner, is_ours, creators, has_others = found
+    if not is_ours:
+        raise SchemaError(f"the schema {name} belongs to {owner}: migrate as that role")
+    if creators:
+        who = ", ".join(sorted(creators))
         raise SchemaError(
-            f"the database has schema {version}, newer than this code's {known[-1].number}: upgrade outwake"
+            f"{who} may create objects in the schema {name}, and so make its functions call theirs:"
+            f" REVOKE CREATE ON SCHEMA {name} FROM {who}"
         )
-    for migration in known:
-        if migration.number > version:
-            yield migration
-
-
-async def schema_version(conn: psycopg.AsyncConnection) -> int:
-    """The number of the last migration applied, 0 in an empty database."""
-    cursor = await conn.execute("SELECT to_regclass('schema_migration') IS NOT NULL")
-    row = await cursor.fetchone()
-    assert row is not None
-    if not row[0]:
-        return 0
-    cursor = await conn.execute("SELECT coalesce(max(number), 0) FROM schema_migration")
-    row = await cursor.fetchone()
-    assert row is not None
-    return int(row[0])
-
-
-async def check_schema(conn: psycopg.AsyncConnection) -> None:
-    """Raise SchemaError unless the database has this code's schema."""
-    version, wanted = await schema_version(conn), migrations()[-1].number
-    if version < wanted:
+    if has_others:
         raise SchemaError(
-            f"the database has schema {version}, this code needs {wanted}: run `outwake migrate`"
+            f"the schema {name} holds objects that are not Outwake's: name another schema by OUTWAKE_SCHEMA"
         )
-    if version > wanted:
-        raise SchemaError(f"the database has schema {version}, this code knows {wanted}: upgrade outwake")
+
+
+async def _ledger(conn: Connection, schema: Schema) -> dict[str, Applied]:
+    """What was applied, by name; nothing in a database without our schema. Raises SchemaError."""
+    cursor = await conn.execute(schema.sql("SELECT to_regclass(':schema.migration') IS NOT NULL"))
+    row = await cursor.fetchone()
+    if row is None or not row[0]:
+        return {}
+    async with conn.cursor(row_factory=args_row(Applied)) as reader:
+        try:
+            await reader.execute(
+                schema.sql(
+                    "SELECT name, line, number, sha256, breaking, version, applied_at FROM :schema.migration"
+                    " ORDER BY line, number NULLS LAST, name"
+                )
+            )
+        except psycopg.errors.UndefinedColumn:
+            raise SchemaError(
+                f"the table {schema.name}.migration is not Outwake's: name another schema by OUTWAKE_SCHEMA"
+            ) from None
+        return {applied.name: applied async for applied in reader}
+
+
+def _number(known: dict[str, Applied], line: str) -> int:
+    return max((row.number for row in known.values() if row.line == line and row.number), default=0)
+
+
+def _newest(line: str) -> int:
+    """The number of the last numbered file that this code knows."""
+    return max(
+        (file.number for known in LINES if known == line for file in files(known) if file.number), default=0
+    )
+
+
+def _refuse_changed(known: dict[str, Applied], lines: Sequence[Line]) -> None:
+    """Step 3. Raises SchemaError."""
+    for line in lines:
+        for file in files(line):
+            row = known.get(file.name)
+            if file.number is not None and row is not None and row.sha256 != file.sha256:
+                raise SchemaError(
+                    f"{file.name} was applied in another form, by version {row.version}: this database is"
+                    " of a development version. Save its data, run `outwake uninstall`, migrate anew"
+                )
+
+
+def _is_newer(known: dict[str, Applied], lines: Sequence[Line]) -> bool:
+    """Step 4: whether files that this code does not know were applied, or functions of a newer version."""
+    ours = _release(version("outwake"))
+    for row in known.values():
+        if row.line in lines:
+            if (row.number or 0) > _newest(row.line):
+                return True
+            if row.number is None and _release(row.version) > ours:
+                return True
+    return False
+
+
+def _refuse_breaking(known: dict[str, Applied], lines: Sequence[Line]) -> None:
+    for row in known.values():
+        if row.line in lines and row.breaking and (row.number or 0) > _newest(row.line):
+            raise SchemaError(
+                f"the database has {row.name}, of version {row.version}, beside which this code,"
+                f" {version('outwake')}, may not run: upgrade outwake"
+            )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a version, so that 1.10.0 comes after 1.9.0; what follows them does not count."""
+    numbers: list[int] = []
+    for part in text.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+async def _known(url: str, schema: Schema) -> dict[str, Applied]:
+    """What was applied, after step 2. Raises SchemaError."""
+    async with await _connect(url) as conn:
+        await _refuse_foreign(conn, schema)
+        return await _ledger(conn, schema)
+
+
+def _applicable(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
+    """What is to be applied, after steps 3 and 4. Raises SchemaError."""
+    _refuse_changed(known, lines)
+    if _is_newer(known, lines):
+        _refuse_breaking(known, lines)
+        return []
+    return _batches(known, lines)
+
+
+def _unknown(row: Applied) -> Step:
+    kind: Literal["numbered", "repeatable"] = "repeatable" if row.number is None else "numbered"
+    line: Line = "session" if row.line == "session" else "outbox"
+    return Step(line, row.name, kind, "newer", row.breaking, row.applied_at)
+
+
+def _step(file: File, row: Applied | None) -> Step:
+    state: Literal["applied", "missing", "changed", "newer"]
+    if row is None:
+        state = "missing"
+    elif row.sha256 == file.sha256:
+        state = "applied"
+    else:
+        newer = file.number is None and _release(row.version) > _release(version("outwake"))
+        state = "newer" if newer else "changed"
+    kind: Literal["numbered", "repeatable"] = "repeatable" if file.number is None else "numbered"
+    return Step(file.line, file.name, kind, state, file.breaking, None if row is None else row.applied_at)
+
+
+def _batches(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
+    """Steps 5 and 6: each numbered file that is missing alone, then all functions that differ together."""
+    numbered = [
+        [file] for line in lines for file in files(line) if file.number and file.number > _number(known, line)
+    ]
+    functions = [
+        file
+        for line in lines
+        for file in files(line)
+        if file.number is None and _step(file, known.get(file.name)).state != "applied"
+    ]
+    return [*numbered, functions] if functions else numbered
+
+
+async def _run(conn: Connection, script: str) -> None:
+    """In one transaction. It never waits for a table for long, because everybody else would wait behind it.
+
+    Raises SchemaError if others keep a table locked.
+    """
+    for _ in range(_LOCK_TRIES):
+        try:
+            async with conn.transaction():
+                await conn.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}s'")
+                await conn.execute(script.encode())
+            return
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            await asyncio.sleep(random.uniform(_LOCK_PAUSE / 4, _LOCK_PAUSE))  # noqa: S311 - jitter
+    raise SchemaError(
+        "open transactions keep the tables locked: end them (see the view outbox_writer), then migrate again"
+    )
+
+
+def _create(schema: Schema) -> str:
+    return schema.sql("CREATE SCHEMA IF NOT EXISTS :schema;" + _LEDGER)
+
+
+def _script(batch: list[File], schema: Schema) -> str:
+    """One transaction's SQL."""
+    parts = [schema.sql(_PATH), schema.sql(_CALL)]
+    for file in batch:
+        parts.append(_record(file, schema))
+        parts.append(f"\n-- {file.name}\n{schema.sql(file.text)}")
+    if batch[0].number is None:
+        parts.append(schema.sql("SELECT :schema.grant_roles();\n"))
+    return "".join(parts)
+
+
+def _record(file: File, schema: Schema) -> str:
+    return schema.sql(_RECORD).format(
+        name=file.name,
+        line=file.line,
+        number="NULL" if file.number is None else file.number,
+        sha256=file.sha256,
+        breaking="true" if file.breaking else "false",
+        version=version("outwake").replace("'", ""),
+    )

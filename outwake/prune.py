@@ -13,9 +13,16 @@ from typing import Any
 
 import psycopg
 
+from outwake.installed import has_sessions
+from outwake.schema import in_schema
 from outwake.settings import Settings
 
 _PAGE = 1000
+
+_LAST_ID = in_schema("SELECT coalesce(max(id), 0) FROM :schema.outbox")
+_PRUNE_ROWS = in_schema("SELECT deleted, next_id FROM :schema.outbox_prune(%s, %s, %s)")
+_PRUNE_WORKERS = in_schema("SELECT :schema.worker_prune(%s, %s)")
+_PRUNE_SESSIONS = in_schema("SELECT :schema.session_prune(%s, %s, %s)")
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
@@ -44,28 +51,26 @@ async def prune(
     pruned = Pruned()
     from_id: int | None = 0
     async with connect() as conn:
-        last_id = (await _call(conn, "SELECT coalesce(max(id), 0) FROM outbox"))[0]
+        last_id = (await _call(conn, _LAST_ID))[0]
+        others: list[tuple[str, tuple[Any, ...]]] = [(_PRUNE_WORKERS, (finished_before, _PAGE))]
+        if await has_sessions(conn):
+            others.append((_PRUNE_SESSIONS, (finished_before, quiet_before, _PAGE)))
     while from_id is not None:
         began = time.monotonic()
         async with connect() as conn:
-            deleted, from_id = await _call(
-                conn,
-                "SELECT deleted, next_id FROM outbox_prune(%s, %s, %s)",
-                (finished_before, from_id, _PAGE),
-            )
+            deleted, from_id = await _call(conn, _PRUNE_ROWS, (finished_before, from_id, _PAGE))
         pruned.rows += deleted
         tell(pruned, min(1.0, from_id / last_id) if from_id is not None and last_id else 1.0)
         await asyncio.sleep(time.monotonic() - began)
-    deleted = 1
-    while deleted:
-        began = time.monotonic()
-        async with connect() as conn:
-            (deleted,) = await _call(
-                conn, "SELECT session_prune(%s, %s, %s)", (finished_before, quiet_before, _PAGE)
-            )
-        pruned.others += deleted
-        tell(pruned, None)
-        await asyncio.sleep(time.monotonic() - began)
+    for query, values in others:
+        deleted = 1
+        while deleted:
+            began = time.monotonic()
+            async with connect() as conn:
+                (deleted,) = await _call(conn, query, values)
+            pruned.others += deleted
+            tell(pruned, None)
+            await asyncio.sleep(time.monotonic() - began)
     return pruned
 
 

@@ -7,11 +7,15 @@ from typing import Any
 import psycopg
 from psycopg.rows import class_row
 
+from outwake.schema import in_schema
+
+_READY = in_schema("SELECT ready, stuck, workers, oldest_due, topic, reason FROM :schema.outbox_ready(%s)")
+
 
 @dataclass(frozen=True)
 class Readiness:
-    """The answer of outbox_ready (sql/0007_views.sql). `reason` is None when `ready`. `stuck`: a row has
-    been due for too long."""
+    """The answer of outbox_ready (sql/outbox/functions/ready.sql). `reason` is None when `ready`. `stuck`: a
+    row has been due for too long."""
 
     ready: bool
     stuck: bool
@@ -24,7 +28,7 @@ class Readiness:
 async def outbox_ready(conn: psycopg.AsyncConnection[Any], longest_wait: timedelta) -> Readiness:
     """Ask the database. Raises psycopg.Error."""
     async with conn.cursor(row_factory=class_row(Readiness)) as cursor:
-        await cursor.execute("SELECT * FROM outbox_ready(%s)", (longest_wait,))
+        await cursor.execute(_READY, (longest_wait,))
         found = await cursor.fetchone()
     assert found is not None
     return found

@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from dataclasses import dataclass
-from typing import LiteralString, cast
+from typing import LiteralString
 
 from outwake.errors import ConfigurationError
 
@@ -45,7 +45,7 @@ class Schema:
 
     def sql(self, text: LiteralString) -> LiteralString:
         """The text with its placeholders filled in."""
-        return cast(LiteralString, _PLACEHOLDER.sub(self._filled, text))
+        return _PLACEHOLDER.sub(self._filled, text)
 
     def lock(self, what: str) -> int:
         """The first integer of the advisory lock for `what`, one of LOCKS."""

@@ -5,11 +5,11 @@ rows of topics that nobody serves:
 
 1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment at
    which that work could be stuck, unless one is set for sooner. No query.
-2. When it fires, one query reports what is stuck now (outbox_stuck_report, sql/0007_views.sql): a log line
-   `stuck` for each topic, and a POST to OUTWAKE_STUCK_WEBHOOK if that is set. A topic is reported by one
-   process only, and again after REPEAT; once nothing of it is stuck any more, `unstuck` is said. While
-   somebody holds an old snapshot the query may read for seconds, past all rows claimed since: it comes again
-   after SHARE times as long, and nobody waits for it.
+2. When it fires, one query reports what is stuck now (outbox_stuck_report in
+   sql/outbox/functions/ready.sql): a log line `stuck` for each topic, and a POST to OUTWAKE_STUCK_WEBHOOK if
+   that is set. A topic is reported by one process only, and again after REPEAT; once nothing of it is stuck
+   any more, `unstuck` is said. While somebody holds an old snapshot the query may read for seconds, past all
+   rows claimed since: it comes again after SHARE times as long, and nobody waits for it.
 3. The same look tells the next moment at which something could be stuck. None: no timer, silence. A process
    that starts begins with such a look, so that one with nothing to do never asks again.
 
@@ -29,6 +29,7 @@ import psycopg
 from outwake.connect import bounded, cut
 from outwake.lean import without
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.settings import Settings
 
 with without("rich", "click"):  # for its own command line: 4 MB of a worker
@@ -42,6 +43,11 @@ FIRST = 1.0
 """Seconds for which a process that starts waits for its first look."""
 _WEBHOOK_TIMEOUT = 10.0
 _LONGEST = 120.0  # seconds of a look; on a path gone silent it would never end
+
+_REPORT = in_schema(
+    "SELECT stuck, topic, id, waited, reason, detail FROM :schema.outbox_stuck_report(%s, %s)"
+)
+_DEADLINE = in_schema("SELECT :schema.outbox_stuck_deadline(%s)")
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
@@ -118,12 +124,12 @@ class StuckWatch:
         loop = asyncio.get_running_loop()
         began = loop.time()
         after = timedelta(seconds=self._after)
-        cursor = await conn.execute("SELECT * FROM outbox_stuck_report(%s, %s)", (after, REPEAT))
+        cursor = await conn.execute(_REPORT, (after, REPEAT))
         for report in await cursor.fetchall():
             task = asyncio.create_task(self._tell(*report))  # a slow webhook holds nobody up
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
-        cursor = await conn.execute("SELECT outbox_stuck_deadline(%s)", (after,))
+        cursor = await conn.execute(_DEADLINE, (after,))
         row = await cursor.fetchone()
         deadline: timedelta | None = row[0] if row else None
         self._not_before = loop.time() + (loop.time() - began) * SHARE

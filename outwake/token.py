@@ -14,8 +14,21 @@ from uuid import UUID
 
 import psycopg
 
+from outwake.schema import in_schema
+
 PREFIX = "outwake_"
 _FORM = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
+
+_CREATE = in_schema(
+    """
+INSERT INTO :schema.api_token (user_id, name, operator, hash, expires_at)
+VALUES (%s, %s, %s, %s, clock_timestamp() + %s::interval)
+RETURNING id
+"""
+)
+_REVOKE = in_schema(
+    "UPDATE :schema.api_token SET revoked_at = clock_timestamp() WHERE id = %s AND revoked_at IS NULL"
+)
 
 
 def is_token(text: str) -> bool:
@@ -48,14 +61,8 @@ async def create(
 ) -> tuple[UUID, str]:
     """Store a new token; return its id and the token itself, which nobody can get again."""
     token = PREFIX + secrets.token_urlsafe(32)
-    cursor = await conn.execute(
-        """
-        INSERT INTO api_token (user_id, name, operator, hash, expires_at)
-        VALUES (%s, %s, %s, %s, clock_timestamp() + %s::interval)
-        RETURNING id
-        """,
-        (check_user(user_id), name, operator, hash_of(token), valid_for),
-    )
+    values = (check_user(user_id), name, operator, hash_of(token), valid_for)
+    cursor = await conn.execute(_CREATE, values)
     row = await cursor.fetchone()
     assert row is not None
     return row[0], token
@@ -63,8 +70,5 @@ async def create(
 
 async def revoke(conn: psycopg.AsyncConnection[Any], token_id: UUID) -> bool:
     """Revoke a token; False if there is none of this id that is still in use."""
-    cursor = await conn.execute(
-        "UPDATE api_token SET revoked_at = clock_timestamp() WHERE id = %s AND revoked_at IS NULL",
-        (token_id,),
-    )
+    cursor = await conn.execute(_REVOKE, (token_id,))
     return cursor.rowcount == 1

@@ -19,23 +19,32 @@ import psycopg
 from psycopg.rows import dict_row
 
 from outwake.connect import connect, hear
+from outwake.schema import SCHEMA, in_schema
 from outwake.settings import Settings
 
-_PRESENCE = 1397048890
+_CHANNEL = f"{SCHEMA.name}_session"
+_PRESENCE = SCHEMA.lock("watch")
 _PAGE = 500
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
 
-_STATUS = """
+_STATUS = in_schema(
+    """
 SELECT s.inbox_status, s.session_status, s.title, s.branch, (
     SELECT jsonb_agg(jsonb_build_object('id', p.id, 'status', p.status, 'reason', p.reason)
                      ORDER BY p.created_at, p.id)
-    FROM prompt AS p WHERE p.session_id = s.id) AS prompts
-FROM session AS s WHERE s.id = %s
+    FROM :schema.prompt AS p WHERE p.session_id = s.id) AS prompts
+FROM :schema.session AS s WHERE s.id = %s
 """
-_MESSAGES = """
-SELECT seq, prompt_id, attempt, body, created_at FROM message
+)
+_MESSAGES = in_schema(
+    """
+SELECT seq, prompt_id, attempt, body, created_at FROM :schema.message
 WHERE session_id = %s AND seq > %s ORDER BY seq LIMIT %s
 """
+)
+_WATCH = in_schema("SELECT :schema.session_watch(%s::uuid[], %s)")
+_UNWATCH = in_schema("DELETE FROM :schema.watcher WHERE presence = %s")
+_WRITERS = in_schema("SELECT :schema.session_writers()")
 
 Record = dict[str, Any]
 
@@ -58,10 +67,10 @@ async def follow(
         listener,
         await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn,
     ):
-        await listener.execute("LISTEN outwake_session")
+        await listener.execute(f"LISTEN {_CHANNEL}")
         presence = secrets.randbelow(2**31)
         await listener.execute("SELECT pg_advisory_lock(%s, %s)", (_PRESENCE, presence))
-        await conn.execute("SELECT session_watch(%s::uuid[], %s)", ([session_id], presence))
+        await conn.execute(_WATCH, ([session_id], presence))
         news = asyncio.Event()
         tasks = [
             asyncio.create_task(_listen(listener, session_id, news)),
@@ -90,12 +99,16 @@ async def follow(
                 task.cancel()
             await asyncio.wait(tasks)
             with suppress(psycopg.Error):
-                await conn.execute("DELETE FROM watcher WHERE presence = %s", (presence,))
+                await conn.execute(_UNWATCH, (presence,))
 
 
 async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: asyncio.Event) -> None:
     def heard(_channel: str, payload: str) -> None:
-        if payload == str(session_id):
+        try:
+            ours = UUID(payload) == session_id
+        except ValueError:  # a newer version may say more: then it may be about this session
+            ours = True
+        if ours:
             news.set()
 
     await hear(conn, heard)
@@ -108,7 +121,7 @@ async def _settle(settings: Settings, news: asyncio.Event) -> None:
     waits_for: set[str] | None = None
     async with await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn:
         while waits_for is None or waits_for:
-            cursor = await conn.execute("SELECT session_writers()")
+            cursor = await conn.execute(_WRITERS)
             row = await cursor.fetchone()
             assert row is not None
             writers = set(row[0])

@@ -4,16 +4,15 @@ Tests may run side by side: NOTIFY channels and advisory locks are per database.
 """
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 
 from tests.support.api import Api, serving
+from tests.support.database import new_database
 from tests.support.hand import Hand
 from tests.support.server import running_server, with_database
 
@@ -37,7 +36,7 @@ def template(server: str) -> Iterator[str]:
     """The name of a migrated database. Nobody may be connected to it while it is cloned."""
     from outwake.migrate import migrate
 
-    with _new_database(server) as name:
+    with new_database(server) as name:
         asyncio.run(migrate(with_database(server, name)))
         with psycopg.connect(with_database(server, name)) as conn:
             # The row that prunes is every migrated database's first; tests count from one.
@@ -48,14 +47,14 @@ def template(server: str) -> Iterator[str]:
 @pytest.fixture
 def database(server: str, template: str) -> Iterator[str]:
     """The URL of a migrated database that only this test uses."""
-    with _new_database(server, template) as name:
+    with new_database(server, template) as name:
         yield with_database(server, name)
 
 
 @pytest.fixture
 def empty_database(server: str) -> Iterator[str]:
     """The URL of a database without any table of ours."""
-    with _new_database(server) as name:
+    with new_database(server) as name:
         yield with_database(server, name)
 
 
@@ -76,20 +75,6 @@ async def connect(database: str) -> AsyncIterator[Connect]:
     yield connect
     for connection in opened:
         await connection.close()
-
-
-@contextmanager
-def _new_database(server: str, template: str = "template1") -> Iterator[str]:
-    name = f"test_{secrets.token_hex(8)}"
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
-        )
-    try:
-        yield name
-    finally:
-        with psycopg.connect(server, autocommit=True) as admin:
-            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture

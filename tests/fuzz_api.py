@@ -21,10 +21,11 @@ import psycopg
 
 from outwake import token
 from outwake.migrate import migrate
+from tests.support.database import new_database
 from tests.support.hand import Hand
 from tests.support.issuer import bearer
 from tests.support.process import running
-from tests.support.server import running_server
+from tests.support.server import running_server, with_database
 
 SEED = 5
 
@@ -109,8 +110,12 @@ def _failures(report: dict[str, Any], status: int) -> int:
 
 def main() -> None:
     cases = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    with tempfile.TemporaryDirectory() as directory, running_server(Path(directory) / "data") as url:
-        total, failed = asyncio.run(fuzz(url, Path(directory), cases))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_server(Path(directory) / "data") as server,
+        new_database(server) as name,
+    ):
+        total, failed = asyncio.run(fuzz(with_database(server, name), Path(directory), cases))
     print(f"fuzz-api: cases {total} failures {failed}")
     sys.exit(failed > 0)
 

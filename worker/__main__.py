@@ -1,4 +1,4 @@
-"""`python -m worker` is the `worker` command."""
+"""`python -m outwake.worker` is the `worker` command."""
 
 from outwake.worker.cli import main
 

@@ -23,11 +23,22 @@ from psycopg.types.json import Jsonb
 from outwake.errors import Cancelled, Fenced, HandBack
 from outwake.handler import Job
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.worker.errors import SessionError, Unclear
 from outwake.worker.local import Allocator, Sandbox
 from outwake.worker.messages import outlast
 
 log = get_logger(__name__)
+
+_BEGIN = in_schema("SELECT :schema.sandbox_begin(%s, %s, %s, %s)")
+_HOLD = in_schema("SELECT :schema.sandbox_hold(%s, %s, %s)")
+# The intent says whether this was done already, should an earlier answer have been lost.
+_OWE = in_schema(
+    "WITH ended AS (DELETE FROM :schema.sandbox_borrow WHERE id = %s RETURNING id)"
+    " SELECT :schema.sandbox_owe(%s, %s) FROM ended"
+)
+_FORGET = in_schema("DELETE FROM :schema.sandbox_borrow WHERE id = %s")
+_NOTE = in_schema("UPDATE :schema.sandbox_borrow SET error = %s WHERE id = %s")
 
 _asking: set[asyncio.Task[Sandbox]] = set()  # the loop itself holds tasks only weakly
 
@@ -40,7 +51,7 @@ async def borrow(job: Job, session_id: UUID, run: UUID, allocator: Allocator) ->
     """
     intent = uuid4()
     async with job.transaction() as conn:
-        cursor = await conn.execute("SELECT sandbox_begin(%s, %s, %s, %s)", (intent, session_id, *job.token))
+        cursor = await conn.execute(_BEGIN, (intent, session_id, *job.token))
         row = await cursor.fetchone()
     assert row is not None
     if row[0] is not None:
@@ -86,7 +97,7 @@ async def _ask(job: Job, session_id: UUID, run: UUID, allocator: Allocator, inte
 
 async def _hold(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
     async with job.transaction() as conn:
-        cursor = await conn.execute("SELECT sandbox_hold(%s, %s, %s)", (intent, session_id, Jsonb(sandbox)))
+        cursor = await conn.execute(_HOLD, (intent, session_id, Jsonb(sandbox)))
         row = await cursor.fetchone()
         if row is None or not row[0]:
             raise HandBack("the session was deleted")
@@ -94,18 +105,13 @@ async def _hold(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> N
 
 async def _owe(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
     async with job.connection() as conn:
-        # The intent says whether this was done already, should an earlier answer have been lost.
-        await conn.execute(
-            "WITH ended AS (DELETE FROM sandbox_borrow WHERE id = %s RETURNING id)"
-            " SELECT sandbox_owe(%s, %s) FROM ended",
-            (intent, session_id, Jsonb(sandbox)),
-        )
+        await conn.execute(_OWE, (intent, session_id, Jsonb(sandbox)))
 
 
 async def _forget(job: Job, intent: UUID) -> None:
     async def forget() -> None:
         async with job.connection() as conn:
-            await conn.execute("DELETE FROM sandbox_borrow WHERE id = %s", (intent,))
+            await conn.execute(_FORGET, (intent,))
 
     await outlast(forget)
 
@@ -113,6 +119,6 @@ async def _forget(job: Job, intent: UUID) -> None:
 async def _note(job: Job, intent: UUID, error: str) -> None:
     async def note() -> None:
         async with job.connection() as conn:
-            await conn.execute("UPDATE sandbox_borrow SET error = %s WHERE id = %s", (error, intent))
+            await conn.execute(_NOTE, (error, intent))
 
     await outlast(note)

@@ -14,15 +14,21 @@ import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
-from outwake.claim import Claimed, Level, arrays, as_ended
+from outwake.claim import CLAIMED, Claimed, Level, arrays, as_ended
 from outwake.connect import answer, checked
 from outwake.handler import Connection
+from outwake.schema import in_schema
 from outwake.worker.listen import Listener
 from outwake.worker.reply import Reply
 
-_ROW = b"SELECT * FROM outbox_claim_row($1, $2, $3, true, $4)"
-_TURN = b"SELECT * FROM outbox_complete_and_claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-_COMPLETE = b"SELECT * FROM outbox_complete($1, $2, $3)"
+_ROW = in_schema(
+    f"SELECT {CLAIMED} FROM :schema.outbox_claim_row($1, $2, $3, true, $4)"  # noqa: S608 - names of ours
+).encode()
+_TURN = in_schema(
+    f"SELECT {CLAIMED} FROM :schema.outbox_complete_and_claim("  # noqa: S608
+    "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+).encode()
+_COMPLETE = in_schema("SELECT r FROM :schema.outbox_complete($1, $2, $3) AS r").encode()
 
 T = TypeVar("T")
 Token = tuple[int, int]
@@ -136,7 +142,8 @@ class Claims:
 
 
 def _name(query: bytes) -> bytes:
-    return query.partition(b"(")[0].rpartition(b" ")[2]
+    """The function's, under which the statement is prepared."""
+    return query.partition(b"(")[0].rpartition(b".")[2]
 
 
 def _array(values: Iterable[Any]) -> bytes:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="worker",
-        description="Claims outbox rows and runs their handlers until SIGTERM. Settings: docs/worker.md.",
+        description="Claims outbox rows and runs their handlers until SIGTERM. Options: docs/worker.md.",
     )
     add = parser.add_argument
     add("--concurrency", type=_positive, default=10, metavar="N", help="rows run at once (10)")
@@ -56,10 +56,7 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
     settings = load()
     if arguments.check:
         return _check(settings)
-    try:
-        log.configure(level=settings.log_level)
-    except ValueError as error:
-        raise ConfigurationError(f"OUTWAKE_LOG_LEVEL: {error}") from None
+    log.configure(level=settings.log_level)
     trace.configure("outwake-worker")
     try:
         return _start(arguments, argv, settings)
@@ -165,10 +162,10 @@ async def _supervise(settings: Settings, parent: Parent) -> int:
     if settings.health_port is not None:
         server = await health.serve(settings, health.Source(parent.readiness, parent.snapshot))
         log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
-    await parent.run()
+    status = await parent.run()
     if server is not None:
         server.close()
-    return 0
+    return status
 
 
 def _on_signals(drain: Callable[[], None]) -> None:

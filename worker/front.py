@@ -19,10 +19,11 @@ core, throughput fell from 6,400 to 400 rows/s within 90 s, and 12 million entri
 3. Every now and then such a look begins a second earlier (NEAR). Most of what it would miss lies there: rows
    committed a moment after a later one, or locked by somebody when it passed.
 4. The rest is found by a scout, which reads the front on a connection of its own (worker/scout.py), so that
-   the loop goes on meanwhile. It locks nothing and reads each entry once (outbox_scout, sql/0003_claim.sql).
-   It finds topics and priorities that have no end yet, and rows before the ends, wherever they lie:
-   committed late, handed back, retried, freed by the end of another of their key. The next looks go to each
-   of those rows alone. Nothing is cut into slices: how rows are spread over time does not matter.
+   the loop goes on meanwhile. It locks nothing and reads each entry once (outbox_scout in
+   sql/outbox/functions/scan.sql). It finds topics and priorities that have no end yet, and rows before the
+   ends, wherever they lie: committed late, handed back, retried, freed by the end of another of their key.
+   The next looks go to each of those rows alone. Nothing is cut into slices: how rows are spread over time
+   does not matter.
 5. It goes again after REST, or SHARE times what it took. So what looks do not see is found within SHARE + 2
    times the duration of a scout; at 12 million entries, half a minute. If it brought as many rows as it
    carries, it goes again as soon as they are taken.

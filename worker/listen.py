@@ -25,12 +25,13 @@ import psycopg
 from psycopg import pq
 
 from outwake.connect import Heard, answer, bounded, connect, hear
+from outwake.schema import SCHEMA
 from outwake.worker.reply import Reply
 
 T = TypeVar("T")
 
-WAKE, CANCEL, PROBE = "outwake_wake", "outwake_cancel", "outwake_probe"
-_PRESENCE = 1397048886
+WAKE, CANCEL, PROBE = (f"{SCHEMA.name}_{what}" for what in ("wake", "cancel", "probe"))
+_PRESENCE = SCHEMA.lock("presence")
 
 
 class Listener:

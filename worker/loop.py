@@ -15,6 +15,7 @@ connection. Then it takes a turn:
 
 import asyncio
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -31,11 +32,12 @@ from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
 from outwake.claim import Claimed, reconnect, register, renew
-from outwake.connect import bounded, connect, conninfo, cut_after, is_outage
-from outwake.errors import WorkerEnded
+from outwake.connect import bounded, connect, conninfo, cut_after, grant, is_outage, will_not_pass
+from outwake.errors import SchemaError, WorkerEnded
 from outwake.handler import Connection, Handler, Job
 from outwake.log import debugging, get_logger
-from outwake.migrate import check_schema
+from outwake.migrate import Fit, check_schema, has_line
+from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.stuck import StuckWatch
 from outwake.worker.attempt import Attempt, End, Outcome, Stop
@@ -70,6 +72,34 @@ With 10 slots, whole turns in place of halves, on a busy machine: one worker 4,5
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
 
+_ROLE = in_schema(":schema_worker")
+_SEES_NOTHING = in_schema("""
+SELECT row_security_active(c.oid) AND NOT coalesce(pg_has_role(to_regrole(':schema_worker'), 'USAGE'), false)
+FROM pg_class AS c
+WHERE c.relnamespace = to_regnamespace(':schema') AND c.relname = 'outbox'
+""")
+_STAND_IN = in_schema("SELECT :schema.outbox_stand_in(%s, %s)")
+_PASS_ON = in_schema("SELECT :schema.outbox_pass_on(%s)")
+_PARK = in_schema("SELECT :schema.outbox_park(%s)")
+_WRITERS = in_schema("SELECT :schema.outbox_writers()")
+_NEXT_DEADLINE = in_schema(
+    "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
+    " extract(epoch FROM server_time)::float8"
+    " FROM :schema.outbox_next_deadline(%s, %s, %s, %s)"
+)
+_RESCUE = in_schema("SELECT :schema.outbox_rescue(%s, %s, %s)")
+_TELL_DRAINING = in_schema(
+    "UPDATE :schema.worker SET draining = true, parked = false WHERE id = %s AND ended_at IS NULL"
+)
+_LEAVE = in_schema(
+    "UPDATE :schema.worker"
+    " SET ended_at = clock_timestamp(), end_reason = 'left', parked = false, lease_until = NULL"
+    " WHERE id = %s AND ended_at IS NULL"
+)
+
+_OF_OTHERS = re.compile(r"[a-z][a-z0-9_.-]*|#[0-9a-f-]{36}")
+"""Whom a notification may be for that is not for this worker: a topic, or a worker."""
+
 
 class Worker:
     """Claims rows of its handlers' topics and runs up to `concurrency` of them at once."""
@@ -92,11 +122,17 @@ class Worker:
         self._front = Front()
         self._event = asyncio.Event()
         self._look = True
+        self._renew_asked = False
+        """A cancel came that was not understood: the table knows which."""
+        self._puzzling: set[str] = set()
+        """Channels that something was not understood of."""
         self._told: list[int] = []
         """Lone rows that notifications told of since the last turn, and those that it stands in for."""
         self._standby = Standby()
         self._flag_taken_down = False
         """Or its life was ended: it finds out."""
+        self._all_called = False
+        """Whoever migrates calls all workers, so the schema may be another."""
         self._asleep = False
         """The loop's task waits for its event: nothing is under way on its connection."""
         self._asked: Reply[Claimed | None] | None = None
@@ -111,6 +147,7 @@ class Worker:
         self._stats = STATS
         self._stats.topics = sorted(handlers)
         self._full_stop = False
+        self._schema: Fit = "current"
         self._control: Connection
         self._claims: Claims
         self._listener: Listener
@@ -126,29 +163,38 @@ class Worker:
         self._nap = 0.0
         self._filled_at = -math.inf
         self._clock_offset = 0.0
-        self._pool = AsyncConnectionPool[Connection](
-            conninfo(settings.database_url, "outwake worker job", self._lease_time, pooled=settings.pooled),
-            kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
-            min_size=0,
-            max_size=min(concurrency, 20) + 2,
-            open=False,
+        self._own_pool, self._shared_pool = (
+            AsyncConnectionPool[Connection](
+                conninfo(
+                    settings.database_url,
+                    "outwake worker job",
+                    self._lease_time,
+                    pooled=settings.pooled,
+                    shared=shared,
+                ),
+                kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
+                min_size=0,
+                max_size=min(concurrency, 20) + 2,
+                open=False,
+            )
+            for shared in (False, True)
         )
-        self._stuck = StuckWatch(settings, self._pool.connection)
-        self._scout = Scout(self._front, self._pool.connection, self._scout_is_back)
+        self._stuck = StuckWatch(settings, self._own_pool.connection)
+        self._scout = Scout(self._front, self._own_pool.connection, self._scout_is_back)
 
     # The life of the worker.
 
     async def run(self) -> None:
         """Work until drained. Reconnects for as long as it takes.
 
-        Raises SchemaError if the database has another schema than this code.
+        Raises SchemaError if the schema does not fit this code, or its role lacks a right.
         """
         delay = _RETRY_FIRST
         longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage, each refusal is worth a lease
         # A thread for each blocking handler: a row that is claimed must be able to start.
         threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
         asyncio.get_running_loop().set_default_executor(threads)
-        async with self._pool:
+        async with self._own_pool, self._shared_pool:
             try:
                 while True:
                     try:
@@ -158,6 +204,8 @@ class Worker:
                         self._start_anew(str(ended))
                         delay = _RETRY_FIRST
                     except (psycopg.Error, OSError) as error:
+                        if not self._running and (reason := will_not_pass(error, self._grant())):
+                            raise SchemaError(reason) from error
                         delay = _RETRY_FIRST if self.connected else min(delay * 2, longest)
                         await self._disconnected(error, delay)
                         if self.draining and self._full_stop and not self._running:
@@ -192,7 +240,7 @@ class Worker:
 
     async def _introduce(self) -> None:
         """Make this life known, under the presence of this LISTEN connection; read the marks we missed."""
-        await check_schema(self._control)
+        await self._check_schema()
         self._parking.wake()
         self._asked = None
         self._look, self._look_at, self._rescue_at = True, math.inf, math.inf
@@ -218,6 +266,35 @@ class Worker:
             self._control, self._listener, self.id, self._lease_time, pooled=self._settings.pooled
         )
         await self._claims.prepare()
+
+    async def _check_schema(self) -> None:
+        """Serve no topic whose tables are not there. Raises SchemaError if none is left, or the schema does
+        not fit.
+        """
+        await self._check_role()
+        needed = sorted({handler.line for handler in self._handlers.values()})
+        if "session" in needed and len(needed) > 1 and not await has_line(self._control, "session"):
+            self._handlers = {t: h for t, h in self._handlers.items() if h.line != "session"}
+            self._topics = deque(sorted(self._handlers))
+            self._stats.topics = sorted(self._handlers)
+            needed.remove("session")
+            log.info("no_sessions", topics=sorted(self._handlers))
+        schema = await check_schema(self._control, needed)
+        if schema != self._schema:
+            log.warning("schema_differs", schema=schema)
+        self._schema = schema
+
+    async def _check_role(self) -> None:
+        """Not left to the first error: a role that was granted the tables directly gets none, and sees no
+        row. Raises SchemaError.
+        """
+        cursor = await self._control.execute(_SEES_NOTHING)
+        found = await cursor.fetchone()
+        if found is not None and found[0]:
+            raise SchemaError(f"its database role may not run a worker: {self._grant()}")
+
+    def _grant(self) -> str:
+        return grant(_ROLE, self._settings.database_url)
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         # A session that was terminated is no proof that the server is down; the next refusal is.
@@ -250,6 +327,7 @@ class Worker:
             "stage": self._parking.stage.value,
             "running": len(self._running),
             "draining": self.draining,
+            "schema": self._schema,
         }
 
     async def snapshot(self) -> Snapshot:
@@ -291,23 +369,39 @@ class Worker:
     def _heard(self, channel: str, payload: str) -> None:
         try:
             self._understand(channel, payload)
-        except (ValueError, TypeError, OverflowError):  # anybody may NOTIFY anything
-            log.debug("not_understood", channel=channel, payload=payload)
+        except (ValueError, OverflowError):
+            self._not_understood(channel, payload)
+
+    def _not_understood(self, channel: str, payload: str) -> None:
+        """A newer version may say more, and anybody may NOTIFY anything. So it means: look."""
+        if channel not in self._puzzling:
+            self._puzzling.add(channel)
+            log.info("not_understood", channel=channel, payload=payload[:200])
+        if channel == WAKE:
+            self._look = True
+            self._wake()
+        elif channel == CANCEL:
+            self._renew_asked = True
+            self._event.set()
 
     def _understand(self, channel: str, payload: str) -> None:
+        """Raises ValueError or OverflowError if it cannot; then nothing has been done."""
         if channel == WAKE:
             topic, _, due = payload.rpartition("@")
             if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
+                if not _OF_OTHERS.fullmatch(topic):
+                    raise ValueError(payload)
                 return
             due, _, lone = due.partition("#")
             if due != "0":  # not yet: bring the timer forward, without a query
                 self._bring_forward(int(due) / 1000)
             elif not lone:
                 self._flag_taken_down |= topic.startswith("#")
+                self._all_called |= topic == "*"
                 self._look = True
                 self._wake()
             else:
-                self._heard_of(*map(int, lone.split(",")))
+                self._heard_of(*_lone(lone))
         elif channel == CANCEL:
             if (attempt := self._running.get(int(payload))) is not None:
                 attempt.stop(Stop.CANCEL)
@@ -318,7 +412,7 @@ class Worker:
         self._woken("notify")
         self._event.set()
 
-    def _heard_of(self, row_id: int, named: int | None = None, asleep: int = 1) -> None:
+    def _heard_of(self, row_id: int, named: int | None, asleep: int) -> None:
         """A lone row, and which worker is to take it: one of so many, by its presence; None: any."""
         if named is None or named == self._listener.presence:
             if named is not None:
@@ -408,9 +502,12 @@ class Worker:
         if self._flag_taken_down:
             self._flag_taken_down = False
             self._parking.wake()
+        if self._all_called:
+            self._all_called = False
+            await self._check_schema()
         await self._take_told()
         now = time.monotonic()
-        if self._running and now >= self._lease.renew_at:
+        if self._running and (self._renew_asked or now >= self._lease.renew_at):
             await self._renew()
         if now >= self._rescue_at:
             await self._rescue()
@@ -479,7 +576,7 @@ class Worker:
         rows, named = self._standby.take_due(now)
         if rows:
             self._woken("standby")
-            cursor = await self._control.execute("SELECT outbox_stand_in(%s, %s)", (rows, named))
+            cursor = await self._control.execute(_STAND_IN, (rows, named))
             left = [row[0] for row in await cursor.fetchall()]
             if left:
                 self._told += left
@@ -493,7 +590,7 @@ class Worker:
         own = self._standby.own
         if own and not self._free():
             rows = list(own)
-            await self._control.execute("SELECT outbox_pass_on(%s)", (rows,))
+            await self._control.execute(_PASS_ON, (rows,))
             own.difference_update(rows)
         elif self._parking.stage is not AWAKE and not (self._look or self._told or self._asked):
             own.clear()  # it has looked: they run, or are another's
@@ -536,7 +633,7 @@ class Worker:
         ):
             self._nap = min(max(napped * 2, _NAP_FIRST), _NAP_LAST)
         elif parking.stage is AWAKE:
-            await self._control.execute("SELECT outbox_park(%s)", (self.id,))
+            await self._control.execute(_PARK, (self.id,))
             parking.begin()
             self._look = True
         else:
@@ -610,8 +707,10 @@ class Worker:
             if self._standby.own:
                 self._standby.own.difference_update(row.id for row in rows)
         for row in rows:
-            job = Job(row, self.id, self._lease, self._pool.connection)
-            attempt = Attempt(job, self._handlers[row.topic], asked_at, self._attempt_ended)
+            handler = self._handlers[row.topic]
+            pool = self._own_pool if handler.built_in else self._shared_pool
+            job = Job(row, self.id, self._lease, pool.connection)
+            attempt = Attempt(job, handler, asked_at, self._attempt_ended)
             self._running[row.id] = attempt
             attempt.start()
         if self._full_stop:  # the drain's end came while the claim was on its way
@@ -645,7 +744,7 @@ class Worker:
             log.debug("completed", rows=[o.job.row.id for o in outcomes], fenced=len(refused))
 
     async def _writers(self) -> list[str]:
-        cursor = await self._control.execute("SELECT outbox_writers()")
+        cursor = await self._control.execute(_WRITERS)
         row = await cursor.fetchone()
         assert row is not None
         writers: list[str] = row[0]
@@ -657,9 +756,7 @@ class Worker:
         far = self._front.far
         self._announced = math.inf  # what is announced meanwhile, this query may not see
         cursor = await self._control.execute(
-            "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
-            " extract(epoch FROM server_time)::float8"
-            " FROM outbox_next_deadline(%s, %s, %s, %s)",
+            _NEXT_DEADLINE,
             (
                 self.id,
                 [] if far else list(self._topics),
@@ -700,6 +797,7 @@ class Worker:
     async def _renew(self) -> None:
         assert self.id is not None
         await self._have_read()
+        self._renew_asked = False
         asked_at = time.monotonic()
         tokens = [attempt.job.token for attempt in self._running.values()]
         rows = await renew(self._control, self.id, tokens, self._lease_time)
@@ -723,9 +821,7 @@ class Worker:
     async def _rescue(self) -> None:
         self._rescue_at = math.inf
         connected = timedelta(seconds=time.monotonic() - self._listener.opened_at)
-        cursor = await self._control.execute(
-            "SELECT outbox_rescue(%s, %s, %s)", (self.id, self._lease_time, connected)
-        )
+        cursor = await self._control.execute(_RESCUE, (self.id, self._lease_time, connected))
         row = await cursor.fetchone()
         if row is not None and row[0]:
             self._stats.count("outwake_worker_rescued", by=row[0])
@@ -741,10 +837,7 @@ class Worker:
             self._stats.count("outwake_worker_attempts", outcome.job.row.topic, ended)
 
     async def _tell_draining(self) -> None:
-        await self._control.execute(
-            "UPDATE worker SET draining = true, parked = false WHERE id = %s AND ended_at IS NULL",
-            (self.id,),
-        )
+        await self._control.execute(_TELL_DRAINING, (self.id,))
         self._told_draining = True
 
     def _next_probe(self) -> float:
@@ -760,10 +853,17 @@ class Worker:
 
     async def _leave(self) -> None:
         """End this life: nothing runs, so there is nothing to rescue."""
-        await self._control.execute(
-            "UPDATE worker SET ended_at = clock_timestamp(), end_reason = 'left', parked = false,"
-            " lease_until = NULL"
-            " WHERE id = %s AND ended_at IS NULL",
-            (self.id,),
-        )
+        await self._control.execute(_LEAVE, (self.id,))
         log.info("stopped", worker_id=str(self.id))
+
+
+def _lone(text: str) -> tuple[int, int | None, int]:
+    """ID or ID,PRESENCE,N (sql/outbox/functions/wake.sql): a row, and which worker is to take it, one of how
+    many. Raises ValueError.
+    """
+    match [int(number) for number in text.split(",")]:
+        case [row_id] if 0 <= row_id < 2**63:
+            return row_id, None, 1
+        case [row_id, named, asleep] if 0 <= row_id < 2**63 and 0 <= named < 2**31 and 0 < asleep < 2**31:
+            return row_id, named, asleep
+    raise ValueError(text)

@@ -20,6 +20,7 @@ from outwake.connect import is_away
 from outwake.errors import Cancelled, Fenced
 from outwake.handler import Job
 from outwake.log import get_logger
+from outwake.schema import in_schema
 
 log = get_logger(__name__)
 
@@ -28,7 +29,10 @@ Event = dict[str, Any]
 _BOUND = 16 * 2**20
 _RETRY_FIRST, _RETRY_LAST = 0.1, 2.0
 
-_APPEND = "SELECT fenced, cancel, last_seq, watched FROM message_append(%s, %s, %s, %s, %s, %s, %s, true)"
+_APPEND = in_schema(
+    "SELECT fenced, cancel, last_seq, watched FROM :schema.message_append(%s, %s, %s, %s, %s, %s, %s, true)"
+)
+_NOTIFY = in_schema("SELECT :schema.session_notify(%s)")
 
 
 class Messages(AbstractAsyncContextManager["Messages"]):
@@ -104,8 +108,8 @@ class Messages(AbstractAsyncContextManager["Messages"]):
                 row = await cursor.fetchone()
                 assert row is not None
                 fenced, cancel, last_seq, watched = row
-                if watched and not fenced:  # once that has committed: sql/0005_events.sql
-                    await conn.execute("SELECT session_notify(%s)", (self._ids[0],))
+                if watched and not fenced:  # once that has committed: sql/session/functions/events.sql
+                    await conn.execute(_NOTIFY, (self._ids[0],))
             if fenced:
                 raise Fenced(*self._job.token)
             if cancel:

@@ -6,7 +6,8 @@
 2. A child that dies without a drain (out of memory, a crash, SIGKILL) is known to be dead, not only
    silent: the parent ends its life in the database at once (outbox_end_worker) instead of leaving its
    rows to the end of the lease. If the database cannot be reached, the lease does it.
-3. It is replaced, with a backoff that grows while children die young.
+3. It is replaced, with a backoff that grows while children die young. Not if it ended with status 2: a
+   setting, the schema or a right does not let it run, and it has said which. Then all end.
 4. SIGTERM and SIGINT are passed on; the parent ends when the last child has.
 """
 
@@ -26,20 +27,25 @@ import psycopg
 
 from outwake.connect import bounded, connect
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.worker.metrics import Snapshot, merge, without_gauges
 
 log = get_logger(__name__)
 
+_END_WORKER = in_schema("SELECT :schema.outbox_end_worker(%s, %s)")
+
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 30.0
 _ANSWER = 1.0
 _LINE = 2**20
+_REFUSED = 2
+"""The exit status of a child for which an operator has to do something first."""
 _YOUNG = 60.0
 """A child that lived this many seconds is replaced at once."""
 
 
 class Parent:
-    """Runs `count` children, each started by `sys.executable -m worker` with `arguments`."""
+    """Runs `count` children, each started by `sys.executable -m outwake.worker` with `arguments`."""
 
     def __init__(self, settings: Settings, count: int, arguments: list[str]) -> None:
         self._settings = settings
@@ -48,10 +54,12 @@ class Parent:
         self._children: dict[int, Child] = {}
         self._ending = asyncio.Event()
         self._dead: Snapshot = {}
+        self._status = 0
 
-    async def run(self) -> None:
-        """Until every child has ended after `drain`."""
+    async def run(self) -> int:
+        """Until every child has ended after `drain`, or one was refused. The exit status."""
         await asyncio.gather(*(self._keep(place) for place in range(self._count)))
+        return self._status
 
     def drain(self) -> None:
         """Pass it on: each call is one SIGTERM for each child."""
@@ -85,6 +93,10 @@ class Parent:
             log.error("child_died", pid=child.pid, status=status, worker_id=str(child.worker_id))
             if child.worker_id is not None:
                 await self._end_life(child.worker_id, status)
+            if status == _REFUSED and not self._ending.is_set():
+                self._status = status
+                self.drain()
+                return
             delay = _BACKOFF_FIRST if time.monotonic() - born > _YOUNG else delay
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -100,9 +112,7 @@ class Parent:
             )
             async with conn:
                 with bounded(conn, self._settings.lease):
-                    await conn.execute(
-                        "SELECT outbox_end_worker(%s, %s)", (worker_id, f"its worker died: {cause}")
-                    )
+                    await conn.execute(_END_WORKER, (worker_id, f"its worker died: {cause}"))
             log.warning("rescued", workers=1, worker_id=str(worker_id))
         except (psycopg.Error, OSError) as error:
             log.error("rescue_failed", error=str(error).strip(), worker_id=str(worker_id))
@@ -128,7 +138,7 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "worker",
+                "outwake.worker",
                 *arguments,
                 "--parent",
                 str(theirs.fileno()),

@@ -11,11 +11,17 @@ from psycopg.rows import args_row
 
 from outwake.connect import bounded, cut
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.worker.front import CARRIES, Ends, Front, Seen
 
 log = get_logger(__name__)
 
 _LONGEST = 120.0  # seconds; on a path gone silent it would never come back
+
+_SCOUT = in_schema(
+    "SELECT topic, priority, available_at, id, due_in FROM :schema.outbox_scout("
+    "%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)"
+)
 
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
@@ -74,7 +80,7 @@ class Scout:
 async def _scout(conn: psycopg.AsyncConnection[Any], topics: list[str], known: Ends) -> list[Seen]:
     async with conn.cursor(row_factory=args_row(Seen)) as cursor:
         await cursor.execute(
-            "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)",
+            _SCOUT,
             (
                 topics,
                 [topic for topic, _ in known],

@@ -8,9 +8,12 @@ from outwake.claim import fail, hand_back
 from outwake.errors import Fenced
 from outwake.handler import Connection
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.worker.attempt import End, Outcome
 
 log = get_logger(__name__)
+
+_END_CANCELLED = in_schema("SELECT :schema.outbox_end_cancelled(%s, %s, %s)")
 
 _AS_COUNTED = {
     "settled by its handler": "done",
@@ -58,7 +61,7 @@ async def _write(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
             back = await hand_back(conn, worker_id, [job.token], outcome.delay or timedelta(0))
             return "handed back" if back else "fenced"
         case End.CANCELLED:
-            cursor = await conn.execute("SELECT outbox_end_cancelled(%s, %s, %s)", (worker_id, *job.token))
+            cursor = await conn.execute(_END_CANCELLED, (worker_id, *job.token))
             ended = await cursor.fetchone()
             assert ended is not None
             return {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]

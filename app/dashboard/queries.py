@@ -1,6 +1,7 @@
 """What the pages read from the database beyond what the API's handlers answer.
 
-The views of sql/0007_views.sql say what waits and why, who runs what and what happened, to everybody alike.
+The views of sql/outbox/functions/ say what waits and why, who runs what and what happened: the same to
+everybody.
 """
 
 from datetime import datetime, timedelta
@@ -8,6 +9,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from outwake.app.database import Database
+from outwake.schema import in_schema
 
 PAGE = 50
 WINDOW = 100_000
@@ -16,48 +18,49 @@ WINDOW = 100_000
 # what ended lately has one of the newest ids, or, where rows wait, one just below the first that waits.
 _RECENT = f"""
 recent AS MATERIALIZED (
-    SELECT o.*
+    SELECT o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload, o.errors,
+           o.created_at, o.available_at, o.started_at, o.finished_at
     FROM (
         SELECT unnest(range_agg(int8range(e.id - {WINDOW}, e.id, '[]'))) AS ids
         FROM (
-            SELECT max(id) AS id FROM outbox
+            SELECT max(id) AS id FROM :schema.outbox
             UNION ALL
-            (SELECT f.id FROM outbox_front AS f WHERE f.available_at <= statement_timestamp()
+            (SELECT f.id FROM :schema.outbox_front AS f WHERE f.available_at <= statement_timestamp()
              ORDER BY f.available_at LIMIT 8)
         ) AS e
         WHERE e.id IS NOT NULL
     ) AS span
-    JOIN outbox AS o ON o.id >= lower(span.ids) AND o.id < upper(span.ids)
+    JOIN :schema.outbox AS o ON o.id >= lower(span.ids) AND o.id < upper(span.ids)
 )
 """  # noqa: S608 - constants of this module
 
 # Counting stops where a badge says "99+" anyway.
-_OVERVIEW = """
+_OVERVIEW = in_schema("""
 SELECT r.reason, r.stuck, r.workers,
-       (SELECT count(*) FROM (SELECT FROM outbox WHERE state = 'dead' LIMIT 100) AS d)
-FROM outbox_ready(%s) AS r
-"""
+       (SELECT count(*) FROM (SELECT FROM :schema.outbox WHERE state = 'dead' LIMIT 100) AS d)
+FROM :schema.outbox_ready(%s) AS r
+""")
 
-_TURNS = """
+_TURNS = in_schema("""
 SELECT p.session_id, count(*), (array_agg(p.status ORDER BY p.created_at DESC, p.id DESC))[1],
        sum((p.result #>> '{agent,total_cost_usd}')::numeric)
            FILTER (WHERE jsonb_typeof(p.result #> '{agent,total_cost_usd}') = 'number')
-FROM prompt AS p
+FROM :schema.prompt AS p
 WHERE p.session_id = ANY (%s)
 GROUP BY p.session_id
-"""
+""")
 
 # The view is asked for these rows only: whole it would be read for each row that waits anywhere.
 _REASONS = """
 reason AS MATERIALIZED (
     SELECT q.id, q.reason, q.detail, q.waited
-    FROM outbox_waiting AS q
+    FROM :schema.outbox_waiting AS q
     WHERE q.id = ANY (ARRAY(SELECT o.id FROM wanted AS o))
 )
 """
-_SESSION_ROWS = f"""
+_SESSION_ROWS = in_schema(f"""
 WITH wanted AS MATERIALIZED (
-    SELECT o.* FROM outbox AS o
+    SELECT o.id, o.payload, o.state, o.failures, o.cancel_requested_at FROM :schema.outbox AS o
     WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s
 ),
 {_REASONS}
@@ -65,11 +68,11 @@ SELECT o.id, o.payload ->> 'prompt_id', o.state, o.failures, o.cancel_requested_
        q.reason, q.detail
 FROM wanted AS o
 LEFT JOIN reason AS q ON q.id = o.id
-"""  # noqa: S608
+""")  # noqa: S608
 
-_LAST_SEQ = "SELECT last_seq FROM session WHERE id = %s"
+_LAST_SEQ = in_schema("SELECT last_seq FROM :schema.session WHERE id = %s")
 
-_DEPTH = """
+_DEPTH = in_schema("""
 SELECT topic,
        coalesce(sum(rows) FILTER (WHERE wait = 'due'), 0)::bigint,
        coalesce(sum(rows) FILTER (WHERE wait = 'delayed'), 0)::bigint,
@@ -77,15 +80,16 @@ SELECT topic,
        coalesce(sum(rows) FILTER (WHERE state = 'running'), 0)::bigint,
        coalesce(sum(rows) FILTER (WHERE state = 'dead'), 0)::bigint,
        max(oldest) FILTER (WHERE wait = 'due')
-FROM outbox_depth
+FROM :schema.outbox_depth
 GROUP BY topic
 ORDER BY topic
-"""
+""")
 
+_WANTED = "o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload, o.created_at"
 _ROW = "o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload ->> 'session_id', "
-_WAITING = f"""
+_WAITING = in_schema(f"""
 WITH wanted AS MATERIALIZED (
-    SELECT o.* FROM outbox AS o
+    SELECT {_WANTED}, o.available_at FROM :schema.outbox AS o
     WHERE o.state = 'ready' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
     ORDER BY o.available_at, o.id
     LIMIT {PAGE}
@@ -95,10 +99,10 @@ SELECT {_ROW} q.reason, q.detail, q.waited, o.created_at, NULL::timestamptz
 FROM wanted AS o
 LEFT JOIN reason AS q ON q.id = o.id
 ORDER BY o.available_at, o.id
-"""  # noqa: S608
-_RUNNING = f"""
+""")  # noqa: S608
+_RUNNING = in_schema(f"""
 WITH wanted AS MATERIALIZED (
-    SELECT o.* FROM outbox AS o
+    SELECT {_WANTED}, o.started_at, o.worker_id FROM :schema.outbox AS o
     WHERE o.state = 'running' AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
     ORDER BY o.started_at, o.id
     LIMIT {PAGE}
@@ -107,22 +111,22 @@ WITH wanted AS MATERIALIZED (
 SELECT {_ROW} coalesce(q.reason, 'running'), coalesce(q.detail, 'on ' || w.host || ':' || w.pid),
        statement_timestamp() - o.started_at, o.created_at, NULL::timestamptz
 FROM wanted AS o
-LEFT JOIN worker AS w ON w.id = o.worker_id
+LEFT JOIN :schema.worker AS w ON w.id = o.worker_id
 LEFT JOIN reason AS q ON q.id = o.id
 ORDER BY o.started_at, o.id
-"""  # noqa: S608
-_ENDED = f"""
+""")  # noqa: S608
+_ENDED = in_schema(f"""
 WITH {_RECENT}
 SELECT {_ROW} o.state, o.errors -> -1 ->> 'error', o.finished_at - o.started_at, o.created_at, o.finished_at
 FROM recent AS o
 WHERE o.state = %(state)s AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
 ORDER BY o.finished_at DESC, o.id DESC
 LIMIT {PAGE}
-"""  # noqa: S608
+""")  # noqa: S608
 
 # How deep the outbox was at the end of each bin: what is unfinished now, less what came later, plus what
 # ended later. Waits and run times as outbox_throughput has them, which knows hours only.
-_TIMELINE = f"""
+_TIMELINE = in_schema(f"""
 WITH {_RECENT},
 bin AS (
     SELECT b AS at, b + %(step)s AS until
@@ -147,7 +151,8 @@ ended AS (
     GROUP BY 1
 ),
 now AS (
-    SELECT coalesce(sum(rows), 0)::bigint AS rows FROM outbox_depth WHERE state IN ('ready', 'running')
+    SELECT coalesce(sum(rows), 0)::bigint AS rows
+    FROM :schema.outbox_depth WHERE state IN ('ready', 'running')
 )
 SELECT b.at,
        greatest(0, n.rows - coalesce(sum(coalesce(c.rows, 0) - coalesce(e.rows, 0)) OVER later, 0))::bigint,
@@ -159,23 +164,23 @@ LEFT JOIN came AS c ON c.at = b.at
 LEFT JOIN ended AS e ON e.at = b.at
 WINDOW later AS (ORDER BY b.at DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
 ORDER BY b.at
-"""  # noqa: S608
+""")  # noqa: S608
 
-_HISTORY = "SELECT at, event, attempt, worker, detail FROM outbox_history(%s)"
+_HISTORY = in_schema("SELECT at, event, attempt, worker, detail FROM :schema.outbox_history(%s)")
 
-_WORKERS = """
+_WORKERS = in_schema("""
 SELECT id, host, pid, version, state, running, concurrency, topics, started_at, up, lease_left, present,
        ended_at, end_reason
-FROM worker_status
+FROM :schema.worker_status
 ORDER BY ended_at IS NOT NULL, ended_at DESC, started_at, id
-"""
-_RUNNING_BY_WORKER = """
+""")
+_RUNNING_BY_WORKER = in_schema("""
 SELECT r.id, r.topic, r.attempt, r.started_at, r.running_for, r.worker_id, r.cancelling, r.session_id, s.title
-FROM worker_running AS r
-LEFT JOIN session AS s ON s.id::text = r.session_id
+FROM :schema.worker_running AS r
+LEFT JOIN :schema.session AS s ON s.id::text = r.session_id
 ORDER BY r.started_at, r.id
 LIMIT 500
-"""
+""")
 
 
 class Overview(NamedTuple):

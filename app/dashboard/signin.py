@@ -26,12 +26,21 @@ from outwake.app.identity import Identity
 from outwake.app.oidc import FETCH_TIMEOUT, Issuer
 from outwake.app.problems import Problem, unavailable
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.token import create, hash_of, is_token
 
 CALLBACK = "/ui/sign-in/callback"
 PENDING = "outwake_sign_in"
 PENDING_FOR = 600  # seconds that signing in at the issuer may take
 NAME = "browser"
+
+_FORGET_EXPIRED = in_schema(
+    "DELETE FROM :schema.api_token WHERE user_id = %s AND name = %s AND expires_at < clock_timestamp()"
+)
+_REVOKE = in_schema(
+    "UPDATE :schema.api_token SET revoked_at = clock_timestamp()"
+    " WHERE hash = %s AND name = %s AND revoked_at IS NULL"
+)
 
 log = get_logger("outwake.app.dashboard.signin")
 
@@ -126,10 +135,7 @@ async def come_back(request: Request, identity: Identity) -> Response:
             raise
         return await _ask(request, identity, str(problem), 401)
     async with here.database.connection() as conn:
-        await conn.execute(
-            "DELETE FROM api_token WHERE user_id = %s AND name = %s AND expires_at < clock_timestamp()",
-            (known.user_id, NAME),
-        )
+        await conn.execute(_FORGET_EXPIRED, (known.user_id, NAME))
         valid_for = timedelta(seconds=cookie.VALID_FOR)
         _, session = await create(conn, known.user_id, NAME, operator=known.operator, valid_for=valid_for)
     response = go(back({"back": _unpack(target)}, "/"))
@@ -174,11 +180,7 @@ async def sign_out(request: Request, identity: Identity) -> Response:
     response = go("/ui/sign-in")
     token = cookie.token_of(request)
     if token is not None and is_token(token):
-        await context(request).database.rows(
-            "UPDATE api_token SET revoked_at = clock_timestamp()"
-            " WHERE hash = %s AND name = %s AND revoked_at IS NULL",
-            (hash_of(token), NAME),
-        )
+        await context(request).database.rows(_REVOKE, (hash_of(token), NAME))
     cookie.forget(request, response)
     return response
 

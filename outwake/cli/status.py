@@ -17,31 +17,38 @@ from outwake.cli.output import Record, as_json, clean, console, table
 from outwake.connect import connect
 from outwake.errors import SchemaError
 from outwake.migrate import check_schema
+from outwake.schema import in_schema
 from outwake.settings import Settings
 
 _SHOWN = 15
 
 _QUERIES = {
-    "outbox": "SELECT topic, state, wait, rows, oldest FROM outbox_depth ORDER BY topic, state, wait",
-    "workers": """
-        SELECT id, host, pid, state, running, concurrency, lease_left, up, topics FROM worker_status
+    "outbox": in_schema("""
+        SELECT topic, state, wait, rows, oldest FROM :schema.outbox_depth ORDER BY topic, state, wait
+    """),
+    "workers": in_schema("""
+        SELECT id, host, pid, state, running, concurrency, lease_left, up, topics FROM :schema.worker_status
         WHERE ended_at IS NULL ORDER BY started_at
-    """,
-    "running": """
-        SELECT id, topic, attempt, running_for, host, pid, cancelling, session_id FROM worker_running
+    """),
+    "running": in_schema("""
+        SELECT id, topic, attempt, running_for, host, pid, cancelling, session_id
+        FROM :schema.worker_running
         ORDER BY started_at LIMIT %(shown)s
-    """,
+    """),
     # What is scheduled for later, or about to be claimed, waits for nothing.
-    "waiting": """
-        SELECT id, topic, reason, waited, due_at, failures, detail, last_error, session_id FROM outbox_waiting
+    "waiting": in_schema("""
+        SELECT id, topic, reason, waited, due_at, failures, detail, last_error, session_id
+        FROM :schema.outbox_waiting
         WHERE reason NOT IN ('due', 'scheduled') ORDER BY waited DESC, id LIMIT %(shown)s
-    """,
-    "writers": """
-        SELECT pid, role, application, state, open_for, query FROM outbox_writer
+    """),
+    "writers": in_schema("""
+        SELECT pid, role, application, state, open_for, query FROM :schema.outbox_writer
         WHERE open_for > interval '1 second' ORDER BY open_for DESC LIMIT %(shown)s
-    """,
+    """),
 }
-_READY = "SELECT * FROM outbox_ready(%(stuck_after)s)"
+_READY = in_schema(
+    "SELECT ready, stuck, workers, oldest_due, topic, reason FROM :schema.outbox_ready(%(stuck_after)s)"
+)
 
 
 async def status(settings: Settings, *, json: bool) -> int:

@@ -9,17 +9,20 @@ from uuid import UUID
 import psycopg
 
 from outwake import token
+from outwake.schema import in_schema
 from outwake.settings import Settings
 
-_LIST = """
+_LIST = in_schema(
+    """
 SELECT
     id, user_id, name, operator, created_at, last_used_at, expires_at,
     CASE WHEN revoked_at IS NOT NULL THEN 'revoked'
          WHEN expires_at <= clock_timestamp() THEN 'expired'
          ELSE 'valid' END
-FROM api_token
+FROM :schema.api_token
 ORDER BY created_at, id
 """
+)
 _TITLES = ("ID", "STATE", "USER", "OPERATOR", "NAME", "CREATED", "LAST USED", "EXPIRES")
 
 

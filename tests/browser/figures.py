@@ -15,8 +15,9 @@ from outwake.migrate import migrate
 from tests.browser.chromium import chromium
 from tests.browser.scene import INIT, make_scene, say
 from tests.support.api import Api, serving
+from tests.support.database import new_database
 from tests.support.hand import Hand
-from tests.support.server import running_server
+from tests.support.server import running_server, with_database
 
 SAMPLES = 40
 
@@ -134,8 +135,12 @@ def _tell(what: str, samples: list[float]) -> None:
 
 def main() -> None:
     configure(level="error")
-    with tempfile.TemporaryDirectory() as directory, running_server(Path(directory) / "data") as url:
-        asyncio.run(_measure(url))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_server(Path(directory) / "data") as server,
+        new_database(server) as name,
+    ):
+        asyncio.run(_measure(with_database(server, name)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import httpx
 from psycopg import AsyncConnection
 from psycopg.types.json import Jsonb
 
+from outwake.schema import in_schema
 from tests.support.hand import Hand
 
 TOPICS = ["outbox.prune", "sandbox.return", "session.run", "webhook.deliver"]
@@ -222,7 +223,7 @@ async def _other_worker(conn: AsyncConnection[Any]) -> None:
         " VALUES ('runner-2', 871, '0.1.0', '{webhook.deliver,sandbox.return}', 16, 8, true,"
         "         clock_timestamp() - interval '26 hours')",
     )
-    await conn.execute("SELECT pg_advisory_lock(1397048886, 8)")
+    await conn.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, 8)"))
 
 
 async def _traffic(conn: AsyncConnection[Any]) -> None:

@@ -15,6 +15,7 @@ from outwake.migrate import migrate
 from tests.browser.chromium import chromium
 from tests.browser.scene import make_scene
 from tests.support.api import serving
+from tests.support.database import set_search_path
 from tests.support.server import running_server, with_database
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "screenshots"
@@ -30,6 +31,7 @@ async def _take(server: str, wanted: list[str]) -> None:
     async with await AsyncConnection.connect(server, autocommit=True) as admin:
         await admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     database = with_database(server, name)
+    set_search_path(database)
     await migrate(database)
     async with (
         await AsyncConnection.connect(database, autocommit=True) as conn,

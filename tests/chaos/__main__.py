@@ -39,6 +39,7 @@ from tests.chaos.load import load
 from tests.chaos.places import Place, install_handlers, mark
 from tests.chaos.producers import Producers
 from tests.chaos.proxy import Proxy
+from tests.support.database import set_search_path
 from tests.support.process import command_line
 
 LEASE = 2.0
@@ -133,6 +134,7 @@ class Chaos:
     async def _make_database(self, name: str) -> None:
         with psycopg.connect(self._server.url, autocommit=True) as conn:
             conn.execute(f"CREATE DATABASE {name}")
+        set_search_path(self._server.url_of(name))
         await migrate(self._server.url_of(name))
         with self._connect(name) as conn:
             conn.execute(Path(__file__).with_name("tables.sql").read_bytes())

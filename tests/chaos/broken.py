@@ -1,11 +1,13 @@
 """Breaks one rule of the protocol in the database under test, to see that the checker notices.
 
-Each is a replacement in the text of a function as the server has it, which must be found there.
+Each is a replacement in the text of a function, as it stands in sql/, which must be found in the database.
 """
 
 from typing import Any
 
 import psycopg
+
+from outwake.schema import in_schema
 
 BREAKS: dict[str, tuple[str, str, str]] = {
     # Anybody may write for any attempt.
@@ -29,7 +31,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     # The limit counts nothing.
     "room": ("outbox_topic_room", "o.state = 'running' AND o.limited", "false"),
     # The limit is counted without the topic's lock.
-    "limit": ("outbox_topic_room", "NOT pg_try_advisory_xact_lock(1397048888, hashtext(name))", "false"),
+    "limit": ("outbox_topic_room", "NOT pg_try_advisory_xact_lock(:lock_topic, hashtext(name))", "false"),
     # The end of a row leaves those behind it blocked.
     "keep": (
         "outbox_free_key",
@@ -44,6 +46,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
 def break_rule(conn: psycopg.Connection[Any], name: str) -> None:
     """Break it. Raises ValueError if the function has no such text any more."""
     function, text, replacement = BREAKS[name]
+    text = in_schema(text)
     row = conn.execute("SELECT pg_get_functiondef(%s::regproc)", (function,)).fetchone()
     assert row is not None
     if row[0].count(text) != 1:

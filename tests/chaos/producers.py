@@ -21,7 +21,6 @@ from uuid import UUID, uuid4
 
 import httpx
 import psycopg
-from psycopg.types.json import Jsonb
 
 from outwake import enqueue
 from tests.chaos.check import PERSON
@@ -30,6 +29,14 @@ from tests.chaos.history import History
 Connection = psycopg.AsyncConnection[Any]
 
 KEYS = [f"key-{n}" for n in range(12)]
+
+_CREATE_SESSION = """
+SELECT session_create(
+    of_id => %(id)s, of_user => 'chaos', of_repo => 'https://example.org/repo.git',
+    of_target_branch => 'main', of_branch => 'outwake/' || %(id)s, of_title => %(title)s,
+    of_parent => NULL, of_callback_url => NULL, moment => clock_timestamp(),
+    prompt_text => %(prompt)s, worker_present => true)
+"""
 
 
 class RollBack(Exception):
@@ -212,8 +219,7 @@ class Producers:
         try:
             async with asyncio.timeout(20), conn.transaction():
                 await conn.execute(
-                    "SELECT session_create(jsonb_populate_record(NULL::session, %s), %s, true)",
-                    (Jsonb(_session(session, tag)), self._session_plan()),
+                    _CREATE_SESSION, {"id": session, "title": tag, "prompt": self._session_plan()}
                 )
                 if self.random.random() < 0.4:
                     await conn.execute(
@@ -325,15 +331,6 @@ class Producers:
                 break
             await self._pause(0.5)
         self.history.tell("enqueue", outcome="unknown", **line)
-
-
-def _session(session: UUID, title: str) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat()
-    return {
-        "id": str(session), "user_id": "chaos", "repo": "https://example.org/repo.git",
-        "target_branch": "main", "branch": f"outwake/{session}", "title": title, "inbox_status": "active",
-        "session_status": "active", "last_seq": 0, "created_at": now, "updated_at": now,
-    }  # fmt: skip
 
 
 def _quoted(text: str | None) -> str:

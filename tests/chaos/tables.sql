@@ -57,9 +57,10 @@ CREATE TABLE chaos_returned (
 );
 
 -- VOLATILE, so that its statement has a snapshot taken after the change, and after what outbox_free_key
--- waited for: triggers fire in the order of their names.
+-- waited for: triggers fire in the order of their names. With this connection's search_path: a worker's finds nothing.
 CREATE FUNCTION chaos_record() RETURNS trigger
 LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
 AS $$
 DECLARE
     r outbox := CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END;
@@ -83,6 +84,7 @@ CREATE TRIGGER zz_chaos_update AFTER UPDATE ON outbox FOR EACH ROW
 
 CREATE FUNCTION chaos_record_life() RETURNS trigger
 LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
 AS $$
 BEGIN
     INSERT INTO chaos_life (worker_id, lease_until, reason)

@@ -146,13 +146,9 @@ class Protocol(RuleBasedStateMachine):
     @rule(target=rows, second=st.booleans())
     def create_session(self, second: bool) -> Any:
         session = str(uuid4())
-        values = {
-            "id": session, "user_id": "u", "repo": "r", "target_branch": "m", "branch": session, "title": "t",
-            "inbox_status": "active", "session_status": "active", "last_seq": 0,
-            "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
-        }  # fmt: skip
         self.conn.execute(
-            "SELECT session_create(jsonb_populate_record(NULL::session, %s), 'first', true)", (Jsonb(values),)
+            "SELECT session_create(%s, 'u', 'r', 'm', %s, 't', NULL, NULL, now(), 'first', true)",
+            (session, session),
         )
         if second:
             self.conn.execute("SELECT prompt_create(%s, NULL, 'second', true)", (session,))

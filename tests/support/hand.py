@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 from psycopg import AsyncConnection
 from psycopg.types.json import Jsonb
 
-PRESENCE = 1397048886  # the first integer of a worker's advisory lock
+from outwake.schema import in_schema
 
 
 class Hand:
@@ -27,7 +27,7 @@ class Hand:
             " VALUES (%s, 'test', 1, '0', '{session.run}', 1, 7)",
             (self.id,),
         )
-        await self.conn.execute("SELECT pg_advisory_lock(%s, 7)", (PRESENCE,))
+        await self.conn.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, 7)"))
 
     async def claim(self) -> None:
         """Claim the next row of a session."""

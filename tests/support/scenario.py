@@ -12,12 +12,12 @@ from psycopg.types.json import Jsonb
 
 import outwake
 from outwake import Claimed
+from outwake.schema import in_schema
 from tests.conftest import Connect
 from tests.support.steps import Connection, add
 
 SESSION = UUID("0199a2c4-6f00-7000-8000-000000000001")
 PROMPT = UUID("0199a2c4-6f00-7000-8000-000000000002")
-PRESENCE = 1397048886
 LEASE = timedelta(hours=1)
 
 
@@ -85,7 +85,7 @@ async def _present(
 ) -> UUID:
     """A worker whose presence lock a connection of the test holds."""
     holder = await connect()
-    await holder.execute("SELECT pg_advisory_lock(%s, %s)", (PRESENCE, number))
+    await holder.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, %s)"), (number,))
     worker = await outwake.register(conn, topics, concurrency=concurrency, presence=number)
     await conn.execute(
         "UPDATE worker SET host = %s, pid = %s WHERE id = %s", (f"worker-{number - 100}", number, worker)

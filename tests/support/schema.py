@@ -13,12 +13,13 @@ from typing import Any
 import psycopg
 
 from outwake.migrate import migrate
+from outwake.schema import SCHEMA
 
 _QUERY = """
 WITH tables AS (
     SELECT c.oid, c.relname, c.relkind, c.relpersistence, c.reloptions
     FROM pg_class c
-    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+    WHERE c.relnamespace = 'outwake'::regnamespace AND c.relkind IN ('r', 'v')
       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'e')
 )
 SELECT line FROM (
@@ -54,7 +55,7 @@ SELECT line FROM (
         || CASE WHEN p.prosecdef THEN ' security definer' ELSE '' END
         || coalesce(' set ' || array_to_string(p.proconfig, ' '), '')
     FROM pg_proc p
-    WHERE p.pronamespace = 'public'::regnamespace
+    WHERE p.pronamespace = 'outwake'::regnamespace
       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
 ) AS lines
 ORDER BY a COLLATE "C", b, c COLLATE "C"
@@ -75,7 +76,8 @@ async def _main() -> None:
         try:
             await asyncio.to_thread(server.start)
             await migrate(server.url)
-            async with await psycopg.AsyncConnection.connect(server.url) as conn:
+            options = f"-c search_path={SCHEMA.name},public"
+            async with await psycopg.AsyncConnection.connect(server.url, options=options) as conn:
                 text = await describe(conn)
         finally:
             await asyncio.to_thread(server.remove)

@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 
 import outwake
 from outwake import Claimed
+from outwake.schema import in_schema
 
 Connection = AsyncConnection[Any]
 Rule = Literal["kept", "taken out"]
@@ -114,7 +115,11 @@ async def until(observer: Connection, query: str, *values: Any) -> None:
 
 
 async def take_out(conn: Connection, function: str, text: str, instead: str = "") -> None:
-    """Replace a part of a SQL function, in this test's database. The part must be there exactly once."""
+    """Replace a part of a SQL function, in this test's database. The part must be there exactly once.
+
+    It is written as in sql/, with the placeholders of outwake/schema.py.
+    """
+    text, instead = in_schema(text), in_schema(instead)
     definition: str = await one(conn, "SELECT pg_get_functiondef(%s::regproc)", function)
     assert definition.count(text) == 1, (
         f"{function} has changed; what stands for the rule in it?\n{definition}"
@@ -123,12 +128,12 @@ async def take_out(conn: Connection, function: str, text: str, instead: str = ""
 
 
 async def replace_body(conn: Connection, function: str, language: str, body: str) -> None:
-    """Give a SQL function another body, in this test's database."""
+    """Give a SQL function another body, in this test's database. It is written as in sql/."""
     query = "SELECT pg_get_functiondef(%s::regproc)"
     head, found, _ = (await one(conn, query, function)).partition("\nAS $")
     assert found
     lines = [line for line in head.split("\n") if not line.startswith(" LANGUAGE")]
-    await conn.execute(f"{chr(10).join(lines)} LANGUAGE {language} AS $test${body}$test$".encode())
+    await conn.execute(f"{chr(10).join(lines)} LANGUAGE {language} AS $test${in_schema(body)}$test$".encode())
 
 
 class Gate:

@@ -13,13 +13,20 @@ from uuid import UUID
 
 from outwake.enqueue import enqueue
 from outwake.handler import Handler, Job
+from outwake.installed import has_sessions
 from outwake.log import get_logger
 from outwake.prune import prune
+from outwake.schema import in_schema
 from outwake.settings import load
 
 TOPIC = "outbox.prune"
 
 _EVERY = timedelta(hours=1)
+
+_GONE = in_schema(
+    "SELECT k.id FROM unnest(%s::uuid[]) AS k (id)"
+    " WHERE NOT EXISTS (SELECT FROM :schema.session AS s WHERE s.id = k.id)"
+)
 
 log = get_logger(__name__)
 
@@ -48,16 +55,16 @@ async def _remove_directories(job: Job, root: Path) -> int:
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(ValueError):  # not ours
             kept[UUID(path.name)] = path
+    if not kept:
+        return 0
     async with job.connection() as conn:
-        cursor = await conn.execute(
-            "SELECT k.id FROM unnest(%s::uuid[]) AS k (id)"
-            " WHERE NOT EXISTS (SELECT FROM session AS s WHERE s.id = k.id)",
-            (list(kept),),
-        )
+        if not await has_sessions(conn):
+            return 0
+        cursor = await conn.execute(_GONE, (list(kept),))
         gone = [kept[row[0]] async for row in cursor]
     for path in gone:
         await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
     return len(gone)
 
 
-handler = Handler(TOPIC, run, timeout=timedelta(hours=1))
+handler = Handler(TOPIC, run, timeout=timedelta(hours=1), built_in=True)

@@ -23,6 +23,7 @@ from outwake.errors import ConfigurationError, Fenced, HandBack, Permanent, Retr
 from outwake.handler import Handler, Job
 from outwake.log import get_logger
 from outwake.names import check_topics
+from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.worker.backoff import backoff
 from outwake.worker.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
@@ -35,16 +36,16 @@ _STREAM_TAKES_NO_SUCH_SIZE = 10054
 _VISIBLE = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
 
 # pg_control_system reads a file: 0.03 ms.
-_MESSAGE = """
+_MESSAGE = in_schema("""
     WITH made AS (
         SELECT payload, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS at
-        FROM outbox
+        FROM :schema.outbox
         WHERE id = %(id)s AND attempt = %(attempt)s AND worker_id = %(worker)s AND state = 'running'
     )
     SELECT payload::text, at, concat_ws('.', system_identifier, oid, %(id)s::bigint, at)
     FROM made, pg_control_system(), pg_database
     WHERE datname = current_database()
-"""
+""")
 
 log = get_logger(__name__)
 
@@ -62,7 +63,9 @@ class Relay:
         self._jetstream = JetStream(servers, settings.relay_credentials)
         self._prefix = settings.relay_prefix
         topics = check_topics(settings.relay_topics)
-        self.handlers = {topic: Handler(topic, self.publish, timedelta(seconds=60)) for topic in topics}
+        self.handlers = {
+            topic: Handler(topic, self.publish, timedelta(seconds=60), built_in=True) for topic in topics
+        }
 
     async def publish(self, job: Job) -> None:
         """One try. Raises HandBack, Retry or Permanent."""

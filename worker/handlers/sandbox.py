@@ -9,11 +9,14 @@ from psycopg.types.json import Jsonb
 from outwake.errors import Retry
 from outwake.handler import Handler, Job
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.settings import load
 from outwake.worker.allocator import allocator
 from outwake.worker.errors import SessionError
 
 TOPIC = "sandbox.return"
+
+_LET_GO = in_schema("SELECT :schema.sandbox_let_go(%s, %s::jsonb)")
 
 log = get_logger(__name__)
 
@@ -25,7 +28,7 @@ async def give_back(job: Job) -> None:
     """
     session_id, sandbox = job.payload.get("session_id"), job.payload["sandbox"]
     async with job.transaction() as conn:
-        cursor = await conn.execute("SELECT sandbox_let_go(%s, %s::jsonb)", (session_id, Jsonb(sandbox)))
+        cursor = await conn.execute(_LET_GO, (session_id, Jsonb(sandbox)))
         row = await cursor.fetchone()
     if row is not None and not row[0]:
         log.info("sandbox_kept")
@@ -37,4 +40,4 @@ async def give_back(job: Job) -> None:
     log.info("sandbox_returned")
 
 
-handler = Handler(TOPIC, give_back)
+handler = Handler(TOPIC, give_back, line="session", built_in=True)

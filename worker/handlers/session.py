@@ -30,6 +30,7 @@ from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job, Lease
 from outwake.log import get_logger
 from outwake.names import InvalidNameError, check_branch, clone_url
+from outwake.schema import in_schema
 from outwake.settings import Settings, load
 from outwake.worker.agent import Agent
 from outwake.worker.allocator import allocator
@@ -54,6 +55,28 @@ _SYSTEM = """\
 You work in a remote sandbox. Its files and its shell are reached only through the MCP tools you are given. \
 The repository's work tree is at {path} there, with the branch {branch} checked out. \
 Commit your work on that branch; do not switch to another and do not push."""
+
+_LOAD = in_schema("""
+SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
+    m.agent_session, m.transcript, m.bundle
+FROM :schema.session AS s
+LEFT JOIN :schema.prompt AS p ON p.session_id = s.id AND p.id = %s
+LEFT JOIN :schema.session_memory AS m ON m.session_id = s.id
+WHERE s.id = %s AND s.session_status = 'active'
+""")
+_JUDGE = in_schema("""
+UPDATE :schema.prompt
+SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()
+WHERE id = %s
+""")
+_REMEMBER = in_schema("""
+INSERT INTO :schema.session_memory AS m (session_id, agent_session, transcript, bundle)
+VALUES (%s, %s, %s, %s)
+ON CONFLICT (session_id) DO UPDATE
+SET agent_session = coalesce(excluded.agent_session, m.agent_session),
+    transcript = coalesce(excluded.transcript, m.transcript),
+    bundle = excluded.bundle, updated_at = clock_timestamp()
+""")
 
 _GRACE = 5.0
 """Seconds an agent has between SIGTERM and SIGKILL."""
@@ -100,7 +123,7 @@ async def run_turn(job: Job) -> None:
     turn = await _load(job)
     if turn is None:
         return  # archived, or deleted from psql: there is nothing left to work for
-    secrets = Secrets.of_environment()
+    secrets = Secrets.of_environment() | settings.secrets
     try:
         credentials = load_credentials(settings.git_credentials, turn.user_id)
         secrets |= secrets_in(credentials)
@@ -144,14 +167,7 @@ async def _load(job: Job) -> Turn | None:
     try:
         async with job.connection() as conn:
             cursor = await conn.execute(
-                """
-                SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
-                    m.agent_session, m.transcript, m.bundle
-                FROM session AS s
-                LEFT JOIN prompt AS p ON p.session_id = s.id AND p.id = %s
-                LEFT JOIN session_memory AS m ON m.session_id = s.id
-                WHERE s.id = %s AND s.session_status = 'active'
-                """,
+                _LOAD,
                 (None if prompt_id is None else str(prompt_id), str(session_id)),
                 prepare=False,  # a plan made while the tables were empty would read all of them
             )
@@ -309,24 +325,13 @@ async def _conclude(
 ) -> None:
     async with job.transaction() as conn:
         await conn.execute(
-            """
-            UPDATE prompt
-            SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()
-            WHERE id = %s
-            """,
+            _JUDGE,
             (*verdict, Jsonb(result), turn.prompt_id),
             prepare=False,  # as above
         )
         if transcript or bundle or turn.agent_session or turn.bundle:
             await conn.execute(
-                """
-                INSERT INTO session_memory (session_id, agent_session, transcript, bundle)
-                VALUES (%s, %s, %s, %s)
-                ON CONFLICT (session_id) DO UPDATE
-                SET agent_session = coalesce(excluded.agent_session, session_memory.agent_session),
-                    transcript = coalesce(excluded.transcript, session_memory.transcript),
-                    bundle = excluded.bundle, updated_at = clock_timestamp()
-                """,
+                _REMEMBER,
                 (
                     turn.session_id,
                     transcript and transcript.session,
@@ -337,4 +342,4 @@ async def _conclude(
         await job.complete(conn)
 
 
-handler = Handler(TOPIC, run_turn)
+handler = Handler(TOPIC, run_turn, line="session", built_in=True)

@@ -22,6 +22,7 @@ from outwake.callback import CallbackError, parse_networks, parse_secrets
 from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job
 from outwake.log import get_logger
+from outwake.schema import in_schema
 from outwake.settings import Settings, load
 from outwake.worker.backoff import backoff
 from outwake.worker.callback import CallbackTransport, Resolve
@@ -31,6 +32,8 @@ TOPIC = "webhook.deliver"
 TIMEOUT = 15.0  # seconds, from the name's look-up to the answer's head
 FIRST_PAUSE, LAST_PAUSE = 5.0, 3600.0  # seconds; 20 tries take 7 to 12 hours
 MAX_RETRY_AFTER = 3600  # seconds
+
+_FORGET = in_schema("UPDATE :schema.session SET callback_url = NULL WHERE id = %s AND callback_url = %s")
 
 log = get_logger(__name__)
 
@@ -105,10 +108,7 @@ def _retry_after(response: httpx.Response) -> timedelta:
 
 async def _forget(job: Job) -> None:
     async with job.transaction() as conn:
-        await conn.execute(
-            "UPDATE session SET callback_url = NULL WHERE id = %s AND callback_url = %s",
-            (job.payload["session_id"], job.payload["url"]),
-        )
+        await conn.execute(_FORGET, (job.payload["session_id"], job.payload["url"]))
 
 
-handler = Handler(TOPIC, deliver, timeout=timedelta(seconds=60))
+handler = Handler(TOPIC, deliver, timeout=timedelta(seconds=60), line="session", built_in=True)

@@ -9,8 +9,10 @@ from psycopg_pool import AsyncConnectionPool
 
 from outwake import Handler, Job, enqueue
 from outwake.migrate import migrate
+from outwake.schema import in_schema
 
-INSERT = "INSERT INTO outbox (topic) VALUES (%s) RETURNING id"
+INSERT = in_schema("INSERT INTO :schema.outbox (topic) VALUES (%s) RETURNING id")
+FILL = in_schema("INSERT INTO :schema.outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)")
 
 
 async def noop(job: Job) -> None:
@@ -31,11 +33,11 @@ async def setup() -> None:
 
 async def fill(count: int) -> None:
     with psycopg.connect(common.URL, autocommit=True) as conn:
-        conn.execute("INSERT INTO outbox (topic) SELECT 'bench.noop' FROM generate_series(1, %s)", (count,))
+        conn.execute(FILL, (count,))
 
 
 async def work(variant: str) -> None:
-    sys.exit("run by `python -m worker`")
+    sys.exit("run by `python -m outwake.worker`")
 
 
 async def produce() -> None:

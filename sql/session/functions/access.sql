@@ -1,0 +1,76 @@
+-- Who may see sessions. :schema_reader sees what belongs to one user: the user that sql_reader binds the role to, and
+-- only for a role that is not bound the user in the setting :schema.user_id. Anybody may SET that. It is a filter for a
+-- trusted program that reads for many, not a wall: where people type SQL, bind their roles.
+--
+-- Nobody but the owner reads api_token and sql_reader.
+
+
+-- The role is an argument: inside a SECURITY DEFINER function current_user is the definer. Who has logged in stays bound
+-- after SET ROLE :schema_reader.
+CREATE OR REPLACE FUNCTION sql_reader_user(reader name) RETURNS text
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = :schema, pg_temp
+AS $$
+    SELECT coalesce(
+        (SELECT r.user_id FROM sql_reader AS r WHERE r.role_name = reader),
+        (SELECT r.user_id FROM sql_reader AS r WHERE r.role_name = session_user),
+        nullif(current_setting(':schema.user_id', true), ''))
+$$;
+COMMENT ON FUNCTION sql_reader_user(name) IS 'Whose sessions this database role sees.';
+
+
+CREATE OR REPLACE FUNCTION session_grant_roles() RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = :schema, pg_temp
+AS $$
+DECLARE
+    held text;
+BEGIN
+    IF outbox_role(':schema_reader') THEN
+        GRANT USAGE ON SCHEMA :schema TO :schema_reader;
+        GRANT SELECT ON session, prompt, message, watcher, idempotency, outbox, worker, topic, outbox_alert, migration,
+            worker_present, outbox_front, outbox_depth, worker_status, worker_running, outbox_waiting, outbox_writer,
+            outbox_hourly TO :schema_reader;
+        GRANT EXECUTE ON FUNCTION sql_reader_user, outbox_ready, outbox_throughput, outbox_history, session_history,
+            outbox_last_error, outbox_session_id TO :schema_reader;
+        -- Each SELECT in parentheses is evaluated once a statement, not once a row.
+        PERFORM outbox_policy('reader_sees', 'session', ':schema_reader', 'SELECT',
+            'user_id = (SELECT :schema.sql_reader_user(current_user))');
+        PERFORM outbox_policy('reader_sees', 'idempotency', ':schema_reader', 'SELECT',
+            'user_id = (SELECT :schema.sql_reader_user(current_user))');
+        FOREACH held IN ARRAY ARRAY['prompt', 'message', 'watcher', 'session_memory', 'sandbox_borrow'] LOOP
+            PERFORM outbox_policy('reader_sees', held, ':schema_reader', 'SELECT',
+                'session_id IN (SELECT s.id FROM :schema.session AS s)');
+        END LOOP;
+        -- Rows of other topics belong to nobody. As text: a payload may hold anything.
+        PERFORM outbox_policy('reader_sees', 'outbox', ':schema_reader', 'SELECT',
+            'payload ->> ''session_id'' IN (SELECT s.id::text FROM :schema.session AS s)');
+    END IF;
+
+    -- Of roles that are missing outbox_grant_roles has told. It has granted a worker all functions.
+    IF to_regrole(':schema_worker') IS NOT NULL THEN
+        REVOKE EXECUTE ON FUNCTION sql_reader_user, session_grant_roles FROM :schema_worker;
+        GRANT SELECT, INSERT, UPDATE, DELETE ON session, prompt, message, session_memory, sandbox_borrow
+            TO :schema_worker;
+        GRANT SELECT, DELETE ON idempotency TO :schema_worker;
+        GRANT SELECT ON watcher, sandbox_suspect TO :schema_worker;
+        FOREACH held IN ARRAY ARRAY[
+            'session', 'prompt', 'message', 'session_memory', 'sandbox_borrow', 'idempotency', 'watcher'
+        ] LOOP
+            PERFORM outbox_policy('worker_works', held, ':schema_worker', 'ALL', 'true', 'true');
+        END LOOP;
+    END IF;
+
+    IF to_regrole(':schema_operator') IS NOT NULL THEN
+        GRANT SELECT ON session, prompt, message, watcher, idempotency, sandbox_suspect TO :schema_operator;
+        -- Whoever has looked whether a sandbox leaked deletes its row.
+        GRANT SELECT, DELETE ON sandbox_borrow TO :schema_operator;
+        GRANT EXECUTE ON FUNCTION session_history TO :schema_operator;
+        FOREACH held IN ARRAY ARRAY['session', 'prompt', 'message', 'watcher', 'idempotency'] LOOP
+            PERFORM outbox_policy('operator_sees', held, ':schema_operator', 'SELECT', 'true');
+        END LOOP;
+        PERFORM outbox_policy('operator_sees', 'sandbox_borrow', ':schema_operator', 'ALL', 'true');
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION session_grant_roles() IS 'What grant_roles does for sessions.';
