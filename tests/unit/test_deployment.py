@@ -109,13 +109,23 @@ def test_the_image_holds_every_package_and_its_variables_are_settings() -> None:
     copied = {word for words in instructions("COPY") for word in words[:-1]}
     packages = {"outwake", *(path.name for path in (ROOT / "outwake").iterdir() if path.is_symlink())}
     assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["outwake"]
-    assert packages | {"pyproject.toml", PROJECT["project"]["readme"]} <= copied
+    files = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    assert packages | files <= copied
     assert all((ROOT / name).exists() for name in packages)
     ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {f"!{name}" for name in packages} <= set(ignored)
+    assert {f"!{name}" for name in packages | files} <= set(ignored)
     (variables,) = instructions("ENV")
     names = {word.partition("=")[0] for word in variables}
     assert names - {"PATH", "PYTHONUNBUFFERED"} <= VARIABLES
+
+
+def test_the_image_has_the_extras_of_its_commands() -> None:
+    (requirement,) = {word for words in instructions("RUN") for word in words if word.startswith(".[")}
+    extras = set(requirement[2:-1].split(","))
+    assert extras >= {
+        name for name in ("worker", "api") if any(one["command"][-1] == name for one in OURS.values())
+    }
+    assert extras <= PROJECT["project"]["optional-dependencies"].keys()
 
 
 def test_the_image_has_git_and_does_not_run_as_root() -> None:

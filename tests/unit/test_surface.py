@@ -4,14 +4,19 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import outwake
-from outwake import sql
+from outwake.sql import LINES, Line, files
 from tests.support.process import ROOT
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PSYCOPG = {"psycopg", "psycopg_binary", "psycopg_c", "typing_extensions", "cython_runtime", "backports"}
 ROOMS = ("app", "worker", "sql", "embedded")  # folders of the root, linked below outwake/
 
 
@@ -81,11 +86,37 @@ def test_every_error_is_in_the_tree_and_exported() -> None:
     assert all(name in errors.__doc__ for name in classes)
 
 
-def test_migrations_are_numbered_without_a_gap_and_once() -> None:
-    numbers = [migration.number for migration in sql.migrations()]
+@pytest.mark.parametrize("line", LINES)
+def test_numbered_files_are_numbered_without_a_gap_and_once(line: Line) -> None:
+    numbers = [file.number for file in files(line) if file.number is not None]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def test_every_sql_file_is_a_migration() -> None:
-    files = {path.stem for path in (ROOT / "sql").glob("*.sql")}
-    assert files == {migration.name for migration in sql.migrations()}
+def test_every_sql_file_is_applied() -> None:
+    there = {str(path.relative_to(ROOT / "sql")) for path in (ROOT / "sql").rglob("*.sql")}
+    names = {
+        file.name.replace("/", "/" if file.number else "/functions/")
+        for line in LINES
+        for file in files(line)
+    }
+    assert there == {f"{name}.sql" for name in names}
+
+
+def test_the_library_needs_psycopg_alone() -> None:
+    """What `import outwake` loads of others: so an application that enqueues installs no more."""
+    code = "import sys, outwake, outwake.enqueue; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    others = set(done.stdout.split()) - sys.stdlib_module_names - {"outwake"}
+    assert {name for name in others if not name.startswith("_")} <= PSYCOPG
+
+
+def test_the_editable_path_has_the_package_alone() -> None:
+    """Else the user's own packages app and worker would be shadowed by the root's folders."""
+    (folder,) = PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"]
+    assert [path.name for path in (ROOT / folder).iterdir()] == ["outwake"]
+    assert (ROOT / folder / "outwake").resolve() == ROOT / "outwake"
+
+
+def test_the_rooms_are_links_to_the_folders_at_the_root() -> None:
+    links = [path for path in (ROOT / "outwake").iterdir() if path.is_symlink()]
+    assert {path.name: path.resolve() for path in links} == {name: ROOT / name for name in ROOMS}
