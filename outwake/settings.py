@@ -1,20 +1,116 @@
-"""Settings, read from the environment. docs/configuration.md lists them all, made from this class."""
+"""Settings, read from the environment. docs/configuration.md lists them all, made from this class.
 
+A setting that repr leaves out is secret: NAME_FILE may name a file that holds it, in place of NAME, and no
+message repeats it.
+"""
+
+import logging
 import os
+import re
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from outwake.callback import parse_networks, parse_secrets
 from outwake.errors import ConfigurationError
 from outwake.names import check_topics
+from outwake.schema import SCHEMA, check_name
+from outwake.url import check_url, libpq_url
+
+_OURS = "OUTWAKE_"
+_OWN_FIRST = ("DATABASE_URL", "LISTEN_DATABASE_URL")
+"""Names that an application may use for a database of its own: OUTWAKE_ before the name wins."""
+
+_LARGEST_FILE = 64 * 1024
+_LONGEST = 100 * 365 * 86400.0
 
 
 def _variable(name: str) -> str:
-    return f"OUTWAKE_{name.upper()}"
+    return _OURS + name.upper()
+
+
+def variables(field: FieldInfo) -> tuple[str, ...]:
+    """What a setting is read from: the first variable that is set, or, if it is secret, its _FILE."""
+    name = field.alias or ""
+    return (_OURS + name, name) if name in _OWN_FIRST else (name,)
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a setting may be given by file, and is never repeated."""
+    return not field.repr
+
+
+class _Environment(PydanticBaseSettingsSource):
+    """The environment, and the files that it names."""
+
+    def __call__(self) -> dict[str, Any]:
+        found = {}
+        for field in self.settings_cls.model_fields.values():
+            if (given := _given(field)) is not None:
+                found[field.alias or ""] = given[1]
+        return found
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Part of the interface, and used by the sources of pydantic-settings only."""
+        raise NotImplementedError
+
+
+def _given(field: FieldInfo) -> tuple[str, str] | None:
+    """The variable that gives a setting, and the value. A secret that is empty counts as not set."""
+    for name in variables(field):
+        text = os.environ.get(name)
+        if not is_secret(field):
+            return None if text is None else (name, text)
+        file = f"{name}_FILE"
+        path = os.environ.get(file)
+        if text and path:
+            raise ConfigurationError(f"{name}: {file} is set too: set one of the two")
+        if text:
+            return name, text
+        if path:
+            return file, _content(file, path)
+    return None
+
+
+@lru_cache
+def _content(variable: str, path: str) -> str:
+    """What a file holds, without one newline at its end. Read once: each job asks for the settings.
+
+    Raises ConfigurationError, which repeats neither content nor path: the path may be a secret by mistake.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+        if len(raw) > _LARGEST_FILE:
+            raise ConfigurationError(f"{variable}: the file is larger than 64 KiB")
+        text = raw.decode()
+    except OSError as error:
+        raise ConfigurationError(f"{variable}: cannot read the file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{variable}: the file is not UTF-8") from None
+    if not (text := re.sub(r"\r?\n\Z", "", text)):
+        raise ConfigurationError(f"{variable}: the file is empty")
+    return text
+
+
+def _checked_level(text: str) -> str:
+    if text.upper() not in logging.getLevelNamesMapping():
+        raise ValueError("must be debug, info, warning or error")
+    return text
+
+
+def _checked_schema(text: str) -> str:
+    return check_name(text) if text else "outwake"
+
+
+def _libpq_url_or_none(text: str | None) -> str | None:
+    return libpq_url(text) if text else None
 
 
 def _checked_networks(text: str) -> str:
@@ -57,14 +153,26 @@ class Settings(BaseSettings):
         populate_by_name=True,
         extra="ignore",
         frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
 
-    database_url: Annotated[str, Field(alias="DATABASE_URL", min_length=1)]
-    """Where the tables are. May be a pooler in transaction mode if LISTEN_DATABASE_URL is not."""
+    database_url: Annotated[
+        str, Field(alias="DATABASE_URL", min_length=1, repr=False), AfterValidator(libpq_url)
+    ]
+    """Where the tables are: a `postgresql://` URL, also as SQLAlchemy writes it, or libpq's keywords.
+    `postgresql://` alone leaves all to PGHOST and its like. May be a pooler in transaction mode if
+    OUTWAKE_LISTEN_DATABASE_URL is not."""
 
-    listen_database_url: Annotated[str | None, Field(alias="LISTEN_DATABASE_URL")] = None
-    """A direct connection for LISTEN, where DATABASE_URL is a pooler. Default: DATABASE_URL."""
+    listen_database_url: Annotated[
+        str | None, Field(alias="LISTEN_DATABASE_URL", repr=False), AfterValidator(_libpq_url_or_none)
+    ] = None
+    """A direct connection for LISTEN, where OUTWAKE_DATABASE_URL is a pooler. Default: the same."""
+
+    schema_name: Annotated[str, Field(alias="OUTWAKE_SCHEMA"), AfterValidator(_checked_schema)] = "outwake"
+    """The schema in the database that holds everything of Outwake's; its channels, locks and roles are named
+    after it. The same for every process. Read when a process starts, as it is part of every query."""
 
     host: str = "127.0.0.1"
     """Address the API listens on."""
@@ -94,7 +202,7 @@ class Settings(BaseSettings):
     oidc_client_id: Annotated[str, Field(min_length=1)] = "outwake-dashboard"
     """The client that the dashboard is at the issuer, for people who sign in with a browser."""
 
-    oidc_client_secret: SecretStr | None = None
+    oidc_client_secret: Annotated[SecretStr | None, Field(repr=False)] = None
     """Its secret; unset: a public client, which PKCE alone protects."""
 
     public_url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
@@ -135,7 +243,9 @@ class Settings(BaseSettings):
     agent_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """How long one turn of an agent may take; the topic table can override it."""
 
-    ip_allocator_url: Annotated[str | None, Field(alias="IP_ALLOCATOR_URL", pattern="^https?://")] = None
+    ip_allocator_url: Annotated[
+        str | None, Field(alias="IP_ALLOCATOR_URL", pattern="^https?://", repr=False)
+    ] = None
     """The allocator of sandboxes. Unset: the embedded form, where a workspace directory is the sandbox."""
 
     borrow_wait: Annotated[float, Field(ge=0, le=300)] = 10.0
@@ -171,10 +281,10 @@ class Settings(BaseSettings):
     stuck_after: Annotated[float, Field(gt=0, le=30 * 86400)] = 60.0
     """How long a row may be due until readiness fails and an alert is raised."""
 
-    stuck_webhook: Annotated[str | None, Field(pattern=r"^https?://")] = None
+    stuck_webhook: Annotated[str | None, Field(pattern=r"^https?://", repr=False)] = None
     """URL that an alert is posted to, as JSON; unset: alerts are log lines only."""
 
-    webhook_secret: Annotated[SecretStr | None, AfterValidator(_checked_secrets)] = None
+    webhook_secret: Annotated[SecretStr | None, Field(repr=False), AfterValidator(_checked_secrets)] = None
     """What webhooks are signed with: `whsec_` and base64 of 24 to 64 bytes. Several, separated by spaces,
     all sign, so that a secret can be replaced. Unset: sessions cannot name a callback_url."""
 
@@ -182,7 +292,7 @@ class Settings(BaseSettings):
     """Networks, separated by commas, that webhooks may reach although they are not public, also by plain
     http: `10.1.0.0/16,127.0.0.1`."""
 
-    relay_url: Annotated[SecretStr | None, AfterValidator(_checked_servers)] = None
+    relay_url: Annotated[SecretStr | None, Field(repr=False), AfterValidator(_checked_servers)] = None
     """NATS, for the topics of OUTWAKE_RELAY_TOPICS: `nats://host:4222`, or `tls://`, with user and password
     or a token before the host. Several servers of one cluster are separated by commas."""
 
@@ -196,14 +306,25 @@ class Settings(BaseSettings):
     relay_credentials: Path | None = None
     """A NATS credentials file (a JWT and its key). Read anew for each connection."""
 
-    log_level: str = "info"
+    log_level: Annotated[str, AfterValidator(_checked_level)] = "info"
     """debug, info, warning or error. debug tells of every row."""
 
-    retention: Annotated[float, Field(ge=0)] = 7 * 86400.0
+    retention: Annotated[float, Field(ge=0, le=_LONGEST)] = 7 * 86400.0
     """How long finished rows, archived sessions and answers to an Idempotency-Key are kept."""
 
-    message_retention: Annotated[float, Field(ge=0)] = 90 * 86400.0
+    message_retention: Annotated[float, Field(ge=0, le=_LONGEST)] = 90 * 86400.0
     """How long the messages of a session are kept in which nothing happens any more."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What a caller gives, then the environment."""
+        return init_settings, _Environment(settings_cls)
 
     @property
     def listen_url(self) -> str:
@@ -220,6 +341,14 @@ class Settings(BaseSettings):
         """Whether DATABASE_URL is taken for a pooler, through which nothing may be prepared."""
         return self.listen_database_url not in (None, self.database_url)
 
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be shown of what is set here, wherever it came from: for `worker/secrets.py`."""
+        texts = (self.oidc_client_secret, self.webhook_secret, self.relay_url)
+        words = [word for text in texts if text is not None for word in text.get_secret_value().split()]
+        passwords = [conninfo_to_dict(url).get("password") for url in (self.database_url, self.listen_url)]
+        return words + [str(password) for password in passwords if password]
+
 
 def load() -> Settings:
     """The settings of this process.
@@ -227,11 +356,30 @@ def load() -> Settings:
     Raises ConfigurationError, its message one line that names the variable.
     """
     try:
-        return Settings()  # type: ignore[call-arg]  # the environment gives the arguments
+        settings = Settings()  # type: ignore[call-arg]  # the environment gives the arguments
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        problem = "is not set" if first["type"] == "missing" else first["msg"]
-        if name in os.environ and not name.endswith(("URL", "SECRET")):
-            problem += f", not {os.environ[name]!r}"
-        raise ConfigurationError(f"{name}: {problem}") from None
+        first = error.errors(include_input=False, include_context=False, include_url=False)[0]
+        raise _refused(str(first["loc"][0]), first["msg"]) from None
+    for alias, url in (("DATABASE_URL", settings.database_url), ("LISTEN_DATABASE_URL", settings.listen_url)):
+        try:
+            check_url(url)
+        except ValueError as error:
+            raise _refused(alias, str(error)) from None
+    if settings.schema_name != SCHEMA.name:
+        raise ConfigurationError("OUTWAKE_SCHEMA: was changed after outwake had been imported")
+    return settings
+
+
+def has_database() -> bool:
+    """Whether the environment names a database, rightly or not."""
+    return _given(Settings.model_fields["database_url"]) is not None
+
+
+def _refused(alias: str, problem: str) -> ConfigurationError:
+    """What names the variable that was set, and shows its value if that is no secret."""
+    [field] = [field for field in Settings.model_fields.values() if field.alias == alias]
+    if (given := _given(field)) is None:
+        return ConfigurationError(f"{alias}: is not set")
+    name, value = given
+    shown = "" if is_secret(field) else f", not {value!r}"
+    return ConfigurationError(f"{name}: {problem.removeprefix('Value error, ')}{shown}")

@@ -3,54 +3,104 @@
 import argparse
 import asyncio
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import metadata
+from typing import TYPE_CHECKING, LiteralString
 from uuid import UUID
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
-from outwake import log
-from outwake.cli import token as token_cli
-from outwake.cli.progress import progress
-from outwake.cli.status import status, top
-from outwake.cli.tail import tail
 from outwake.errors import ConfigurationError, SchemaError
-from outwake.migrate import migrate
-from outwake.prune import prune
-from outwake.settings import Settings, load
-from outwake.sql import migrations
+from outwake.schema import SCHEMA, in_schema
 
-_OPERATIONS = {
-    "cancel": "cancel a row that waits or runs",
-    "retry": "make a dead or cancelled row ready again",
-    "discard": "end a dead row for good",
+if TYPE_CHECKING:
+    from outwake.settings import Settings
+
+_OPERATIONS: dict[str, tuple[str, LiteralString]] = {
+    "cancel": ("cancel a row that waits or runs", in_schema("SELECT :schema.outbox_cancel(%s)")),
+    "retry": ("make a dead or cancelled row ready again", in_schema("SELECT :schema.outbox_retry(%s)")),
+    "discard": ("end a dead row for good", in_schema("SELECT :schema.outbox_discard(%s)")),
 }
+_WAKE = in_schema("SELECT :schema.outbox_wake()")
+_ROLES = {"status": "monitor", "top": "monitor", "prune": "worker", "wake": "operator"}
+_ROLES.update(dict.fromkeys(_OPERATIONS, "operator"))
+"""Who may give a command; the others take the owner of the schema."""
+_EXTRAS = ("api", "worker")
+"""The commands with an extra of their name; the others need `cli`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit status 0 on success, 1 if there was nothing to do, no database, or (status)
-    it is not ready, 2 on a usage error.
+    it is not ready, 2 on a usage error, a setting that is wrong, a package or a right that is missing.
     """
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        sys.exit(_run(arguments))
+        status = _run(words)
+        sys.stdout.flush()
+        sys.exit(status)
     except (ConfigurationError, SchemaError) as error:
         print(f"outwake: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "outwake").partition(".")[0]
+        if missing == "outwake":  # a fault of ours
+            raise
+        command = words[0] if words and not words[0].startswith("-") else "outwake"
+        extra = command if command in _EXTRAS else "cli"
+        print(
+            f"outwake: the command {command} needs {missing}: pip install 'outwake[{extra}]'", file=sys.stderr
+        )
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read standard output has gone: `outwake migrate --print | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except psycopg.errors.InsufficientPrivilege as error:
+        print(f"outwake: {_first_line(error)}: {_mend(words[0])}", file=sys.stderr)
+        sys.exit(2)
     except (psycopg.Error, OSError) as error:
-        print(f"outwake: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"outwake: {_first_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _mend(command: str) -> str:
+    """What gives the right that a command lacks."""
+    from outwake.connect import grant
+    from outwake.settings import load
+
+    url = load().database_url
+    if command in _ROLES:
+        return grant(f"{SCHEMA.name}_{_ROLES[command]}", url)
+    owner = f"do it as the owner of the schema {SCHEMA.name}"
+    if command == "migrate":
+        database = conninfo_to_dict(url).get("dbname") or "the database"
+        return f"{owner}, or, if there is none, {grant(f'CREATE ON DATABASE {database}', url)}"
+    return owner
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, without what looks like a password: a server's message may quote what it was sent."""
+    from outwake.log import redact_text
+
+    lines = redact_text(str(error).strip()).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _parser() -> argparse.ArgumentParser:
+    from outwake.cli import token
+
     parser = argparse.ArgumentParser(prog="outwake", description="Outwake, an outbox on Postgres.")
+    parser.add_argument("--version", action="version", version=f"outwake {metadata.version('outwake')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    found = commands.add_parser("migrate", help="bring the database to this version's schema")
-    found.add_argument("--print", action="store_true", help="print the SQL instead")
+    _add_migrate(commands.add_parser("migrate", help="bring the database to this version's schema"))
+    commands.add_parser("uninstall", help="print the SQL that removes everything of Outwake's")
     commands.add_parser("api", help="serve the HTTP API")
+    commands.add_parser("worker", help="run handlers: the same as the command worker", add_help=False)
     found = commands.add_parser("status", help="show outbox and workers, and what is stuck")
     _add_json(found, "one JSON object")
     found = commands.add_parser("top", help="the same, live")
@@ -61,12 +111,31 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--after", type=int, default=0, metavar="SEQ", help="only messages after this one")
     found.add_argument("--until-completed", action="store_true", help="end when nothing is left to run")
     _add_json(found, "one JSON object a message or status")
-    for name, text in _OPERATIONS.items():
+    for name, (text, _) in _OPERATIONS.items():
         commands.add_parser(name, help=text).add_argument("row", type=int, nargs="+", help="outbox ids")
-    token_cli.add_parser(commands)
+    token.add_parser(commands)
     commands.add_parser("wake", help="wake every worker, for rows that no trigger saw")
     commands.add_parser("prune", help="delete what is past its retention now")
     return parser
+
+
+def _add_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", choices=["outbox"], help="leave out the tables that sessions need")
+    instead = parser.add_mutually_exclusive_group()
+    add = instead.add_argument
+    add("--list", action="store_true", help="show every step and its state instead")
+    add("--dry-run", action="store_true", help="name what would be applied instead")
+    add(
+        "--print",
+        action="store_true",
+        help="print the SQL of what is missing instead; of all of it if no database is named",
+    )
+    parser.add_argument(
+        "--no-transaction",
+        action="store_true",
+        help="with --print: leave BEGIN and COMMIT out, for a tool that has a transaction of its own",
+    )
+    _add_json(parser, "one JSON object a step")
 
 
 def _add_json(parser: argparse.ArgumentParser, form: str) -> None:
@@ -80,60 +149,65 @@ def _seconds(text: str) -> float:
     return number
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "migrate":
-        return _migrate(arguments.print)
-    settings = load()
+def _run(words: list[str]) -> int:
+    """Each command imports what it needs, so that none needs what another does."""
+    if words[:1] == ["worker"]:  # all that follows is the worker's, --help too
+        # By name, as the API below: this library depends on neither.
+        importlib.import_module("outwake.worker.cli").main(words[1:])
+    arguments = _parser().parse_args(words)
+    from outwake.settings import load
+
     match arguments.command:
+        case "migrate":
+            from outwake.cli import migrate
+
+            return migrate.run(arguments)
+        case "uninstall":
+            from outwake.cli import migrate
+
+            return migrate.uninstall()
         case "api":
-            # By name: this library does not depend on the application.
-            importlib.import_module("outwake.app.main").run(settings)
+            importlib.import_module("outwake.app.main").run(load())
         case "status":
-            return asyncio.run(status(settings, json=arguments.json))
+            from outwake.cli.status import status
+
+            return asyncio.run(status(load(), json=arguments.json))
         case "top":
-            return asyncio.run(top(settings, every=arguments.every, json=arguments.json))
+            from outwake.cli.status import top
+
+            return asyncio.run(top(load(), every=arguments.every, json=arguments.json))
         case "tail":
-            return asyncio.run(
-                tail(
-                    settings,
-                    arguments.session,
-                    after=arguments.after,
-                    json=arguments.json,
-                    until_completed=arguments.until_completed,
-                )
-            )
+            return _tail(load(), arguments)
         case "token":
-            return asyncio.run(token_cli.run(settings, arguments))
+            from outwake.cli import token
+
+            return asyncio.run(token.run(load(), arguments))
         case "wake":
-            asyncio.run(_call(settings, "SELECT outbox_wake()", [()]))
+            asyncio.run(_call(load(), _WAKE, [()]))
         case "prune":
-            return asyncio.run(_prune(settings))
+            return asyncio.run(_prune(load()))
         case operation:
-            return _operate(settings, operation, arguments.row)
+            return _operate(load(), operation, arguments.row)
     return 0
 
 
-def _migrate(only_print: bool) -> int:
-    if only_print:
-        for migration in migrations():
-            print(f"-- {migration.name}\n{migration.text}")
-        return 0
-    settings = load()
-    log.configure(level=settings.log_level)
-    names = [migration.name for migration in migrations()]
-    with progress() as tell:
+def _tail(settings: "Settings", arguments: argparse.Namespace) -> int:
+    from outwake.cli.tail import tail
 
-        def applying(name: str) -> None:
-            print(f"applying {name}", flush=True)
-            tell(f"applying {name}", names.index(name) / len(names))
-
-        # Its lock belongs to a session, which a pooler in transaction mode does not give.
-        asyncio.run(migrate(settings.listen_url, applying))
-    print(f"schema {migrations()[-1].number} is in place")
-    return 0
+    following = tail(
+        settings,
+        arguments.session,
+        after=arguments.after,
+        json=arguments.json,
+        until_completed=arguments.until_completed,
+    )
+    return asyncio.run(following)
 
 
-async def _prune(settings: Settings) -> int:
+async def _prune(settings: "Settings") -> int:
+    from outwake.cli.progress import progress
+    from outwake.prune import prune
+
     async with await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True) as conn:
         with progress() as tell:
             pruned = await prune(
@@ -145,14 +219,17 @@ async def _prune(settings: Settings) -> int:
     return 0
 
 
-def _operate(settings: Settings, operation: str, rows: list[int]) -> int:
-    states = asyncio.run(_call(settings, f"SELECT outbox_{operation}(%s)", [(row,) for row in rows]))
+def _operate(settings: "Settings", operation: str, rows: list[int]) -> int:
+    _, query = _OPERATIONS[operation]
+    states = asyncio.run(_call(settings, query, [(row,) for row in rows]))
     for row, state in zip(rows, states, strict=True):
         print(f"{row} {state or 'unchanged: no such row, or not in a state for that'}")
     return 0 if all(states) else 1
 
 
-async def _call(settings: Settings, query: str, calls: Sequence[tuple[int, ...]]) -> list[str | None]:
+async def _call(
+    settings: "Settings", query: LiteralString, calls: Sequence[tuple[int, ...]]
+) -> list[str | None]:
     conn = await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True)
     results: list[str | None] = []
     async with conn:

@@ -4,16 +4,22 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
+import socket
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from outwake.cli.output import clean, duration
+from outwake.sql import LINES, Line, files, newest
 from tests.conftest import Connect
 from tests.support.hand import Hand
 from tests.support.process import ROOT, Process, command_line, running
@@ -57,7 +63,7 @@ async def test_status_as_json(database: str, connect: Connect) -> None:
 async def test_status_of_a_database_without_our_schema(empty_database: str) -> None:
     process = await run(empty_database, "status")
     assert await process.ended() == 2
-    assert process.stderr == ["outwake: the database has schema 0, " + process.stderr[0].partition("0, ")[2]]
+    assert process.stderr == ["outwake: schema outwake has no outbox tables: run `outwake migrate`"]
 
 
 async def test_top_shows_what_changes(database: str, connect: Connect) -> None:
@@ -229,11 +235,216 @@ async def test_migrate_shows_progress_on_a_terminal(empty_database: str) -> None
     async with on_a_terminal(empty_database, "migrate") as (process, reader):
         async with asyncio.timeout(TIMEOUT * 8):
             said = b""
-            while b"is in place" not in said:
+            while _in_place("outbox", "session").encode() not in said:
                 said += await reader.read(65536)
             assert await process.wait() == 0
-    assert b"applying 0001_tables" in said
+    assert b"applying outbox/0001_" in said
     assert "━".encode() in said
+
+
+def _in_place(*lines: Line) -> str:
+    return "schema outwake: " + ", ".join(f"{line} {newest(line)}" for line in lines)
+
+
+async def steps(database: str, *arguments: str) -> dict[str, list[str]]:
+    """The names of `outwake migrate --list`, by state."""
+    process = await run(database, "migrate", "--list", "--json", *arguments)
+    assert await process.ended() == 0, process.stderr
+    found: dict[str, list[str]] = {}
+    for line in process.stdout:
+        step = json.loads(line)
+        found.setdefault(step["state"], []).append(step["name"])
+    return found
+
+
+async def test_migrate_tells_what_it_would_do(empty_database: str, connect: Connect) -> None:
+    names = [file.name for line in LINES for file in files(line)]
+    process = await run(empty_database, "migrate", "--dry-run")
+    assert process.stdout == [f"would apply {name}" for name in names]
+    assert await steps(empty_database) == {"missing": names}
+    conn = await connect(empty_database)
+    assert await one(conn, "SELECT count(*) FROM pg_namespace WHERE nspname = 'outwake'") == 0
+
+    process = await run(empty_database, "migrate", "--only", "outbox")
+    outbox = [file.name for file in files("outbox")]
+    assert process.stdout == [*(f"applying {name}" for name in outbox), _in_place("outbox")]
+    assert await steps(empty_database, "--only", "outbox") == {"applied": outbox}
+    assert await steps(empty_database) == {"applied": outbox, "missing": names[len(outbox) :]}
+    shown = "\n".join((await run(empty_database, "migrate", "--list")).stdout)
+    assert re.search(r"^ outbox/0001_\w+ +numbered +applied +goes on +\d{4}-", shown, re.MULTILINE)
+    assert re.search(r"^ session/0001_\w+ +numbered +missing", shown, re.MULTILINE)
+
+    process = await run(empty_database, "migrate")
+    assert process.stdout[-1] == _in_place("outbox", "session")
+    assert (await run(empty_database, "migrate")).stdout == [_in_place("outbox", "session")]
+    process = await run(empty_database, "migrate", "--dry-run")
+    assert process.stdout == ["schema outwake: nothing to apply"]
+    assert (await run(empty_database, "migrate", "--print")).stdout == []
+
+
+async def test_migrate_prints_what_is_missing(empty_database: str, connect: Connect) -> None:
+    """Without a database all of it; both give a database that has all."""
+    await run(empty_database, "migrate", "--only", "outbox")
+    conn = await connect(empty_database)
+    for database in (empty_database, None):
+        async with running("outwake", "migrate", "--print", env={"DATABASE_URL": database}) as process:
+            assert await process.ended() == 0
+        if database is None:
+            await conn.execute("DROP SCHEMA outwake CASCADE")
+        await conn.execute("\n".join(process.stdout).encode())
+        assert list(await steps(empty_database)) == ["applied"]
+
+
+async def test_uninstall_needs_no_database(empty_database: str, connect: Connect) -> None:
+    await run(empty_database, "migrate")
+    async with running("outwake", "uninstall", env={"DATABASE_URL": None}) as process:
+        assert await process.ended() == 0
+    assert process.stdout[0] == "DROP SCHEMA IF EXISTS outwake CASCADE;"
+    conn = await connect(empty_database)
+    await conn.execute("\n".join(process.stdout).encode())
+    assert await one(conn, "SELECT count(*) FROM pg_namespace WHERE nspname = 'outwake'") == 0
+
+
+@pytest.mark.parametrize("command", [["uninstall"], ["migrate", "--print"]], ids=" ".join)
+async def test_another_schema(command: list[str]) -> None:
+    env = {"DATABASE_URL": None, "OUTWAKE_SCHEMA": "shop_outbox"}
+    async with running("outwake", *command, env=env) as process:
+        assert await process.ended() == 0
+    assert "shop_outbox" in process.stdout[0]
+    async with running("outwake", *command, env={**env, "OUTWAKE_SCHEMA": "public"}) as process:
+        assert await process.ended() == 2
+    assert (process.stdout, len(process.stderr)) == ([], 1)
+    assert process.stderr[0].startswith("outwake: OUTWAKE_SCHEMA: public ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--json"], ["--list", "--print"], ["--dry-run", "--print"], ["--only", "session"]],
+    ids=" ".join,
+)
+async def test_migrate_refuses_what_makes_no_sense(arguments: list[str]) -> None:
+    process = await run("postgresql://nowhere/x", "migrate", *arguments)
+    assert await process.ended() == 2
+    assert process.stdout == []
+
+
+async def test_output_that_nobody_reads_is_no_error() -> None:
+    """`outwake migrate --print | head`"""
+    env = {**os.environ, "DATABASE_URL": "", "PYTHONPATH": str(ROOT)}
+    process = await asyncio.create_subprocess_exec(
+        *command_line("outwake"), "migrate", "--print", stdout=PIPE, stderr=PIPE, env=env, limit=1
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert await process.stdout.read(1) == b"-"
+    process.stdout._transport.close()  # type: ignore[attr-defined]
+    assert await process.stderr.read() == b""
+    assert await process.wait() == 1
+
+
+async def test_version() -> None:
+    async with running("outwake", "--version") as process:
+        assert await process.ended() == 0
+    assert process.stdout == [f"outwake {version('outwake')}"]
+
+
+async def test_outwake_worker_is_worker() -> None:
+    for arguments in (["--help"], ["--nosuch"], ["--check"]):
+        said = []
+        for command in (["outwake", "worker"], ["worker"]):
+            env = {"DATABASE_URL": "postgresql://nowhere/x", "OUTWAKE_HEALTH_PORT": None}
+            async with running(*command, *arguments, env=env) as process:
+                status = await process.ended()
+            said.append((status, process.stdout, process.stderr))
+        assert said[0] == said[1]
+        assert said[0][0] == (0 if arguments == ["--help"] else 2)
+
+
+SECRET = "s3cr3t-passw0rd"
+COMMANDS = [
+    ["migrate"],
+    ["migrate", "--list"],
+    ["migrate", "--print"],
+    ["api"],
+    ["worker"],
+    ["worker", "--check"],
+    ["worker", "--processes", "2"],
+    ["status"],
+    ["top"],
+    ["tail", str(SESSION)],
+    ["retry", "1"],
+    ["wake"],
+    ["prune"],
+    ["token", "list"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+async def test_a_url_that_cannot_be_read_is_not_shown(command: list[str], tmp_path: Path) -> None:
+    """tests/unit/test_configuration.py has the many ways to be wrong."""
+    url = f"postgresql+psycopg://u:{SECRET}@127.0.0.1:1/x?nosuch=1"
+    (tmp_path / "url").write_text(url + "\n")
+    for name, value in (("DATABASE_URL", url), ("OUTWAKE_DATABASE_URL_FILE", str(tmp_path / "url"))):
+        async with running("outwake", *command, env={"DATABASE_URL": None, name: value}) as process:
+            assert await process.ended() == 2
+        assert (process.stdout, len(process.stderr)) == ([], 1)
+        assert re.match(rf"(outwake|worker): {name}: has a connection option", process.stderr[0])
+        assert SECRET not in process.stderr[0]
+
+
+GO_ON = ("api", "worker", "tail")  # they wait for the database
+
+
+@pytest.mark.parametrize("command", [words for words in COMMANDS if words[0] not in GO_ON], ids=" ".join)
+async def test_a_database_that_is_away_shows_no_password(command: list[str]) -> None:
+    with socket.socket() as taken:  # bound and not listening: it refuses
+        taken.bind(("127.0.0.1", 0))
+        url = f"postgresql+asyncpg://u:{SECRET}@127.0.0.1:{taken.getsockname()[1]}/x"
+        process = await run(url, *command)
+        assert await process.ended() == 1
+    assert (process.stdout, len(process.stderr)) == ([], 1)
+    assert process.stderr[0].startswith("outwake: ")
+    assert SECRET not in process.stderr[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "event"),
+    [
+        (["worker"], "disconnected"),
+        (["worker", "--processes", "2"], "disconnected"),
+        (["api"], "database_not_reached"),
+    ],
+)
+async def test_a_process_that_waits_for_its_database_logs_no_password(command: list[str], event: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"postgresql+asyncpg://u:{SECRET}@127.0.0.1:{taken.getsockname()[1]}/x"
+        env = {
+            "DATABASE_URL": url,
+            "OUTWAKE_LOG_LEVEL": "debug",
+            "OUTWAKE_PORT": "0",
+            "OUTWAKE_DRAIN_GRACE": "0",
+        }
+        async with running("outwake", *command, env=env) as process:
+            await process.event(event)
+            process.send(signal.SIGTERM)
+            assert await process.ended() == 0
+    assert SECRET not in "\n".join(process.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [("status", "rich", "cli"), ("migrate", "structlog", "cli"), ("token list", "pydantic_settings", "cli")],
+)
+async def test_a_package_that_is_missing(command: str, module: str, extra: str, tmp_path: Path) -> None:
+    """The extras of their own, of `api` and `worker`, are in tests/wheel."""
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module', name={module!r})")
+    env = {"DATABASE_URL": "postgresql://nowhere/x", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    async with running("outwake", *command.split(), env=env) as process:
+        assert await process.ended() == 2
+    name = command.split()[0]
+    expected = f"outwake: the command {name} needs {module}: pip install 'outwake[{extra}]'"
+    assert process.stderr == [expected]
 
 
 @pytest.mark.parametrize(
