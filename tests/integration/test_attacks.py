@@ -27,8 +27,8 @@ from outwake.app import oidc
 from outwake.callback import Address, CallbackError
 from outwake.settings import Settings
 from outwake.worker.handlers.webhook import post
-from tests.conftest import _new_database
 from tests.support.api import Api, serving
+from tests.support.database import new_database
 from tests.support.http import Receiver, listening
 from tests.support.issuer import SigningKey, StandIn, bearer, issuing
 from tests.support.server import with_database
@@ -780,7 +780,7 @@ async def placing(database: str, issuer: StandIn, **changes: Any) -> AsyncIterat
 @pytest.fixture(scope="module")
 async def place(server: str, template: str) -> AsyncIterator[Place]:
     """One for the whole table, as an API that is attacked again and again."""
-    with _new_database(server, template) as name:
+    with new_database(server, template) as name:
         async with (
             issuing() as issuer,
             placing(with_database(server, name), issuer, OUTWAKE_REQUEST_RATE=1000) as found,

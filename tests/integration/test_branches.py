@@ -60,7 +60,7 @@ async def test_a_derived_branch_that_is_taken_is_resolved(api: Api, connect: Con
         """
         ALTER FUNCTION uuid_v7() RENAME TO uuid_v7_real;
         CREATE SEQUENCE taken;
-        CREATE FUNCTION uuid_v7() RETURNS uuid LANGUAGE sql VOLATILE AS $$
+        CREATE FUNCTION uuid_v7() RETURNS uuid LANGUAGE sql VOLATILE SET search_path FROM CURRENT AS $$
             SELECT CASE WHEN nextval('taken') = 1
                 THEN overlay(uuid_v7_real()::text PLACING '00000000' FROM 29)::uuid
                 ELSE uuid_v7_real() END

@@ -249,6 +249,24 @@ async def test_stop_without_a_mark_gives_the_row_back(
             assert (await get(psql, row), worker.readiness()["running"]) == ("running", 0)
 
 
+@pytest.mark.parametrize("payload", ["", "all", "1,2"])
+async def test_cancel_that_is_not_understood_is_asked_for(
+    payload: str, connect: Connect, database: str
+) -> None:
+    """A newer schema may say more. The worker asks the table, by a renewal, long before one is due."""
+    psql = await connect()
+    async with watched(database, run=hang) as worker:
+        row = await add(psql)
+        await worker.has_run(row)
+        await psql.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_cancel_requested")
+        await psql.execute(CANCEL, (row,))
+        await worker.hears_nothing_more(psql)
+        assert (await get(psql, row), worker.renewals) == ("running", 0)
+        await psql.execute("SELECT pg_notify('outwake_cancel', %s)", (payload,))
+        await until(psql, "SELECT state = 'cancelled' FROM outbox WHERE id = %s", row)
+        assert worker.renewals == 1
+
+
 async def test_cancelled_row_can_be_retried(connect: Connect) -> None:
     """The mark goes with the retry, or the row would be cancelled again at once."""
     conn = await connect()

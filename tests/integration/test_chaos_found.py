@@ -9,6 +9,7 @@ from psycopg import errors
 
 from outwake import Cancelled, Handler, Job, register
 from outwake.claim import reconnect
+from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.worker.loop import Worker
 from tests.chaos.proxy import Proxy
@@ -143,7 +144,7 @@ async def test_flag_of_a_sleeper_that_has_just_come_back_stays_up(connect: Conne
     await b.execute("SET enable_hashjoin = off")  # so that it meets the rows in this order
     await b.execute("SET enable_mergejoin = off")
     parking = await starts(psql, b, "SELECT outbox_park(%s)", parker)
-    await a.execute("SELECT pg_advisory_lock(1397048886, 7)")
+    await a.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, 7)"))
     await a.execute("UPDATE worker SET presence = 7, parked = false WHERE id = %s", (sleeper,))
     await a.execute("UPDATE worker SET parked = true WHERE id = %s", (sleeper,))
     await third.execute("COMMIT")

@@ -210,7 +210,9 @@ async def test_the_key_is_in_no_argument_table_or_log(
     assert KEY not in arguments
     assert "nobody else" not in arguments
     assert not [line for line in worker.stderr if KEY in line]
-    for (table,) in await rows(conn, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"):
+    tables = await rows(conn, "SELECT tablename FROM pg_tables WHERE schemaname = 'outwake'")
+    assert ("message",) in tables
+    for (table,) in tables:
         assert KEY not in str(await rows(conn, f"SELECT t::text FROM {table} AS t"))
 
 

@@ -25,9 +25,11 @@ import pytest
 from outwake import Job, migrate
 from outwake.connect import connect as connect_noticing
 from outwake.embedded.postgres import EmbeddedPostgres
+from outwake.schema import in_schema
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.integration.test_parking import end_listener, end_session
+from tests.support.database import set_search_path
 from tests.support.process import ROOT, running
 from tests.support.steps import add, claim, column, get, new_worker, one, until
 from tests.support.worker import install, watched
@@ -91,6 +93,7 @@ def postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
     server = EmbeddedPostgres(tmp_path / "data", settings={"fsync": "off"})
     try:
         server.start()
+        set_search_path(server.url)
         yield server
     finally:
         server.remove()
@@ -122,6 +125,7 @@ async def test_restart_of_postgres(mode: Literal["fast", "immediate"], postgres:
             await asyncio.sleep(0.05)
         assert worker.readiness() | {"stage": ""} == {
             "ready": False, "worker_id": str(worker.id), "stage": "", "running": 1, "draining": False,
+            "schema": "current",
         }  # fmt: skip
         await asyncio.to_thread(postgres.start)
         async with await psycopg.AsyncConnection.connect(postgres.url, autocommit=True) as conn:
@@ -165,7 +169,7 @@ async def test_presence_is_new_for_each_connection(connect: Connect, database: s
         held = worker.hold("connect")
         await end_listener(psql)
         await held.wait()
-        await psql.execute("SELECT pg_advisory_lock(1397048886, %s)", (first,))  # the ghost
+        await psql.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, %s)"), (first,))  # the ghost
         held.release()
         await until(psql, "SELECT count(*) = 1 FROM worker_present WHERE presence <> %s AND parked", first)
 
@@ -327,7 +331,8 @@ async def test_network_path_that_goes_silent(
 
     forwarder = At(host, address(database))
     await forwarder.open()
-    command = ["netns", "exec", namespace, sys.executable, "-c", "from worker.cli import main; main()"]
+    code = "from outwake.worker.cli import main; main()"
+    command = ["netns", "exec", namespace, sys.executable, "-c", code]
     env = {
         "DATABASE_URL": on(database, host, forwarder.port),
         "PYTHONPATH": f"{ROOT}:{install(tmp_path / 'handlers')}",
@@ -438,7 +443,7 @@ async def test_migrate_takes_the_direct_connection(bouncer: int, empty_database:
     async with running("outwake", "migrate", env=env) as process:
         assert await process.ended() == 0
     async with await psycopg.AsyncConnection.connect(empty_database) as conn:
-        assert await one(conn, "SELECT count(*) FROM schema_migration") > 0
+        assert await one(conn, "SELECT count(*) FROM migration") > 0
 
 
 async def test_notifications_of_strangers_do_no_harm(database: str, connect: Connect) -> None:

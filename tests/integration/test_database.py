@@ -22,3 +22,5 @@ async def test_an_empty_database_has_no_tables(connect: Connect, empty_database:
     assert connection.autocommit
     query = "SELECT 1 FROM pg_class WHERE relnamespace = 'public'::regnamespace"
     assert await (await connection.execute(query)).fetchall() == []
+    schema = "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_|^information_schema$'"
+    assert await (await connection.execute(schema)).fetchall() == [("public",)]

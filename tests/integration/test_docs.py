@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connect
+from tests.support.database import set_search_path
 from tests.support.process import ROOT, running
 
 EXAMPLE = ROOT / "docs" / "examples" / "email_topic"
@@ -34,6 +35,7 @@ def install(example: Path, target: Path) -> None:
 
 
 async def test_the_example_topic_runs(database: str, tmp_path: Path, connect: Connect) -> None:
+    set_search_path(database, "public")
     conn = await connect()
     await conn.execute("CREATE TABLE shop_order (article text)")
     await conn.execute("CREATE TABLE sent (row_id bigint, article text)")
@@ -52,7 +54,7 @@ async def test_the_example_topic_runs(database: str, tmp_path: Path, connect: Co
         [statement] = blocks("outbox.md", "sql")
         await conn.execute(statement.encode())
         await worker.event("ended", outbox_id=row_id + 1)
-        await conn.execute("INSERT INTO outbox (topic) VALUES ('email.send')")
+        await conn.execute("INSERT INTO outwake.outbox (topic) VALUES ('email.send')")
         await worker.event("ended", outbox_id=row_id + 2, state="dead", reason="no article")
     sent = await (await conn.execute("SELECT row_id, article FROM sent ORDER BY row_id")).fetchall()
     assert sent == [(row_id, "lamp"), (row_id + 1, "lamp")]
@@ -65,14 +67,17 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     assert blocks("outbox.md", "toml")[0] in (EXAMPLE / "pyproject.toml").read_text()
 
 
-async def test_the_loop_of_ones_own_runs(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_loop_of_ones_own_runs(
+    database: str, connect: Connect, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_search_path(database, "public")
     conn = await connect()
-    await conn.execute("""INSERT INTO outbox (topic, payload) VALUES ('email.send', '{"a": 1}')""")
+    await conn.execute("""INSERT INTO outwake.outbox (topic, payload) VALUES ('email.send', '{"a": 1}')""")
     names: dict[str, Any] = {}
     exec(blocks("outbox.md", "python")[2], names)  # noqa: S102
     assert await names["work_once"](conn) == 1
     assert capsys.readouterr().out == "{'a': 1}\n"
-    assert await (await conn.execute("SELECT state FROM outbox")).fetchall() == [("done",)]
+    assert await (await conn.execute("SELECT state FROM outwake.outbox")).fetchall() == [("done",)]
 
 
 @pytest.mark.parametrize("page", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"], ids=str)

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.conftest import Connect
+from tests.support.database import set_search_path
 from tests.support.process import ROOT, Process, running
 from tests.support.steps import TIMEOUT, until
 from tests.support.transcript import check
@@ -19,8 +20,9 @@ PAGE = ROOT / "docs" / "monitoring.md"
 
 
 async def test_the_old_failure_shows_everywhere(database: str, tmp_path: Path, connect: Connect) -> None:
+    set_search_path(database, "public")
     conn = await connect()
-    await conn.execute("DELETE FROM outbox")
+    await conn.execute("DELETE FROM outwake.outbox")
     env: dict[str, str | None] = {
         "DATABASE_URL": database,
         "OUTWAKE_PORT": "0",
@@ -63,9 +65,8 @@ def _command(
                 return json.dumps(stuck) + "\n"
             case ["worker", "&"]:
                 await stack.enter_async_context(running("worker", env=env))
-                await until(
-                    await conn(), "SELECT NOT EXISTS (SELECT FROM outbox WHERE state IN ('ready', 'running'))"
-                )
+                unfinished = "SELECT FROM outwake.outbox WHERE state IN ('ready', 'running')"
+                await until(await conn(), f"SELECT NOT EXISTS ({unfinished})")
                 await _present(url)
                 return ""
         raise AssertionError(f"the page has a command nobody knows: {line}")

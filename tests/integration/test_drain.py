@@ -144,7 +144,7 @@ async def test_health(connect: Connect, database: str, handlers: Path, server: s
         assert status == 200
         assert body == {
             "ready": True, "worker_id": str(await one(psql, "SELECT id FROM worker")), "stage": "parked",
-            "running": 0, "draining": False,
+            "running": 0, "draining": False, "schema": "current",
         }  # fmt: skip
         assert ask(port, "/nothing")[0] == 404
         assert ask(port, "/healthz", "POST")[0] == 405

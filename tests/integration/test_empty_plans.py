@@ -13,8 +13,9 @@ import pytest
 
 from outwake.app import hub, messages, rows, sessions, tokens
 from outwake.app.database import _conninfo
+from outwake.schema import in_schema
 from outwake.settings import Settings
-from tests.conftest import _new_database
+from tests.support.database import new_database
 from tests.support.server import with_database
 
 TABLES = (
@@ -76,9 +77,8 @@ VALUES (
     'running', {W}, 1)
 """
 NEW_SESSION = """
-SELECT session_create(ROW(
-    gen_random_uuid(), 'u', 'o/r', 'main', gen_random_uuid()::text, 't', NULL, 'active', 'active', NULL, 0,
-    now(), now(), NULL, NULL)::session, 'x', true{})
+SELECT session_create(
+    gen_random_uuid(), 'u', 'o/r', 'main', gen_random_uuid()::text, 't', NULL, NULL, now(), 'x', true{})
 """
 CLAIM = f"SELECT * FROM outbox_claim({W}, '{{t,session.run}}', 5, '1 min')"
 
@@ -154,6 +154,10 @@ CALLS = {
         f"SELECT sandbox_let_go({S}, '{{\"borrow_token\": 1}}')",
     ),
     "prune outbox": ("SELECT", "SELECT outbox_prune(now(), 0, 20)"),
+    "prune workers": (
+        f"{RUNNING}; UPDATE worker SET ended_at = '2019-01-01' WHERE id = {W}",
+        "SELECT worker_prune('2020-01-01', 20)",
+    ),
     "prune sessions": (
         f"{SESSION}; {ANSWERED}; INSERT INTO message VALUES ({S}, 1, {P}, 1, '{{}}', now());"
         " UPDATE session SET session_status = 'archived', inbox_status = 'archived',"
@@ -189,8 +193,11 @@ def rows_read(conn: psycopg.Connection[Any], before: str, call: Any, values: Any
         "SELECT relname, coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables"
     )
     with conn.transaction(force_rollback=True):
+        (path,) = conn.execute("SHOW search_path").fetchone() or ("",)  # the API's finds none of our tables
+        conn.execute(in_schema("SET LOCAL search_path = :schema"))
         conn.execute(WORKERS)
         conn.execute(before.encode())
+        conn.execute("SELECT set_config('search_path', %s, true)", (path,))
         earlier = dict(conn.execute(count).fetchall())
         conn.execute(call, values, prepare=True)
         conn.execute("SET CONSTRAINTS ALL IMMEDIATE")
@@ -200,7 +207,7 @@ def rows_read(conn: psycopg.Connection[Any], before: str, call: Any, values: Any
 @pytest.fixture(scope="module")
 def planned(server: str, template: str) -> Iterator[tuple[psycopg.Connection[Any], psycopg.Connection[Any]]]:
     """Two connections with such plans, an ordinary one and one as the API's are."""
-    with _new_database(server, template) as name:
+    with new_database(server, template) as name:
         url = with_database(server, name)
         with (
             psycopg.connect(url, autocommit=True) as admin,

@@ -8,7 +8,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from psycopg.types.json import set_json_dumps
+from psycopg.types.json import Jsonb, set_json_dumps
 
 from outwake import enqueue, enqueue_many
 from tests.conftest import Connect
@@ -105,7 +105,54 @@ async def test_connection_that_makes_something_else_of_a_row(connect: Connect, d
 
 
 async def test_many_in_order(connect: Connect) -> None:
+    """From a generator, in several statements: of a number of rows, and of a length."""
     conn = await connect()
-    payloads = [{"n": n, **GIVEN["payload"]} for n in range(500)]
+    given = GIVEN["payload"]
+    await enqueue_many(conn, "t", ({"n": n, **given} for n in range(2100)))
+    assert await column(conn, "SELECT payload FROM outbox WHERE topic = 't' ORDER BY id") == [
+        {"n": n, **given} for n in range(2100)
+    ]
+    long = [{"text": "x" * 600_000, "n": n} for n in range(4)]
+    await enqueue_many(conn, "long", long)
+    assert await column(conn, "SELECT payload FROM outbox WHERE topic = 'long' ORDER BY id") == long
+    await enqueue_many(conn, "none", [])
+
+
+async def test_many_are_as_one_in_its_transaction(connect: Connect) -> None:
+    conn = await connect()
+    async with conn.transaction(force_rollback=True):
+        await enqueue_many(conn, "t", ({"n": n} for n in range(2100)))
+        assert await column(conn, "SELECT count(*) FROM outbox") == [2100]
+    assert await column(conn, "SELECT count(*) FROM outbox") == [0]
+
+
+async def test_many_of_types_that_psycopg_was_taught(connect: Connect) -> None:
+    conn = await connect()
+    payloads = [{"id": UUID(int=n)} if n % 2 else {"id": n} for n in range(4)]
+    with pytest.raises(TypeError):
+        await enqueue_many(conn, "t", payloads)
+    set_json_dumps(lambda value: json.dumps(value, default=str), conn)
     await enqueue_many(conn, "t", payloads)
-    assert await column(conn, "SELECT payload FROM outbox WHERE topic = 't' ORDER BY id") == payloads
+    assert await column(conn, "SELECT payload ->> 'id' FROM outbox ORDER BY id") == [
+        str(payload["id"]) for payload in payloads
+    ]
+
+
+CALL = "SELECT outwake.enqueue(topic => %(topic)s"
+TYPES = {"payload": "::jsonb", "priority": "::integer", "max_attempts": "::integer"}
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in GIVEN), list(GIVEN)], ids=",".join)
+async def test_each_argument_of_the_function_is_its_column(names: list[str], connect: Connect) -> None:
+    """The same for any driver. Null is the default, as drivers pass what was not given."""
+    conn = await connect()
+    given = {name: GIVEN[name] for name in names}
+    arguments = "".join(f", {name} => %({name})s{TYPES.get(name, '')}" for name in names)
+    values = {"topic": "t", **given, **({"payload": Jsonb(given["payload"])} if "payload" in given else {})}
+    found = await (await conn.execute(f"{CALL}{arguments})".encode(), values)).fetchone()
+    assert found is not None
+    assert await row(conn, found[0]) == {**DEFAULTS, **given}
+    nulls = ", ".join(f"{name} => NULL" for name in GIVEN)
+    found = await (await conn.execute(f"{CALL}, {nulls})".encode(), {"topic": "t"})).fetchone()
+    assert found is not None
+    assert await row(conn, found[0]) == DEFAULTS

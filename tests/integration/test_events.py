@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -75,10 +75,11 @@ async def notified(connect: Connect) -> AsyncConnection[Any]:
 
 async def heard(conn: AsyncConnection[Any]) -> list[str]:
     """What was notified until now: a notification of our own comes behind all of it."""
-    await conn.execute("NOTIFY outwake_session, 'end'")
+    end = str(uuid4())  # of no session: the API looks at nothing for it
+    await conn.execute("SELECT pg_notify('outwake_session', %s)", (end,))
     found: list[str] = []
     async for notification in conn.notifies():
-        if notification.payload == "end":
+        if notification.payload == end:
             return found
         found.append(notification.payload)
     return found
@@ -466,6 +467,23 @@ async def test_streams_end_when_the_process_stops(database: str) -> None:
             await events.status()
             api.server.should_exit = True
             assert await events.rest() == []
+
+
+async def test_notification_that_is_not_understood_reads_every_stream(
+    api: Api, hand: Hand, connect: Connect, reads: list[int]
+) -> None:
+    """A newer schema may say more: any session may be meant."""
+    session_id = await begun(api, hand)
+    async with api.follow(session_id) as events:
+        await events.status()
+        await watched(api, reads)
+        await hand.conn.execute("DELETE FROM watcher")  # so that the next message notifies nobody
+        await hand.say("one")
+        before = reads[1]
+        assert await heard(await notified(connect)) == []
+        assert reads[1] == before
+        await hand.conn.execute("NOTIFY outwake_session, 'v2:all'")
+        assert await events.texts(1) == ["one"]
 
 
 async def test_many_streams_are_read_by_few_statements(api: Api, hand: Hand, reads: list[int]) -> None:

@@ -83,7 +83,7 @@ async def test_key_is_judged_in_a_snapshot_taken_after_its_lock(rule: Rule, conn
             psql,
             "outbox_take_key",
             "plpgsql",
-            "BEGIN RETURN pg_try_advisory_xact_lock(1397048887, hashtext(key)); END",
+            "BEGIN RETURN pg_try_advisory_xact_lock(:lock_key, hashtext(key)); END",
         )
     await a.execute("BEGIN")
     assert await claim_ids(a, worker_a) == [second]
@@ -232,7 +232,7 @@ async def test_end_that_misses_the_mark(rule: Rule, connect: Connect) -> None:
     first, second = await add(psql, ordering_key="k"), await add(psql, ordering_key="k")
     if rule == "taken out":
         await take_out(
-            psql, "outbox_free_key", "PERFORM pg_advisory_xact_lock(1397048887, hashtext(OLD.ordering_key));"
+            psql, "outbox_free_key", "PERFORM pg_advisory_xact_lock(:lock_key, hashtext(OLD.ordering_key));"
         )
     assert await claim_ids(a, worker_a) == [first]
     await b.execute("BEGIN")

@@ -18,6 +18,7 @@ from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.migrate import migrate
 from tests.conftest import Connect
 from tests.support.api import Api, serving, until
+from tests.support.database import set_search_path
 from tests.support.hand import Hand
 
 
@@ -26,6 +27,7 @@ def postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
     """A server of this test's own, which it may stop."""
     server = EmbeddedPostgres(tmp_path / "data", settings={"fsync": "off", "max_connections": 20})
     server.start()
+    set_search_path(server.url)
     asyncio.run(migrate(server.url))
     yield server
     server.remove()
@@ -199,7 +201,7 @@ async def test_schema_that_is_missing(empty_database: str) -> None:
         response = await api.client.get("/sessions")
         assert_unavailable(response)
         assert "outwake migrate" in response.json()["detail"]
-        assert (await api.client.get("/readyz")).json()["checks"]["schema_current"] is False
+        assert (await api.client.get("/readyz")).json()["checks"]["schema_fits"] is False
 
 
 async def test_victim_of_a_deadlock_is_repeated(
@@ -209,11 +211,11 @@ async def test_victim_of_a_deadlock_is_repeated(
     operator = await connect()
     await operator.execute("CREATE SEQUENCE tries")
     await operator.execute(
-        "CREATE FUNCTION unlucky() RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+        "CREATE FUNCTION unlucky() RETURNS text LANGUAGE plpgsql SET search_path FROM CURRENT AS $$ BEGIN"
         " IF nextval('tries') < 3 THEN RAISE EXCEPTION 'no' USING ERRCODE = '40P01'; END IF;"
         " RETURN 'done'; END $$"
     )
-    assert await database.row("SELECT unlucky()") == ("done",)
+    assert await database.row("SELECT outwake.unlucky()") == ("done",)
 
 
 async def test_ready_with_and_without_a_worker(api: Api, hand: Hand) -> None:

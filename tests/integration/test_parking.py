@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from outwake.connect import connect as connect_noticing
+from outwake.schema import in_schema
 from outwake.worker import listen
 from outwake.worker.listen import WAKE, Listener
 from outwake.worker.park import Parking, Stage
@@ -262,9 +263,9 @@ async def test_look_from_before_a_parking_takes_nothing_down(
     await take_out(psql, "outbox_all_awake", lowered, f"PERFORM pg_advisory_xact_lock(1); {lowered}")
     await take_out(psql, "outbox_writers", raised, f"{raised} PERFORM pg_advisory_xact_lock(2);")
     if without == "outbox_all_awake":
-        await take_out(psql, without, "pg_try_advisory_xact_lock(1397048891, 0)", "true")
+        await take_out(psql, without, "pg_try_advisory_xact_lock(:lock_sleepers, 0)", "true")
     elif without == "outbox_writers":
-        await take_out(psql, without, "PERFORM pg_advisory_xact_lock(1397048891, 0);")
+        await take_out(psql, without, "PERFORM pg_advisory_xact_lock(:lock_sleepers, 0);")
     await psql.execute("SELECT pg_advisory_lock(1), pg_advisory_lock(2)")
     inserting = await starts(psql, producer, "INSERT INTO outbox (topic) VALUES ('other') RETURNING id")
     async with watched(database, started=False) as worker:
@@ -488,9 +489,10 @@ async def test_presence_counts_in_this_database_only(connect: Connect, database:
         "INSERT INTO worker (host, pid, version, topics, concurrency, presence)"
         " VALUES ('gone', 1, '0', '{t}', 1, 4712)"
     )
-    await elsewhere.execute("SELECT pg_advisory_lock(1397048886, 4712)")
+    lock = in_schema("SELECT pg_advisory_lock(:lock_presence, 4712)")
+    await elsewhere.execute(lock)
     assert await one(psql, "SELECT count(*) FROM worker_present") == 0
-    await psql.execute("SELECT pg_advisory_lock(1397048886, 4712)")
+    await psql.execute(lock)
     assert await one(psql, "SELECT count(*) FROM worker_present") == 1
 
 
@@ -498,7 +500,8 @@ async def test_role_that_may_only_insert_can_enqueue(connect: Connect, database:
     """The trigger's function is SECURITY DEFINER: the producer needs no right on worker."""
     psql = await connect()
     role = f"producer_{database.rpartition('_')[2]}"
-    await psql.execute(f"CREATE ROLE {role}; GRANT INSERT ON outbox TO {role}".encode())
+    await psql.execute(f"CREATE ROLE {role} IN ROLE outwake_producer".encode())
+    await psql.execute("INSERT INTO producer_topic (role_name, topic) VALUES (%s, 't')", (role,))
     try:
         async with watched(database) as worker:
             await psql.execute(f"SET ROLE {role}".encode())

@@ -37,11 +37,11 @@ SESSION = UUID("c4ca4238-a0b9-2382-0dcc-509a6f75849b")  # md5('1')
 
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[psycopg.Connection[Any]]:
-    from tests.conftest import _new_database
+    from tests.support.database import new_database
     from tests.support.server import with_database
 
     with (
-        _new_database(server, template) as name,
+        new_database(server, template) as name,
         psycopg.connect(with_database(server, name), autocommit=True) as conn,
     ):
         conn.execute("SET synchronous_commit = off")

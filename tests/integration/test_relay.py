@@ -19,8 +19,9 @@ import pytest
 
 from outwake import enqueue
 from tests.chaos.proxy import Proxy
-from tests.conftest import Connect, _new_database
+from tests.conftest import Connect
 from tests.support.certificate import certificate
+from tests.support.database import new_database, set_search_path
 from tests.support.nats import NatsServer, nats_server
 from tests.support.process import ROOT, Event, Process, running
 from tests.support.server import with_database
@@ -133,8 +134,8 @@ async def test_the_page_sets_it_up(database: str, connect: Connect, nats: NatsSe
         assert await process.ended() == 0, process.stderr
     exported = dict(re.findall(r"^export (\w+)=(.*)$", shell, re.MULTILINE))
     assert exported.pop("OUTWAKE_RELAY_URL") == "nats://127.0.0.1:4222"
-    conn = await connect()
-    await conn.execute(statement.encode())
+    set_search_path(database, "public")
+    await (await connect()).execute(statement.encode())
     async with relaying(database, nats.url, **exported) as worker:
         await worker.event("relayed", stream="OUTWAKE", seq=1)
     [message] = await nats.messages(1)
@@ -295,7 +296,7 @@ async def test_no_row_is_taken_for_another(
     """Not one of the same id and time in another database, nor one that has the id of a row before."""
     await nats.add_stream()
     for _ in range(2):
-        with _new_database(server, template) as name:
+        with new_database(server, template) as name:
             url = with_database(server, name)
             conn = await connect(url)
             insert = (
@@ -492,8 +493,7 @@ async def test_it_is_an_extra(database: str, tmp_path: Path) -> None:
         ({"OUTWAKE_RELAY_URL": None}, "OUTWAKE_RELAY_URL: is not set, and OUTWAKE_RELAY_TOPICS is"),
         (
             {"OUTWAKE_RELAY_URL": f"http://{SECRET}@host"},
-            "OUTWAKE_RELAY_URL: Value error, must be nats://host:port or tls://host:port, or several,"
-            " separated by commas",
+            "OUTWAKE_RELAY_URL: must be nats://host:port or tls://host:port, or several, separated by commas",
         ),
         (
             {"OUTWAKE_RELAY_CREDENTIALS": "/nowhere/u.creds"},

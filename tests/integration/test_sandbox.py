@@ -472,7 +472,8 @@ async def test_planted_secrets_are_nowhere(
     assert any(path == "git-credentials" for path in parts.sandboxes[0].written)
     assert str(await said(api, created)).count("***") > 0  # the agent did print its key
     seen += worker.stderr + worker.stdout + parts.sandboxes[0].commands
-    tables = await rows(conn, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    tables = await rows(conn, "SELECT tablename FROM pg_tables WHERE schemaname = 'outwake'")
+    assert ("message",) in tables
     for (table,) in tables:
         seen += [str(row) for row in await rows(conn, f"SELECT t::text FROM {table} AS t")]
     seen += [str(json.dumps(params)) for params in parts.allocator.asked]

@@ -4,6 +4,7 @@ import asyncio
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from outwake import Duplicate, enqueue
 from tests.conftest import Connect
@@ -86,6 +87,27 @@ async def test_duplicate_of_a_row_not_committed_yet(choice: str, commits: bool, 
     await a.execute("COMMIT" if commits else "ROLLBACK")
     if commits and choice == "reject":
         with pytest.raises(Duplicate):
+            await second
+    elif commits:
+        assert await second == first
+        assert await get(psql, first, "payload") == {"n": 2 if choice == "replace" else 1}
+    else:
+        assert await get(psql, await second, "payload") == {"n": 2}
+    assert await one(psql, "SELECT count(*) FROM outbox WHERE unique_key = 'u'") == 1
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("choice", ["reject", "keep", "replace"])
+async def test_the_function_waits_for_such_a_row_too(choice: str, commits: bool, connect: Connect) -> None:
+    a, b, psql = await connect(), await connect(), await connect()
+    call = "SELECT outwake.enqueue('t', %s, unique_key => 'u', on_duplicate => %s)"
+    await a.execute("BEGIN")
+    first = await one(a, call, Jsonb({"n": 1}), choice)
+    second = asyncio.create_task(one(b, call, Jsonb({"n": 2}), choice))
+    await waits(psql, b)
+    await a.execute("COMMIT" if commits else "ROLLBACK")
+    if commits and choice == "reject":
+        with pytest.raises(psycopg.errors.UniqueViolation, match=f"row {first}"):
             await second
     elif commits:
         assert await second == first

@@ -1,4 +1,4 @@
-"""The views of sql/0007_views.sql: each reason for which a row waits, what is cheap, and who may do what."""
+"""The views of sql/outbox/functions/views.sql: each reason for which a row waits, what is cheap, and who may do what."""
 
 import re
 from datetime import timedelta
@@ -10,11 +10,10 @@ from psycopg import sql
 
 import outwake
 from outwake.metrics import DEPTH
+from outwake.schema import in_schema
 from tests.conftest import Connect
 from tests.support.scenario import SESSION, Scenario, build
 from tests.support.steps import Connection, add, claim, column, new_worker, one
-
-PRESENCE = 1397048886
 
 
 async def reasons(conn: Connection) -> dict[int, str]:
@@ -25,7 +24,7 @@ async def reasons(conn: Connection) -> dict[int, str]:
 async def present(connect: Connect, conn: Connection, *topics: str, concurrency: int = 1) -> Any:
     holder = await connect()
     number = await one(conn, "SELECT coalesce(max(presence), 0) + 1 FROM worker")
-    await holder.execute("SELECT pg_advisory_lock(%s, %s)", (PRESENCE, number))
+    await holder.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, %s)"), (number,))
     return await outwake.register(conn, topics, concurrency=concurrency, presence=number)
 
 
@@ -225,9 +224,10 @@ async def test_reader_reads_and_changes_nothing(connect: Connect, scenario: Scen
     conn = await as_role(connect, "outwake_reader")
     names = await column(
         conn,
-        "SELECT relname FROM pg_class WHERE relkind IN ('r', 'v') AND relnamespace = 'public'::regnamespace",
+        "SELECT relname FROM pg_class WHERE relkind IN ('r', 'v') AND relnamespace = 'outwake'::regnamespace",
     )
-    hidden = {"api_token", "sql_reader", "session_memory", "sandbox_borrow", "sandbox_suspect"}
+    hidden = {"api_token", "sql_reader", "producer_topic", "session_memory", "sandbox_borrow", "sandbox_suspect"}
+    assert hidden < set(names)
     for name in set(names) - hidden:
         await conn.execute(sql.SQL("SELECT * FROM {} LIMIT 1").format(sql.Identifier(name)))
     await conn.execute("SELECT * FROM outbox_ready()")
@@ -271,7 +271,8 @@ async def test_a_role_that_may_only_insert_enqueues(connect: Connect) -> None:
         "DO $$ BEGIN CREATE ROLE observe_shop; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
     )
     try:
-        await admin.execute("GRANT INSERT ON outbox TO observe_shop")
+        await admin.execute("GRANT outwake_producer TO observe_shop")
+        await admin.execute("INSERT INTO producer_topic (role_name, topic) VALUES ('observe_shop', 't')")
         conn = await as_role(connect, "observe_shop")
         await conn.execute("INSERT INTO outbox (topic) VALUES ('t')")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -284,7 +285,7 @@ async def test_a_role_that_may_only_insert_enqueues(connect: Connect) -> None:
 async def test_grants_can_be_repeated(connect: Connect) -> None:
     conn = await connect()
     told: list[str] = []
-    await conn.execute("SELECT outwake_grant()")
+    await conn.execute("SELECT grant_roles()")
     conn.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
-    await conn.execute("SELECT outwake_grant()")
+    await conn.execute("SELECT grant_roles()")
     assert told == []

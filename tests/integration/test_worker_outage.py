@@ -19,6 +19,7 @@ from outwake.handler import Job
 from outwake.migrate import migrate
 from outwake.worker.lease import Lease
 from outwake.worker.messages import Messages
+from tests.support.database import set_search_path
 from tests.support.place import LEASE, Place
 
 LINES = 30
@@ -30,6 +31,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
     server = EmbeddedPostgres(tmp_path / "postgres")
     server.start()
     try:
+        set_search_path(server.url)
         yield server
     finally:
         server.remove()
