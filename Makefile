@@ -164,3 +164,7 @@ bench-held: .venv/.bench ## A load while a foreign snapshot is held for 30 minut
 .PHONY: chaos
 chaos: .venv/.complete ## Break everything at random for SECONDS=60, by SEED=N: docs/chaos.md
 	@$(BIN)/python -m tests.chaos --seconds '$(or $(SECONDS),60)' $(if $(SEED),--seed '$(SEED)') $(if $(BREAK),--break '$(BREAK)')
+
+.PHONY: upgrade-test
+upgrade-test: .venv/.complete ## Run two versions side by side, from the last release or OLD=commit: docs/upgrade.md
+	@$(BIN)/python -m tests.upgrade --seconds '$(or $(SECONDS),6)' $(if $(SEED),--seed '$(SEED)') $(if $(OLD),--old '$(OLD)')

@@ -20,8 +20,9 @@ from outwake.schema import in_schema
 
 OnDuplicate = Literal["reject", "keep", "replace"]
 
+# As text: an operator that others made for the domain state_name would fit better than the server's.
 _KEEP = """
-ON CONFLICT (unique_key) WHERE state IN ('ready', 'running') AND unique_key IS NOT NULL
+ON CONFLICT (unique_key) WHERE state::text IN ('ready', 'running') AND unique_key IS NOT NULL
 DO NOTHING
 """
 
@@ -29,9 +30,9 @@ DO NOTHING
 # alone, nothing is returned, and the caller is told.
 # With parameters, not `excluded`: that would read the columns, which a producer may only write.
 _REPLACE = """
-ON CONFLICT (unique_key) WHERE state IN ('ready', 'running') AND unique_key IS NOT NULL
+ON CONFLICT (unique_key) WHERE state::text IN ('ready', 'running') AND unique_key IS NOT NULL
 DO UPDATE SET {assignments}
-WHERE o.state = 'ready'
+WHERE o.state::text = 'ready'
 """
 _REPLACED = ("payload", "priority", "available_at", "traceparent")
 

@@ -205,10 +205,11 @@ def _tail(settings: "Settings", arguments: argparse.Namespace) -> int:
 
 
 async def _prune(settings: "Settings") -> int:
+    from outwake.cli.connection import open_connection
     from outwake.cli.progress import progress
     from outwake.prune import prune
 
-    async with await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True) as conn:
+    async with await open_connection(settings) as conn:
         with progress() as tell:
             pruned = await prune(
                 lambda: nullcontext(conn),
@@ -230,9 +231,10 @@ def _operate(settings: "Settings", operation: str, rows: list[int]) -> int:
 async def _call(
     settings: "Settings", query: LiteralString, calls: Sequence[tuple[int, ...]]
 ) -> list[str | None]:
-    conn = await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True)
+    from outwake.cli.connection import open_connection
+
     results: list[str | None] = []
-    async with conn:
+    async with await open_connection(settings) as conn:
         for arguments in calls:
             cursor = await conn.execute(query, arguments)
             row = await cursor.fetchone()

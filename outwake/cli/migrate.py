@@ -11,10 +11,10 @@ from outwake import log
 from outwake.cli.output import as_json, console, table
 from outwake.cli.progress import progress
 from outwake.errors import ConfigurationError
-from outwake.migrate import migrate, pending, plan, print_sql, uninstall_sql
+from outwake.migrate import Step, migrate, pending, plan, print_sql, uninstall_sql
 from outwake.schema import SCHEMA, check_name
 from outwake.settings import has_database, load
-from outwake.sql import LINES, Line, files, newest
+from outwake.sql import LINES, Line, files
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,8 +97,15 @@ def _migrate(url: str, only: Line | None) -> None:
             tell(f"applying {name}", names.index(name) / len(names))
 
         asyncio.run(migrate(url, applying, only=only, warn=_warn))
-    numbers = ", ".join(f"{line} {newest(line)}" for line in lines)
-    print(f"schema {SCHEMA.name}: {numbers}")
+    steps = asyncio.run(plan(url, only=only))
+    numbers = ", ".join(f"{line} {_number(steps, line)}" for line in lines)
+    newer = ", newer than this code" if any(step.state == "newer" for step in steps) else ""
+    print(f"schema {SCHEMA.name}: {numbers}{newer}")
+
+
+def _number(steps: list[Step], line: Line) -> int:
+    """How many numbered files of the line the database has."""
+    return sum(step.line == line and step.kind == "numbered" and step.state != "missing" for step in steps)
 
 
 def _warn(text: str) -> None:

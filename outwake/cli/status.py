@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from outwake.cli.connection import open_connection
 from outwake.cli.output import Record, as_json, clean, console, table
-from outwake.connect import connect
 from outwake.errors import SchemaError
 from outwake.migrate import check_schema
 from outwake.schema import in_schema
@@ -79,9 +79,7 @@ async def top(settings: Settings, *, every: float, json: bool) -> int:
 
 @asynccontextmanager
 async def _connection(settings: Settings) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-    lease = timedelta(seconds=settings.lease)
-    conn = await connect(settings.database_url, "outwake cli", lease, pooled=settings.pooled)
-    async with conn:
+    async with await open_connection(settings) as conn:
         await check_schema(conn)
         yield conn
 

@@ -9,6 +9,7 @@ from uuid import UUID
 import psycopg
 
 from outwake import token
+from outwake.cli.connection import open_connection
 from outwake.schema import in_schema
 from outwake.settings import Settings
 
@@ -42,7 +43,7 @@ def add_parser(commands: Any) -> None:
 
 async def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    async with await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True) as conn:
+    async with await open_connection(settings) as conn:
         match arguments.action:
             case "create":
                 return await _create(conn, arguments)

@@ -396,6 +396,7 @@ async def work_for_attacker(shop: Shop, connect: Connect, directory: Path) -> No
         "prune",
         f"retry {poison}",
         f"cancel {poison}",
+        "token create --user ann --name test",
         "token list",
         "migrate --list",
     ):

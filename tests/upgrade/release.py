@@ -1,7 +1,7 @@
 """Releases that are made up from this tree.
 
-This tree is taken for a release after the old one. Until its version is raised it has the same number, and code
-takes changed functions of its own number for a developer's, which it replaces.
+This tree is taken for a release after the old one. Until its version is raised it has the same number, and
+code takes changed functions of its own number for a developer's, which it replaces.
 
 The next release has one more numbered migration in each line, which adds columns to every table and an index.
 A function says more in its notifications than older code understands, and a comment differs. The breaking

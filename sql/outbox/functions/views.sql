@@ -276,7 +276,7 @@ SELECT
     r.id, r.topic, r.state, y.reason,
     greatest(statement_timestamp() - y.since, interval '0') AS waited,
     CASE y.reason
-        WHEN 'dead' THEN format('failures: %s; outbox_retry(%s) or outbox_discard(%s)', r.failures, r.id, r.id)
+        WHEN 'dead' THEN format('failures: %s; :schema.outbox_retry(%s) or :schema.outbox_discard(%s)', r.failures, r.id, r.id)
         WHEN 'cancelling' THEN format('worker %s has yet to stop it', r.worker_id)
         WHEN 'worker lost' THEN format('worker %s is gone and no other has rescued its rows', r.worker_id)
         WHEN 'key' THEN format('row %s of key %s comes first, it is %s', k.id, r.ordering_key, k.state)
@@ -289,7 +289,7 @@ SELECT
         WHEN 'workers draining' THEN format('all %s workers of the topic shut down', c.workers)
         WHEN 'locked' THEN format('transaction of pid %s holds its lock (pg_stat_activity)', x.pid)
         WHEN 'workers busy' THEN format('%s workers run %s rows in %s slots', c.workers, c.running, c.slots)
-        WHEN 'unnoticed' THEN 'a worker sleeps and was not told: SELECT outbox_wake()'
+        WHEN 'unnoticed' THEN 'a worker sleeps and was not told: SELECT :schema.outbox_wake()'
         ELSE 'a worker is about to claim it'
     END AS detail,
     CASE WHEN y.reason = 'key' THEN k.id END AS waits_for,
