@@ -94,6 +94,13 @@ def test_environment_variables_are_settings(name: str) -> None:
     assert "DATABASE_URL" in OURS[name]["environment"]
 
 
+def test_the_old_verification_query_finds_its_table() -> None:
+    """SELECT … FROM session, without a schema: by the server's search_path, which changes no database."""
+    schema = Settings.model_fields["schema_name"].default
+    assert SERVICES["postgres"]["command"] == ["postgres", "-c", f"search_path={schema}, public"]
+    assert all("OUTWAKE_SCHEMA" not in service["environment"] for service in OURS.values())
+
+
 def test_the_worker_may_drain_before_it_is_killed() -> None:
     grace = float(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
     assert grace > Settings.model_fields["drain_grace"].default
