@@ -121,7 +121,7 @@ CREATE TYPE outbox_claimed AS (
 );
 
 
--- A topic whose oldest row waits too long raises an alert, also where nobody runs Prometheus (outwake/stuck.py). The
+-- A topic whose oldest row waits too long raises an alert, also where nobody runs Prometheus. The
 -- process that looks first reports it.
 CREATE TABLE outbox_alert (
     topic    text PRIMARY KEY,

@@ -157,7 +157,7 @@ ALTER TABLE watcher ENABLE ROW LEVEL SECURITY;
 
 
 -- A worker records here that it is about to ask for a sandbox. The transaction that records the answer deletes the row,
--- so a row that stays is a sandbox that may have leaked (worker/borrow.py).
+-- so a row that stays is a sandbox that may have leaked.
 CREATE TABLE sandbox_borrow (
     id         uuid PRIMARY KEY,
     session_id uuid NOT NULL,
