@@ -9,8 +9,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outwake.app import metrics
-from outwake.log import get_logger, writes
+from outwake.app.api import metrics
+from outwake.telemetry.log import get_logger, writes
 
 log = get_logger("outwake.app.access")
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from outwake.app.auth.identity import Authenticator
+from outwake.app.auth.limits import Limits
 from outwake.app.database import Database
-from outwake.app.hub import Hub
-from outwake.app.identity import Authenticator
-from outwake.app.limits import Limits
-from outwake.app.presence import WorkerPresence
+from outwake.app.live.hub import Hub
+from outwake.app.live.presence import WorkerPresence
 from outwake.settings import Settings
-from outwake.stuck import StuckWatch
+from outwake.telemetry.stuck import StuckWatch
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
+from outwake.app.api.problems import unavailable
 from outwake.app.connection import Connection, Params, Query, Row
-from outwake.app.problems import unavailable
 from outwake.connect import bounded, conninfo, cut_after
-from outwake.log import get_logger
 from outwake.settings import Settings
+from outwake.telemetry.log import get_logger
 
 CONNECT_TIMEOUT = 2  # seconds; libpq knows no less
 WAIT_TIMEOUT = 5.0  # seconds for a free connection while all are busy

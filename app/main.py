@@ -11,23 +11,24 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from outwake import trace
-from outwake.app import dashboard, problems, reference
+from outwake.app import dashboard
 from outwake.app.access import Access
+from outwake.app.api import problems, reference
+from outwake.app.auth.identity import Authenticator, check_host
+from outwake.app.auth.limits import Limits
+from outwake.app.auth.oidc import check_issuer
 from outwake.app.context import Context
 from outwake.app.database import Database
-from outwake.app.hub import Hub
-from outwake.app.identity import Authenticator, check_host
-from outwake.app.limits import Limits
-from outwake.app.oidc import check_issuer
-from outwake.app.presence import WorkerPresence
+from outwake.app.live.hub import Hub
+from outwake.app.live.presence import WorkerPresence
 from outwake.app.routes import routes
 from outwake.app.tracing import Tracing
 from outwake.errors import ConfigurationError
 from outwake.lean import collect_seldom
-from outwake.log import configure, get_logger
 from outwake.settings import Settings
-from outwake.stuck import StuckWatch
+from outwake.telemetry import trace
+from outwake.telemetry.log import configure, get_logger
+from outwake.telemetry.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
 STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off

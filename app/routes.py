@@ -9,11 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from outwake.app import events, health, messages, metrics, models, rows, sessions
-from outwake.app.body import check_accept
+from outwake.app.api import health, messages, metrics, models, rows, sessions
+from outwake.app.api.body import check_accept
+from outwake.app.api.problems import KINDS
+from outwake.app.auth.identity import Identity
 from outwake.app.context import context
-from outwake.app.identity import Identity
-from outwake.app.problems import KINDS
+from outwake.app.live import events
 
 Handler = Callable[[Request, Identity], Awaitable[Response]]
 Access = Literal["user", "operator", "anybody"]

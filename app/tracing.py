@@ -1,8 +1,8 @@
-"""A span for each request (outwake/trace.py): what it enqueues belongs to its trace."""
+"""A span for each request (outwake/telemetry/trace.py): what it enqueues belongs to its trace."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outwake import trace
+from outwake.telemetry import trace
 
 
 class Tracing:

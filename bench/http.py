@@ -149,7 +149,7 @@ def _askers(url: str, name: str, users: int) -> Iterator[tuple[dict[str, str], l
 def api_tokens(url: str, names: list[str]) -> list[str]:
     import psycopg
 
-    from outwake.token import create
+    from outwake.session.token import create
 
     async def made() -> list[str]:
         async with await psycopg.AsyncConnection.connect(url) as conn:

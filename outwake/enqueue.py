@@ -14,9 +14,9 @@ from psycopg.adapt import PyFormat
 from psycopg.rows import scalar_row
 from psycopg.types.json import Jsonb
 
-from outwake import trace
 from outwake.errors import Duplicate
 from outwake.schema import in_schema
+from outwake.telemetry import trace
 
 OnDuplicate = Literal["reject", "keep", "replace"]
 

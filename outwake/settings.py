@@ -17,10 +17,10 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from outwake.callback import parse_networks, parse_secrets
 from outwake.errors import ConfigurationError
-from outwake.names import check_topics
 from outwake.schema import SCHEMA, check_name
+from outwake.session.callback import parse_networks, parse_secrets
+from outwake.session.names import check_topics
 from outwake.url import check_url, libpq_url
 
 _OURS = "OUTWAKE_"

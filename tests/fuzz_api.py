@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import psycopg
 
-from outwake import token
 from outwake.migrate import migrate
+from outwake.session import token
 from tests.support.database import new_database
 from tests.support.hand import Hand
 from tests.support.issuer import bearer

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from outwake import log, trace
 from outwake.errors import ConfigurationError, SchemaError
 from outwake.handler import Handler, installed_handlers
 from outwake.lean import collect_seldom
 from outwake.settings import Settings, load
-from outwake.worker import health
-from outwake.worker.loop import Worker
-from outwake.worker.processes import Link, Parent
+from outwake.telemetry import log, trace
+from outwake.worker.engine import health
+from outwake.worker.engine.processes import Link, Parent
+from outwake.worker.engine.worker import Worker
 
 if TYPE_CHECKING:
     from outwake.worker.handlers.relay import Relay

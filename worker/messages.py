@@ -19,8 +19,8 @@ from psycopg.types.json import Jsonb
 from outwake.connect import is_away
 from outwake.errors import Cancelled, Fenced
 from outwake.handler import Job
-from outwake.log import get_logger
 from outwake.schema import in_schema
+from outwake.telemetry.log import get_logger
 
 log = get_logger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 from urllib.parse import quote
 
-from outwake.log import HIDDEN, redact_text
+from outwake.telemetry.log import HIDDEN, redact_text
 
 _NAMES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 _SHORTEST = 6  # shorter values are words that occur anyway

@@ -8,8 +8,8 @@ another site may use it (page.py), and the API does not know it.
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outwake.app.auth.identity import Identity, unauthorized
 from outwake.app.context import context
-from outwake.app.identity import Identity, unauthorized
 
 VALID_FOR = 8 * 3600  # seconds until one has to sign in anew
 

@@ -10,15 +10,15 @@ from weakref import WeakKeyDictionary
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outwake.app import rows
+from outwake.app.api import rows
+from outwake.app.api.problems import Problem
+from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.charts import charts
 from outwake.app.dashboard.page import ask, back, go, read_form, render
 from outwake.app.dashboard.queries import Bin, Running
 from outwake.app.database import Database
-from outwake.app.identity import Identity
-from outwake.app.problems import Problem
 
 STATES = ("ready", "running", "dead", "done", "cancelled")
 RANGES = {

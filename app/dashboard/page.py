@@ -24,14 +24,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Message
 
-from outwake.app.body import read_bytes
+from outwake.app.api.body import read_bytes
+from outwake.app.api.problems import Problem, of_database
+from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.app.dashboard import queries, words
 from outwake.app.dashboard.cookie import identify, signed_in
 from outwake.app.dashboard.queries import Overview
-from outwake.app.identity import Identity
-from outwake.app.problems import Problem, of_database
-from outwake.log import get_logger
+from outwake.telemetry.log import get_logger
 
 Handler = Callable[[Request, Identity], Awaitable[Response]]
 

@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from outwake.app import events
-from outwake.app.body import check_accept
+from outwake.app.api.body import check_accept
+from outwake.app.api.problems import Problem
+from outwake.app.auth.identity import Identity
 from outwake.app.dashboard import outbox, sessions, signin
 from outwake.app.dashboard.page import PACKED, THEME_COOKIE, THEMES, YEAR, back, go, page, read_form
-from outwake.app.identity import Identity
-from outwake.app.problems import Problem
+from outwake.app.live import events
 
 FILES = ("app.css", "app.js", "icon.svg")
 

@@ -10,18 +10,18 @@ from uuid import UUID
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outwake.app import messages, sessions
-from outwake.app.answer import json_response
+from outwake.app.api import messages, sessions
+from outwake.app.api.answer import json_response
+from outwake.app.api.models import MAX_SEQ
+from outwake.app.api.problems import Problem
+from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.conversation import attempts_of, outcome_of
 from outwake.app.dashboard.page import ask, go, read_form, render
 from outwake.app.dashboard.words import pretty
-from outwake.app.events import HEARTBEAT, Following
-from outwake.app.hub import Stream
-from outwake.app.identity import Identity
-from outwake.app.models import MAX_SEQ
-from outwake.app.problems import Problem
+from outwake.app.live.events import HEARTBEAT, Following
+from outwake.app.live.hub import Stream
 
 LIST = 30  # sessions on a page
 WINDOW = 300  # messages on a page

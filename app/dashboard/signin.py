@@ -4,7 +4,7 @@ Authorization code with PKCE (RFC 7636; OAuth 2.1):
 1. Leave for the issuer with a `state` and the hash of a `code_verifier`, both random; a cookie that only the
    way back sends keeps them, so that a way back which this browser did not begin is refused.
 2. Come back with a code; exchange it, with the verifier, for an access token. It came from the issuer itself,
-   and is judged as one that came with a request (app/identity.py): signature, audience, roles.
+   and is judged as one that came with a request (app/auth/identity.py): signature, audience, roles.
 3. A browser's session begins: an API token in a cookie (cookie.py). The issuer's token is thrown away.
 """
 
@@ -19,15 +19,15 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outwake.app.api.problems import Problem, unavailable
+from outwake.app.auth.identity import Identity
+from outwake.app.auth.oidc import FETCH_TIMEOUT, Issuer
 from outwake.app.context import context
 from outwake.app.dashboard import cookie
 from outwake.app.dashboard.page import back, go, read_form, render
-from outwake.app.identity import Identity
-from outwake.app.oidc import FETCH_TIMEOUT, Issuer
-from outwake.app.problems import Problem, unavailable
-from outwake.log import get_logger
 from outwake.schema import in_schema
-from outwake.token import create, hash_of, is_token
+from outwake.session.token import create, hash_of, is_token
+from outwake.telemetry.log import get_logger
 
 CALLBACK = "/ui/sign-in/callback"
 PENDING = "outwake_sign_in"

@@ -85,7 +85,7 @@ def _mend(command: str) -> str:
 
 def _first_line(error: Exception) -> str:
     """What it says, without what looks like a password: a server's message may quote what it was sent."""
-    from outwake.log import redact_text
+    from outwake.telemetry.log import redact_text
 
     lines = redact_text(str(error).strip()).splitlines()
     return lines[0] if lines else type(error).__name__

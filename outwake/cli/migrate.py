@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from outwake import log
 from outwake.cli.output import as_json, console, table
 from outwake.cli.progress import progress
 from outwake.errors import ConfigurationError
@@ -15,6 +14,7 @@ from outwake.migrate import Step, migrate, pending, plan, print_sql, uninstall_s
 from outwake.schema import SCHEMA, check_name
 from outwake.settings import has_database, load
 from outwake.sql import LINES, Line, files
+from outwake.telemetry import log
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ import psycopg
 from rich.text import Text
 
 from outwake.cli.output import as_json, clean, console
+from outwake.session.watch import NoSession, follow
 from outwake.settings import Settings
-from outwake.watch import NoSession, follow
 
 _RETRY = 1.0  # seconds
 _WIDTH = 200  # characters of a tool's input or result

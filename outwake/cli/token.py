@@ -8,9 +8,9 @@ from uuid import UUID
 
 import psycopg
 
-from outwake import token
 from outwake.cli.connection import open_connection
 from outwake.schema import in_schema
+from outwake.session import token
 from outwake.settings import Settings
 
 _LIST = in_schema(

@@ -10,8 +10,8 @@ from typing import Any
 from playwright.async_api import Browser, Page
 from psycopg import AsyncConnection
 
-from outwake.log import configure
 from outwake.migrate import migrate
+from outwake.telemetry.log import configure
 from tests.browser.chromium import chromium
 from tests.browser.scene import INIT, make_scene, say
 from tests.support.api import Api, serving

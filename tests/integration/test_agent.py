@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from outwake.worker import guarded
-from outwake.worker.agent import BATCH_EVENTS, Agent
+from outwake.worker.agents.run import BATCH_EVENTS, Agent
+from outwake.worker.agents.stream import Event
 from outwake.worker.errors import PermanentError
-from outwake.worker.events import Event
+from outwake.worker.process import guarded
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT)}
@@ -289,7 +289,7 @@ async def test_a_signal_to_the_guardian_ends_the_agent(start: Start, fifo: Fifo)
 WORKER = """
 import asyncio, sys, time
 from pathlib import Path
-from outwake.worker.agent import Agent
+from outwake.worker.agents.run import Agent
 
 async def main(lease, argv):
     async def renew(agent):
@@ -414,7 +414,7 @@ CONSUMER = """
 import asyncio, json, sys
 from math import inf
 from pathlib import Path
-from outwake.worker.agent import Agent
+from outwake.worker.agents.run import Agent
 
 async def main(argv):
     events = []

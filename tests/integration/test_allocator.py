@@ -10,9 +10,9 @@ import pytest
 
 from outwake.errors import HandBack
 from outwake.settings import Settings
-from outwake.worker.allocator import HttpAllocator
 from outwake.worker.errors import PermanentError, TransientError, Unclear
-from outwake.worker.sandbox import Sandbox, StepError
+from outwake.worker.sandboxes.aio import Sandbox, StepError
+from outwake.worker.sandboxes.allocator import HttpAllocator
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps
 from tests.support.loopback import loopback

@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 
-from outwake.app.metrics import REGISTRY
+from outwake.app.api.metrics import REGISTRY
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.scraped import Samples, samples

@@ -22,9 +22,9 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.responses import RedirectResponse
 
-from outwake import token
-from outwake.app import oidc
-from outwake.callback import Address, CallbackError
+from outwake.app.auth import oidc
+from outwake.session import token
+from outwake.session.callback import Address, CallbackError
 from outwake.settings import Settings
 from outwake.worker.handlers.webhook import post
 from tests.support.api import Api, serving

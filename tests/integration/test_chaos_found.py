@@ -11,7 +11,7 @@ from outwake import Cancelled, Handler, Job, register
 from outwake.claim import reconnect
 from outwake.schema import in_schema
 from outwake.settings import Settings
-from outwake.worker.loop import Worker
+from outwake.worker.engine.worker import Worker
 from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until

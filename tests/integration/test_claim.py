@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 
 import outwake
 from outwake.claim import reconnect
-from outwake.worker.claim import Claims
+from outwake.worker.engine.claims import Claims
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,

@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 import outwake
-from outwake.worker import loop
+from outwake.worker.engine import worker as loop
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
 from tests.support.steps import (

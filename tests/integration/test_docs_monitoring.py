@@ -75,7 +75,7 @@ def _command(
 
 
 async def _present(url: str) -> None:
-    """The API has noticed the worker: what it says of workers may be a second old (app/presence.py)."""
+    """The API has noticed the worker: what it says of workers may be a second old (app/live/presence.py)."""
     async with asyncio.timeout(TIMEOUT), httpx.AsyncClient(timeout=TIMEOUT) as client:
         while not (await client.get(f"{url}/readyz")).json()["worker_present"]:  # noqa: ASYNC110 - nothing tells us
             await asyncio.sleep(0.05)

@@ -11,8 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from outwake.app import hub, messages, rows, sessions, tokens
+from outwake.app.api import messages, rows, sessions
+from outwake.app.auth import tokens
 from outwake.app.database import _conninfo
+from outwake.app.live import hub
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from tests.support.database import new_database

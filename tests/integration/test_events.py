@@ -11,7 +11,7 @@ import pytest
 from psycopg import AsyncConnection
 
 import outwake.connect
-from outwake.app.hub import Hub
+from outwake.app.live.hub import Hub
 from tests.conftest import Connect
 from tests.support.api import Api, serving, until
 from tests.support.hand import Hand
@@ -187,7 +187,7 @@ async def test_rename_and_new_prompt_are_shown(api: Api) -> None:
 
 
 async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outwake.app.events.HEARTBEAT", 0.01)
+    monkeypatch.setattr("outwake.app.live.events.HEARTBEAT", 0.01)
     created = await api.create()
     async with api.client.stream("GET", f"/sessions/{created['id']}/events") as response:
         lines = response.aiter_lines()
@@ -383,7 +383,7 @@ async def test_what_is_said_while_the_listener_is_away(
         await gate.wait()
         return await outwake.connect.connect(*arguments)
 
-    monkeypatch.setattr("outwake.app.listen.connect", gated)
+    monkeypatch.setattr("outwake.app.live.listen.connect", gated)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
@@ -418,7 +418,7 @@ async def test_slow_client_holds_one_batch_and_no_more(
     api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
     """What is not taken is not read: the stream stays at its cursor, and goes on from there."""
-    monkeypatch.setattr("outwake.app.hub.BATCH", 10)
+    monkeypatch.setattr("outwake.app.live.hub.BATCH", 10)
     session_id = await begun(api, hand)
     hub = api.context.hub
     stream = hub.follow(UUID(session_id), 0, until_completed=False)

@@ -12,7 +12,7 @@ import pytest
 
 import outwake
 from outwake import Claimed, Fenced, Job
-from outwake.worker.lease import Lease
+from outwake.worker.engine.lease import Lease
 from tests.conftest import Connect
 from tests.support.steps import (
     LEASE,

@@ -1,4 +1,4 @@
-"""A foreign transaction holds its snapshot, so that the entries of claimed rows stay: worker/front.py."""
+"""A foreign transaction holds its snapshot, so the entries of claimed rows stay: worker/engine/cursor.py."""
 
 import math
 from collections.abc import AsyncIterator, Iterable
@@ -9,9 +9,9 @@ import pytest
 from psycopg import AsyncConnection
 
 from outwake.claim import Level, complete_and_claim, hand_back
-from outwake.worker import front
-from outwake.worker.front import Look
-from outwake.worker.scout import Scout
+from outwake.worker.engine import cursor as front
+from outwake.worker.engine.background import Scout
+from outwake.worker.engine.cursor import Look
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import FEW_BUFFERS, explain
 from tests.support.steps import (

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from outwake.app import identity, oidc
+from outwake.app.api.problems import Problem
+from outwake.app.auth import identity, oidc
+from outwake.app.auth.identity import Authenticator
+from outwake.app.auth.oidc import Issuer, Rejected, check_issuer, has_role
 from outwake.app.database import Database
-from outwake.app.identity import Authenticator
-from outwake.app.oidc import Issuer, Rejected, check_issuer, has_role
-from outwake.app.problems import Problem
 from outwake.errors import ConfigurationError
 from outwake.settings import Settings
 from tests.support.issuer import SigningKey, StandIn, issuing

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from outwake.app import oidc
+from outwake.app.auth import oidc
 from tests.support.api import serving
 from tests.support.issuer import bearer
 from tests.support.process import ROOT

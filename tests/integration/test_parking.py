@@ -1,4 +1,4 @@
-"""Falling asleep without missing a row: each interleaving that worker/park.py speaks of, one by one.
+"""Falling asleep without missing a row: each interleaving that worker/engine/parking.py names, one by one.
 
 P is a producer at psql, W the worker. In each test the rule is also taken out, and W then sleeps for
 ever beside a row that waits: nothing that happened will wake it, and it has no timer.
@@ -14,9 +14,9 @@ import pytest
 
 from outwake.connect import connect as connect_noticing
 from outwake.schema import in_schema
-from outwake.worker import listen
-from outwake.worker.listen import WAKE, Listener
-from outwake.worker.park import Parking, Stage
+from outwake.worker.engine import listen
+from outwake.worker.engine.listen import WAKE, Listener
+from outwake.worker.engine.parking import Parking, Stage
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,

@@ -9,7 +9,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from outwake.app import hub, messages, rows, sessions
+from outwake.app.api import messages, rows, sessions
+from outwake.app.live import hub
 
 FILL = """
 INSERT INTO session (id, user_id, repo, target_branch, branch, title, inbox_status, last_seq, created_at)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outwake.app.openapi import document
+from outwake.app.api.openapi import document
 from tests.support.api import Api
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from outwake import token
+from outwake.session import token
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.hand import Hand

@@ -244,12 +244,12 @@ async def test_messages_of_one_page_are_bounded_in_bytes(
     created = await api.create()
     await hand.claim()
     await hand.say(*("x" * 1000 for _ in range(5)))
-    monkeypatch.setattr("outwake.app.messages.PAGE_BYTES", 1500)
+    monkeypatch.setattr("outwake.app.api.messages.PAGE_BYTES", 1500)
     path = f"/sessions/{created['id']}/messages"
     page = (await api.client.get(path)).json()
     assert [message["seq"] for message in page["messages"]] == [1, 2]
     assert page["next"] == 2
-    monkeypatch.setattr("outwake.app.messages.PAGE_BYTES", 1)
+    monkeypatch.setattr("outwake.app.api.messages.PAGE_BYTES", 1)
     page = (await api.client.get(path, params={"after": 2})).json()
     assert [message["seq"] for message in page["messages"]] == [3]
 

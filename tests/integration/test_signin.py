@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from outwake.token import create
+from outwake.session.token import create
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.browser_issuer import SignInIssuer, sign_in_issuer

@@ -1,4 +1,4 @@
-"""One of several sleepers takes a lone row, and the others stand by: the steps of worker/standby.py.
+"""One of several sleepers takes a lone row, and the others stand by: the steps of worker/engine/backup.py.
 
 A and B sleep. Who is drawn is decided by the test (`names`).
 """
@@ -13,8 +13,8 @@ from uuid import UUID
 import pytest
 
 import outwake
-from outwake.worker import standby
-from outwake.worker.standby import Standby
+from outwake.worker.engine import backup as standby
+from outwake.worker.engine.backup import Standby
 from tests.conftest import Connect
 from tests.integration.test_claim_plans import explain
 from tests.integration.test_parking import is_missed, runs

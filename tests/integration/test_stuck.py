@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from outwake import stuck
 from outwake.settings import Settings
-from outwake.stuck import StuckWatch
+from outwake.telemetry import stuck
+from outwake.telemetry.stuck import StuckWatch
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.process import Process, running

@@ -9,8 +9,8 @@ from uuid import UUID
 import httpx
 import pytest
 
-from outwake import token
-from outwake.app import identity, oidc, tokens
+from outwake.app.auth import identity, oidc, tokens
+from outwake.session import token
 from tests.conftest import Connect
 from tests.support.api import serving, until
 from tests.support.issuer import bearer, issuing

@@ -10,13 +10,13 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from outwake import trace
 from outwake.enqueue import enqueue
 from outwake.errors import ConfigurationError
 from outwake.settings import Settings
-from outwake.worker.allocator import HttpAllocator
+from outwake.telemetry import trace
 from outwake.worker.errors import TransientError
-from outwake.worker.sandbox import Sandbox
+from outwake.worker.sandboxes.aio import Sandbox
+from outwake.worker.sandboxes.allocator import HttpAllocator
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.receiver import Receiver, receiver

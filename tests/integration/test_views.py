@@ -9,8 +9,8 @@ import pytest
 from psycopg import sql
 
 import outwake
-from outwake.metrics import DEPTH
 from outwake.schema import in_schema
+from outwake.telemetry.metrics import DEPTH
 from tests.conftest import Connect
 from tests.support.scenario import SESSION, Scenario, build
 from tests.support.steps import Connection, add, claim, column, new_worker, one

@@ -17,9 +17,9 @@ import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 from starlette.responses import PlainTextResponse, Response
 
-from outwake.callback import Address
+from outwake.session.callback import Address
 from outwake.settings import Settings
-from outwake.worker.callback import tls_context
+from outwake.worker.handlers.transport import tls_context
 from outwake.worker.handlers.webhook import post
 from tests.conftest import Connect
 from tests.support.api import Api, serving

@@ -17,7 +17,7 @@ from outwake.embedded.demo import make_repository
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.handler import Job
 from outwake.migrate import migrate
-from outwake.worker.lease import Lease
+from outwake.worker.engine.lease import Lease
 from outwake.worker.messages import Messages
 from tests.support.database import set_search_path
 from tests.support.place import LEASE, Place

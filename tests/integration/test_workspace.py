@@ -15,10 +15,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from outwake.worker.agent import Agent
+from outwake.worker.agents.run import Agent
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.git import Git
-from outwake.worker.workspace import Workspace, _claim, _remove, open_workspace
+from outwake.worker.repo.git import Git
+from outwake.worker.repo.workspace import Workspace, _claim, _remove, open_workspace
 
 ROOT = Path(__file__).parents[2]
 SESSION = UUID(int=1)
@@ -263,7 +263,7 @@ async def test_no_hook_runs(opened: Open, home: Path, tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from outwake.worker.workspace import _claim
+from outwake.worker.repo.workspace import _claim
 _claim(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(1000)

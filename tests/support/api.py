@@ -17,9 +17,9 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 from jsonschema import Draft202012Validator
 from starlette.applications import Starlette
 
+from outwake.app.api.openapi import document
 from outwake.app.context import Context
 from outwake.app.main import Server, bind, create_app
-from outwake.app.openapi import document
 from outwake.settings import Settings
 
 TIMEOUT = 60.0  # seconds; only bounds a test that hangs

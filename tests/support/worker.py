@@ -19,10 +19,10 @@ from typing import Any
 from outwake import Handler, Job
 from outwake.handler import Run
 from outwake.settings import Settings
-from outwake.worker.attempt import Outcome
-from outwake.worker.listen import CANCEL
-from outwake.worker.loop import Worker
-from outwake.worker.park import Stage
+from outwake.worker.engine.listen import CANCEL
+from outwake.worker.engine.parking import Stage
+from outwake.worker.engine.running import Outcome
+from outwake.worker.engine.worker import Worker
 from tests.support.process import ROOT, Process, running
 from tests.support.steps import TIMEOUT, Connection
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outwake.app import cursor
-from outwake.app.identity import check_host, is_loopback
+from outwake.app.api import cursor
+from outwake.app.api.problems import Problem
+from outwake.app.api.sessions import _first_line, _slug
+from outwake.app.auth.identity import check_host, is_loopback
 from outwake.app.main import create_app
-from outwake.app.problems import Problem
-from outwake.app.sessions import _first_line, _slug
 from outwake.errors import ConfigurationError
-from outwake.names import check_branch, check_title
+from outwake.session.names import check_branch, check_title
 from outwake.settings import Settings
 
 UUIDS = st.uuids()

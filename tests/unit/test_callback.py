@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outwake.callback import (
+from outwake.session.callback import (
     CallbackError,
     check_address,
     check_callback,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from outwake.app.auth.identity import is_loopback
 from outwake.app.dashboard.signin import CALLBACK
-from outwake.app.identity import is_loopback
 from outwake.settings import Settings
 from tests.support.process import ROOT, SCRIPTS, command_line
 

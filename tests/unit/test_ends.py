@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from outwake.connect import hear
-from outwake.worker.listen import Listener
+from outwake.worker.engine.listen import Listener
 
 
 class Server:

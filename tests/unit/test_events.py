@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outwake.worker.events import DEPTH, HEAD, NOTE, Splitter, event
+from outwake.worker.agents.stream import DEPTH, HEAD, NOTE, Splitter, event
 
 BAD = "\ufffd"
 

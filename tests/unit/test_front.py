@@ -6,8 +6,8 @@ import pytest
 
 from outwake import Claimed
 from outwake.claim import Level
-from outwake.worker import front as module
-from outwake.worker.front import NEAR, SOON, Front, Look, Seen
+from outwake.worker.engine import cursor as module
+from outwake.worker.engine.cursor import NEAR, SOON, Front, Look, Seen
 
 T = datetime(2026, 1, 1, tzinfo=UTC)
 FRONT = Look(None)

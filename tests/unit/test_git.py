@@ -1,7 +1,7 @@
 import pytest
 
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.git import GitError, _reason
+from outwake.worker.repo.git import GitError, _reason
 
 PERMANENT = [
     "fatal: '/srv/none.git' does not appear to be a git repository",

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from outwake.worker.lease import Lease
+from outwake.worker.engine.lease import Lease
 
 
 class Clock:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from outwake.app import limits
-from outwake.app.identity import Identity
-from outwake.app.limits import Limits
-from outwake.app.problems import Problem
+from outwake.app.api.problems import Problem
+from outwake.app.auth import limits
+from outwake.app.auth.identity import Identity
+from outwake.app.auth.limits import Limits
 from outwake.settings import Settings
 
 ALICE, BOB, OLGA = Identity("alice", False), Identity("bob", False), Identity("olga", True)

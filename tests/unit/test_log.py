@@ -14,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outwake import log
+from outwake.telemetry import log
 
 SECRET = "s3cr3t-value"
 
@@ -48,13 +48,13 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_line_is_one_json_object_with_a_utc_time(stream: io.StringIO) -> None:
-    log.get_logger("outwake.worker.claim").info("claimed", rows=3, note="two\nlines, é")
+    log.get_logger("outwake.worker.engine.claims").info("claimed", rows=3, note="two\nlines, é")
     (line,) = lines(stream)
     assert line.pop("timestamp").endswith("Z")
     assert line == {
         "event": "claimed",
         "level": "info",
-        "module": "outwake.worker.claim",
+        "module": "outwake.worker.engine.claims",
         "rows": 3,
         "note": "two\nlines, é",
     }

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from outwake.metrics import render
-from outwake.worker.metrics import (
+from outwake.telemetry.metrics import render
+from outwake.worker.engine.metrics import (
     BOUNDS,
     OUTCOMES,
     Snapshot,

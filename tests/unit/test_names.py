@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outwake.names import InvalidNameError, check_branch, check_repo, check_title, clone_url
+from outwake.session.names import InvalidNameError, check_branch, check_repo, check_title, clone_url
 
 REPOS = [
     "octo/hello",

@@ -9,12 +9,13 @@ from uuid import UUID, uuid4
 import pytest
 import structlog
 
-from outwake import Handler, Job, watch
-from outwake.app.hub import Hub, Stream
-from outwake.app.listen import CHANNEL
+from outwake import Handler, Job
+from outwake.app.live.hub import Hub, Stream
+from outwake.app.live.listen import CHANNEL
+from outwake.session import watch
 from outwake.settings import Settings
-from outwake.worker.listen import CANCEL, PROBE, WAKE
-from outwake.worker.loop import Worker
+from outwake.worker.engine.listen import CANCEL, PROBE, WAKE
+from outwake.worker.engine.worker import Worker
 
 PRESENCE = 7
 OTHER = UUID("0199a2c4-6f00-7000-8000-000000000003")

@@ -12,9 +12,9 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from outwake.app.metrics import REGISTRY
-from outwake.metrics import WORKER_STATES, _families
-from outwake.worker.metrics import OUTCOMES, Stats, families
+from outwake.app.api.metrics import REGISTRY
+from outwake.telemetry.metrics import WORKER_STATES, _families
+from outwake.worker.engine.metrics import OUTCOMES, Stats, families
 from tests.support.process import ROOT
 
 OBSERVE = ROOT / "observe"

@@ -4,8 +4,8 @@ import json
 
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from outwake.app.openapi import document
-from outwake.app.problems import KINDS
+from outwake.app.api.openapi import document
+from outwake.app.api.problems import KINDS
 from outwake.app.routes import ENDPOINTS, routes
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from outwake.errors import ConfigurationError
-from outwake.names import InvalidNameError, check_topics
+from outwake.session.names import InvalidNameError, check_topics
 from outwake.settings import load
 
 SECRET = "s3cr3t"

@@ -95,9 +95,11 @@ def test_the_numbers_of_the_default_stay() -> None:
 
 
 CODE = """
-from outwake.app import listen as hub, sessions
+from outwake.app.live import listen as hub
+from outwake.app.api import sessions
 from outwake.claim import _FENCE
-from outwake.worker import claim as claims, listen
+from outwake.worker.engine import claims as claims
+from outwake.worker.engine import listen
 print(_FENCE, listen.WAKE, listen._PRESENCE, hub.CHANNEL, hub.LOCK, claims._COMPLETE, sep="\\n")
 print(b"shop.session_create(" in sessions._CREATE.text, claims._name(claims._TURN))
 """

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from outwake.worker.credentials import load_credentials, secrets_in
 from outwake.worker.errors import TransientError
+from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.secrets import Secrets
 
 

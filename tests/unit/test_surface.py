@@ -21,7 +21,7 @@ ROOMS = ("app", "worker", "sql", "embedded")  # folders of the root, linked belo
 
 
 def _room(name: str) -> str:
-    """`outwake.worker.loop` is in the room `worker`, `outwake.claim` in `outwake`."""
+    """`outwake.worker.engine.worker` is in the room `worker`, `outwake.claim` in `outwake`."""
     top, _, rest = name.partition(".")
     below = rest.partition(".")[0]
     return below if top == "outwake" and below in ROOMS else top

@@ -33,7 +33,7 @@ sys.exit("\\n".join(failed) or 0)
 
 _NO_BINARY = {"PSYCOPG_IMPL": "binary"}  # psycopg finds no libpq, also where the system has one
 
-_RELAY = ["outwake.worker.jetstream", "outwake.worker.handlers.relay"]
+_RELAY = ["outwake.worker.handlers.jetstream", "outwake.worker.handlers.relay"]
 _EMBEDDED = ["outwake.embedded"]
 
 

@@ -14,10 +14,10 @@ from uuid import UUID
 from outwake.enqueue import enqueue
 from outwake.handler import Handler, Job
 from outwake.installed import has_sessions
-from outwake.log import get_logger
 from outwake.prune import prune
 from outwake.schema import in_schema
 from outwake.settings import load
+from outwake.telemetry.log import get_logger
 
 TOPIC = "outbox.prune"
 

@@ -21,12 +21,12 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from outwake.errors import ConfigurationError, Fenced, HandBack, Permanent, Retry
 from outwake.handler import Handler, Job
-from outwake.log import get_logger
-from outwake.names import check_topics
 from outwake.schema import in_schema
+from outwake.session.names import check_topics
 from outwake.settings import Settings
-from outwake.worker.backoff import backoff
-from outwake.worker.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
+from outwake.telemetry.log import get_logger
+from outwake.worker.handlers.backoff import backoff
+from outwake.worker.handlers.jetstream import TIMEOUT, JetStream, TooLarge, Unreachable, read_credentials
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds
 

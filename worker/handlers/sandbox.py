@@ -8,11 +8,11 @@ from psycopg.types.json import Jsonb
 
 from outwake.errors import Retry
 from outwake.handler import Handler, Job
-from outwake.log import get_logger
 from outwake.schema import in_schema
 from outwake.settings import load
-from outwake.worker.allocator import allocator
+from outwake.telemetry.log import get_logger
 from outwake.worker.errors import SessionError
+from outwake.worker.sandboxes.allocator import allocator
 
 TOPIC = "sandbox.return"
 

@@ -1,6 +1,6 @@
 """Topic `session.run`: one turn of a session.
 
-1. Borrow a sandbox (worker/borrow.py): with IP_ALLOCATOR_URL a real one, else a directory on this host.
+1. Borrow a sandbox (worker/sandboxes/lending.py): with IP_ALLOCATOR_URL a real one, else a directory on this host.
    From here on the end of the row, whoever brings it about, owes its return.
 2. Clone the repository there, check out the target branch, create the work branch.
 3. Run the agent; store each event it prints while it comes, fenced. The agent dies with this worker, and
@@ -28,26 +28,33 @@ from psycopg.types.json import Jsonb
 
 from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job, Lease
-from outwake.log import get_logger
-from outwake.names import InvalidNameError, check_branch, clone_url
 from outwake.schema import in_schema
+from outwake.session.names import InvalidNameError, check_branch, clone_url
 from outwake.settings import Settings, load
-from outwake.worker.agent import Agent
-from outwake.worker.allocator import allocator
-from outwake.worker.borrow import borrow
-from outwake.worker.claude import Command, Transcript, prepare, pull_request, take_transcript, unreached
-from outwake.worker.credentials import load_credentials, secrets_in
+from outwake.telemetry.log import get_logger
+from outwake.worker.agents.claude import (
+    Command,
+    Transcript,
+    prepare,
+    pull_request,
+    take_transcript,
+    unreached,
+)
+from outwake.worker.agents.run import Agent
+from outwake.worker.agents.stream import Event
+from outwake.worker.engine.metrics import agent_used
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.events import Event
-from outwake.worker.git import Git
-from outwake.worker.guarded import Exit
-from outwake.worker.local import Sandbox
 from outwake.worker.messages import Messages, outlast
-from outwake.worker.metrics import agent_used
-from outwake.worker.remote import Remote, RemoteWorkspace, open_remote
-from outwake.worker.sandbox import Sandbox as Client
+from outwake.worker.process.guarded import Exit
+from outwake.worker.repo.credentials import load_credentials, secrets_in
+from outwake.worker.repo.git import Git
+from outwake.worker.repo.remote import Remote, RemoteWorkspace, open_remote
+from outwake.worker.repo.workspace import Workspace, open_workspace, own_directory
+from outwake.worker.sandboxes.aio import Sandbox as Client
+from outwake.worker.sandboxes.allocator import allocator
+from outwake.worker.sandboxes.directory import Sandbox
+from outwake.worker.sandboxes.lending import borrow
 from outwake.worker.secrets import Secrets
-from outwake.worker.workspace import Workspace, open_workspace, own_directory
 
 TOPIC = "session.run"
 

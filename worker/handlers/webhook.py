@@ -18,14 +18,14 @@ from datetime import timedelta
 
 import httpx
 
-from outwake.callback import CallbackError, parse_networks, parse_secrets
 from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job
-from outwake.log import get_logger
 from outwake.schema import in_schema
+from outwake.session.callback import CallbackError, parse_networks, parse_secrets
 from outwake.settings import Settings, load
-from outwake.worker.backoff import backoff
-from outwake.worker.callback import CallbackTransport, Resolve
+from outwake.telemetry.log import get_logger
+from outwake.worker.handlers.backoff import backoff
+from outwake.worker.handlers.transport import CallbackTransport, Resolve
 
 TOPIC = "webhook.deliver"
 

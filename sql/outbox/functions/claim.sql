@@ -53,7 +53,7 @@ COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
 -- A scan from the head of a topic reads past the entries of all rows that were claimed since the oldest snapshot that
 -- anybody holds, because the server may not remove them. With priorities, since and since_ids, each as long as topics,
 -- the scan begins there instead, in the order of available_at and id, and takes only rows of these priorities. Where
--- alone is true it takes only the row there. worker/front.py tells when.
+-- alone is true it takes only the row there. worker/engine/cursor.py tells when.
 --
 -- The plan is made once a connection. It must not depend on how large the table was then, so each row is found through
 -- an index, in the order of the index.
@@ -190,7 +190,7 @@ COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[],
 
 -- Claims one row that a notification named: the first thing that a sleeping worker does. It takes only a row to which no
 -- other rule of the claim above applies, and leaves any other to that. It never waits for a lock, because its connection
--- has to hear the next notification (worker/listen.py).
+-- has to hear the next notification (worker/engine/listen.py).
 -- 1. Lock the row, if it is due, has no ordering_key, and its topic has neither limit nor timeout.
 -- 2. Lock the worker's row, as every claim does, unless the worker has ended or has given this connection up.
 -- 3. If either lock is unavailable, report whether the row still needs a claimer: its lock holder may roll back. If the

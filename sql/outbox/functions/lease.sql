@@ -1,4 +1,4 @@
--- A worker's lease is one column of its row, worker.lease_until, kept only while it runs something: worker/lease.py.
+-- A worker's lease is one column of its row, worker.lease_until, kept only while it runs something: worker/engine/lease.py.
 
 
 CREATE OR REPLACE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void

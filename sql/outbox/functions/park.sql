@@ -1,7 +1,7 @@
--- The steps of parking and of standing by that the database does: worker/park.py, worker/standby.py.
+-- The steps of parking and of standing by that the database does: worker/engine/parking.py, worker/engine/backup.py.
 
 
--- Standing by, step 2 (worker/standby.py).
+-- Standing by, step 2 (worker/engine/backup.py).
 CREATE OR REPLACE FUNCTION outbox_pass_on(ids bigint[]) RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = :schema, pg_temp
@@ -50,7 +50,7 @@ COMMENT ON FUNCTION outbox_stand_in(bigint[], integer[]) IS
     'Which of these rows still wait, though workers were named for them by presence; takes the flags of those down.';
 
 
--- Parking, step 1 (worker/park.py). Also clears the flags of sleepers that died: they would make every producer notify
+-- Parking, step 1 (worker/engine/parking.py). Also clears the flags of sleepers that died: they would make every producer notify
 -- for nothing.
 CREATE OR REPLACE FUNCTION outbox_park(parker uuid) RETURNS void
 LANGUAGE plpgsql VOLATILE

@@ -72,7 +72,7 @@ COMMENT ON FUNCTION outbox_next_deadline(uuid, text[], interval, interval) IS
     'When this worker must look again without being told: the next row due, the next lease end.';
 
 
--- What a claim that begins at these ends does not see (worker/front.py): for each topic and priority the claimable rows
+-- What a claim that begins at these ends does not see (worker/engine/cursor.py): for each topic and priority the claimable rows
 -- before its end, at_most of them, and the first row after it; without an end the first row alone. It reads each entry
 -- of the index once, and there may be millions of them, so it runs on a connection that nobody waits for. Every
 -- statement has a snapshot of its own (VOLATILE), so no snapshot is held for as long as the whole takes.

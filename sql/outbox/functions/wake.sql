@@ -1,11 +1,11 @@
--- Who sleeps, and how a sleeper is woken. worker/park.py tells the protocol (parking, step by step, and why no wake-up
+-- Who sleeps, and how a sleeper is woken. worker/engine/parking.py tells the protocol (parking, step by step, and why no wake-up
 -- is lost); here is the database's half of it.
 --
 -- Channel :schema_wake carries "TOPIC@MS": a row of TOPIC ("*": of any) may be claimed from MS on (milliseconds of the
 -- Unix epoch by this server's clock; 0: now). A sleeper looks at once, or only brings its timer forward.
 --   "TOPIC@0#ID"              the row ID, without an ordering_key, is the only one that the statement inserted of TOPIC,
 --                             and the statement is the first of its transaction that inserts
---   "TOPIC@0#ID,PRESENCE,N"   the same, and names the worker that is to take the row, one of N (worker/standby.py)
+--   "TOPIC@0#ID,PRESENCE,N"   the same, and names the worker that is to take the row, one of N (worker/engine/backup.py)
 --   "#ID@0"                   for worker ID alone: its life was ended, or its flag was cleared
 -- A payload that a worker does not understand means "look": a newer schema may say more.
 -- Channel :schema_cancel carries the id of a running row that is to be stopped.

@@ -59,7 +59,7 @@ COMMENT ON TABLE api_token IS 'API tokens, for machines. Made and revoked by `ou
 COMMENT ON COLUMN api_token.user_id IS 'Whom it stands for.';
 COMMENT ON COLUMN api_token.name IS 'What it is for, for a person to read.';
 COMMENT ON COLUMN api_token.operator IS 'Whether it sees everybody''s sessions, and the outbox.';
-COMMENT ON COLUMN api_token.hash IS 'SHA-256 of the token; 256 random bits need no slow hash (outwake/token.py).';
+COMMENT ON COLUMN api_token.hash IS 'SHA-256 of the token; 256 random bits need no slow hash (outwake/session/token.py).';
 COMMENT ON COLUMN api_token.expires_at IS 'Refused from then on; null: never.';
 COMMENT ON COLUMN api_token.revoked_at IS 'Refused since then.';
 COMMENT ON COLUMN api_token.last_used_at IS 'When it was last used, to a minute; null: never.';

@@ -1,5 +1,5 @@
 -- Live events obey the outbox's economy: a session is notified only while somebody watches it. To begin to watch is to
--- park (worker/park.py tells why no event is lost): 1. commit a row in watcher; 2. note the transactions that write to
+-- park (worker/engine/parking.py tells why no event is lost): 1. commit a row in watcher; 2. note the transactions that write to
 -- message, prompt or session now; 3. read until they have ended; 4. read once more; 5. wait for notifications. Channel
 -- :schema_session carries the session's id.
 --

@@ -1,4 +1,4 @@
--- Sandboxes that a session holds, was promised, or may have leaked: worker/borrow.py tells the protocol.
+-- Sandboxes that a session holds, was promised, or may have leaked: worker/sandboxes/lending.py tells the protocol.
 
 
 CREATE OR REPLACE VIEW sandbox_suspect WITH (security_invoker = true) AS

@@ -1,0 +1,125 @@
+"""What a request says, checked: its body, query and headers."""
+
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from outwake.app.api.problems import Problem, invalid
+from outwake.app.context import context
+from outwake.telemetry import trace
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_KEY = re.compile(r'"[\x20\x21\x23-\x7e]{1,255}"|[\x21\x23-\x7e]{1,255}')
+
+
+async def read_body(request: Request, model: type[Model], media_types: tuple[str, ...]) -> Model:
+    """The JSON body as `model`. Raises Problem (unsupported-media-type, body-too-large, malformed,
+    invalid).
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in media_types:
+        raise Problem(
+            "unsupported-media-type",
+            f"Send the body as {' or '.join(media_types)}.",
+            headers={"Accept-Patch" if request.method == "PATCH" else "Accept": ", ".join(media_types)},
+        )
+    settings = context(request).settings
+    text = await read_bytes(request, settings.max_body)
+    try:
+        # json, not pydantic's parser: it passes lone surrogates on, so that they are located.
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise Problem("malformed", f"The body is not JSON in UTF-8{where}.") from None
+    try:
+        return model.model_validate(content, context={"settings": settings})
+    except ValidationError as error:
+        raise invalid(error, "pointer") from None
+
+
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is known to be too large; the rest is not read."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
+    read = bytearray()
+    try:
+        async for chunk in request.stream():
+            read += chunk
+            if len(read) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise Problem("malformed", "The body ended early.") from None
+    return bytes(read)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem("body-too-large", f"The limit is {limit} bytes.", headers={"Connection": "close"})
+
+
+def read_query(request: Request, model: type[Model]) -> Model:
+    """The query string as `model`. Raises Problem (invalid)."""
+    given: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise Problem(
+                "invalid",
+                "1 field cannot be accepted.",
+                errors=[{"parameter": name, "detail": "is given twice"}],
+            )
+        given[name] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise invalid(error, "parameter") from None
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The Idempotency-Key, a quoted string by the draft; without quotes it is the same key."""
+    given = request.headers.getlist("idempotency-key")
+    if not given:
+        return None
+    if len(given) > 1 or not _KEY.fullmatch(given[0]):
+        raise _bad_header("Idempotency-Key", "must be one string of 1 to 255 ASCII characters")
+    return given[0].strip('"')
+
+
+def last_event_id(request: Request) -> int | None:
+    """The seq of the last event the client has. Raises Problem (invalid)."""
+    given = request.headers.get("last-event-id")
+    if given is None or given == "":
+        return None
+    if not (given.isascii() and given.isdecimal() and len(given) <= 18):
+        raise _bad_header("Last-Event-ID", "must be the id of an event of this stream")
+    return int(given)
+
+
+def traceparent(request: Request) -> str | None:
+    """The W3C trace context; by its rules one that is malformed is as good as none."""
+    return trace.current() or trace.valid(request.headers.get("traceparent"))
+
+
+def check_accept(request: Request, media_type: str) -> None:
+    """Raise Problem (not-acceptable) if the client rules this media type out."""
+    given = request.headers.getlist("accept")
+    if not given or not ",".join(given).strip():
+        return
+    kind = media_type.partition("/")[0]
+    best = {media_type: -1, f"{kind}/*": -1, "*/*": -1}
+    for part in ",".join(given).split(","):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        if name in best:
+            weights = [value[2:] for value in parameters if value.startswith("q=")]
+            refused = bool(weights) and bool(re.fullmatch(r"0(\.0*)?", weights[0]))
+            best[name] = 0 if refused else 1
+    decided = next((weight for weight in best.values() if weight >= 0), 0)
+    if not decided:
+        raise Problem("not-acceptable", f"This resource is given as {media_type} only.")
+
+
+def _bad_header(name: str, detail: str) -> Problem:
+    return Problem("invalid", "1 field cannot be accepted.", errors=[{"header": name, "detail": detail}])

@@ -1,0 +1,73 @@
+"""What the agent said, page by page."""
+
+import json
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outwake.app.api.answer import json_response
+from outwake.app.api.body import read_query
+from outwake.app.api.models import MessageQuery
+from outwake.app.api.sessions import no_session
+from outwake.app.auth.identity import Identity
+from outwake.app.context import context
+from outwake.schema import in_schema
+
+PAGE_BYTES = 4_000_000  # as stored, which is compressed; the first message of a page may exceed it
+
+# One row more than asked for tells whether there is more. A page also ends where it gets too large.
+_LIST = in_schema("""
+WITH target AS (
+    SELECT s.id FROM :schema.session AS s
+    WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+),
+last_attempt AS MATERIALIZED (
+    SELECT p.id AS prompt_id,
+           (SELECT max(m.attempt) FROM :schema.message AS m WHERE m.prompt_id = p.id) AS attempt
+    FROM :schema.prompt AS p
+    WHERE p.session_id = %(id)s AND %(attempts)s = 'last'
+),
+found AS MATERIALIZED (
+    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at, row_number() OVER reading AS place,
+           sum(pg_column_size(f.body)) OVER reading - pg_column_size(f.body) AS bytes_before
+    FROM (
+        SELECT m.seq, m.prompt_id, m.attempt, m.body, m.created_at
+        FROM :schema.message AS m
+        WHERE m.session_id = %(id)s AND m.seq > %(after)s
+          AND (%(attempts)s = 'all' OR (
+              (m.prompt_id, m.attempt) IN (SELECT l.prompt_id, l.attempt FROM last_attempt AS l)
+              AND m.body ->> 'type' IS DISTINCT FROM 'superseded'))
+        ORDER BY m.seq
+        LIMIT %(limit)s + 1
+    ) AS f
+    WINDOW reading AS (ORDER BY f.seq)
+),
+page AS MATERIALIZED (
+    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at FROM found AS f
+    WHERE f.place <= %(limit)s AND f.bytes_before < %(page_bytes)s
+)
+SELECT
+    (SELECT coalesce(
+        array_agg(:schema.message_json(p.seq, p.prompt_id, p.attempt, p.body, p.created_at)::text
+                  ORDER BY p.seq),
+        '{}') FROM page AS p),
+    (SELECT max(p.seq) FROM page AS p),
+    (SELECT count(*) FROM found) > (SELECT count(*) FROM page)
+FROM target
+""")
+
+
+async def list_messages(request: Request, identity: Identity) -> Response:
+    asked = read_query(request, MessageQuery)
+    values = {
+        **asked.model_dump(),
+        "id": request.path_params["id"],
+        "scope": identity.scope,
+        "page_bytes": PAGE_BYTES,
+    }
+    row = await context(request).database.row(_LIST, values)
+    if row is None:
+        raise no_session()
+    messages, last, more = row
+    following = last if more else None
+    return json_response(f'{{"messages": [{", ".join(messages)}], "next": {json.dumps(following)}}}')

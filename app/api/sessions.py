@@ -1,0 +1,310 @@
+"""Sessions and their prompts."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from typing import Any
+
+from psycopg import errors as pg
+from psycopg import sql
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outwake.app.api import cursor
+from outwake.app.api.answer import json_response
+from outwake.app.api.body import idempotency_key, read_body, read_query, traceparent
+from outwake.app.api.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
+from outwake.app.api.problems import Problem
+from outwake.app.auth.identity import Identity
+from outwake.app.connection import Statement
+from outwake.app.context import context
+from outwake.schema import in_schema
+
+JSON = ("application/json",)
+SESSION_RETRY = 30  # seconds: a turn takes minutes
+PATCH = ("application/merge-patch+json", "application/json")
+_NO_WORD = re.compile(r"[^a-z0-9]+")
+
+# One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
+# that may not be seen leaves `new` empty, so that nothing is called.
+_CREATE = Statement(
+    in_schema("""
+WITH new AS MATERIALIZED (
+    SELECT :schema.uuid_v7() AS id, now() AS at
+    WHERE %(parent)s::uuid IS NULL
+       OR EXISTS (
+           SELECT FROM :schema.session AS p
+           WHERE p.id = %(parent)s AND (%(scope)s::text IS NULL OR p.user_id = %(scope)s))
+)
+SELECT c.outcome, c.answer ->> 'id', c.answer::text
+FROM new
+CROSS JOIN LATERAL :schema.session_create(
+    of_id => new.id,
+    of_user => %(user_id)s::text,
+    of_repo => %(repo)s::text,
+    of_target_branch => %(target_branch)s::text,
+    of_branch => coalesce(%(branch)s::text, %(branch_stem)s::text || right(new.id::text, 8)),
+    of_title => %(title)s::text,
+    of_parent => %(parent)s::uuid,
+    of_callback_url => %(callback_url)s::text,
+    moment => new.at,
+    prompt_text => %(prompt)s::text,
+    worker_present => %(worker_present)s::boolean,
+    idempotency_key => %(key)s::text,
+    request_hash => %(request_hash)s::bytea,
+    trace => %(trace)s::text,
+    most_sessions => %(most_sessions)s::integer
+) AS c
+""")
+)
+
+_CREATE_PROMPT = Statement(
+    in_schema("""
+SELECT outcome, answer::text
+FROM :schema.prompt_create(
+    %(id)s::uuid, %(scope)s::text, %(prompt)s::text, %(worker_present)s::boolean,
+    %(key)s::text, %(request_hash)s::bytea, %(trace)s::text, %(user_id)s::text, %(most_sessions)s::integer)
+""")
+)
+
+_SHOW = in_schema("""
+SELECT (:schema.session_json(s) || jsonb_build_object(
+    'worker_present', %(worker_present)s::boolean,
+    'prompts', (
+        SELECT coalesce(jsonb_agg(:schema.prompt_json(p) ORDER BY p.created_at, p.id), '[]')
+        FROM :schema.prompt AS p WHERE p.session_id = s.id)))::text
+FROM :schema.session AS s
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+""")
+
+_LIST = sql.SQL(
+    in_schema("""
+SELECT :schema.session_json(s)::text, s.created_at, s.id
+FROM :schema.session AS s
+WHERE {conditions}
+ORDER BY s.created_at DESC, s.id DESC
+LIMIT %(rows)s
+""")
+)
+# Only those that apply, so that each combination gets a plan of its own.
+_CONDITIONS = {
+    "scope": sql.SQL("s.user_id = %(scope)s"),
+    "at": sql.SQL("(s.created_at, s.id) < (%(at)s, %(key)s)"),
+    "inbox_status": sql.SQL("s.inbox_status = %(inbox_status)s"),
+    "session_status": sql.SQL("s.session_status = %(session_status)s"),
+    "repo": sql.SQL("s.repo = %(repo)s"),
+}
+
+_CANCEL = in_schema("""
+SELECT c.cancelled, c.cancelling
+FROM :schema.session AS s CROSS JOIN LATERAL :schema.session_cancel(s.id) AS c
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+""")
+
+_ARCHIVE = in_schema("""
+SELECT :schema.session_archive(s.id)
+FROM :schema.session AS s
+WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+""")
+
+_RENAME = in_schema("""
+WITH found AS (
+    SELECT s.id FROM :schema.session AS s
+    WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+),
+renamed AS (
+    UPDATE :schema.session AS s
+    SET title = %(title)s, updated_at = clock_timestamp()
+    FROM found AS f
+    WHERE s.id = f.id AND s.session_status = 'active'
+    RETURNING :schema.session_json(s)::text AS answer
+)
+SELECT (SELECT r.answer FROM renamed AS r) FROM found
+""")
+
+
+async def create_session(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, SessionCreate, JSON)
+    key = idempotency_key(request)
+    here = context(request)
+    title = asked.title or _first_line(asked.prompt or "") or asked.repo[-200:]
+    values = {
+        **vars(asked),
+        "title": title,
+        "branch_stem": f"outwake/{_slug(title) or _slug(asked.repo) or 'session'}-",
+        "user_id": identity.user_id,
+        "scope": identity.scope,
+        "worker_present": await here.presence.present(),
+        "key": key,
+        "request_hash": _hash("POST /sessions", asked) if key else None,
+        "trace": traceparent(request),
+        "most_sessions": None if identity.operator else here.settings.max_sessions,
+    }
+    for attempt in range(3):
+        try:
+            row = await here.database.row(_CREATE, values)
+            break
+        except pg.UniqueViolation as error:
+            if error.diag.constraint_name != "session_branch_of_repo":
+                raise
+            if asked.branch is None and attempt < 2:
+                continue  # our own name for it hit another's: the next id gives another
+            raise Problem(
+                "branch-taken", "An active session of this repository has this branch; name another."
+            ) from None
+        except pg.ForeignKeyViolation:  # the parent was deleted meanwhile
+            row = None
+            break
+    if row is None:
+        wrong = {"pointer": "#/parent", "detail": "there is no such session"}
+        raise Problem("invalid", "1 field cannot be accepted.", errors=[wrong])
+    outcome, session_id, answer = row
+    _check_outcome(outcome)
+    request.state.session = session_id
+    here.stuck.work_came()
+    return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
+
+
+async def create_prompt(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, PromptCreate, JSON)
+    here = context(request)
+    session_id = str(request.path_params["id"])
+    key = idempotency_key(request)
+    values = {
+        "id": session_id,
+        "scope": identity.scope,
+        "prompt": asked.prompt,
+        "worker_present": await here.presence.present(),
+        "key": key,
+        "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked) if key else None,
+        "trace": traceparent(request),
+        "user_id": identity.user_id,
+        "most_sessions": None if identity.operator else here.settings.max_sessions,
+    }
+    try:
+        row = await here.database.row(_CREATE_PROMPT, values)
+    except pg.UniqueViolation:
+        # The same key, just now and for another session: it is there to be read now.
+        row = await here.database.row(_CREATE_PROMPT, values)
+    assert row is not None
+    outcome, answer = row
+    if outcome == "missing":
+        raise no_session()
+    if outcome == "archived":
+        raise archived()
+    _check_outcome(outcome)
+    here.stuck.work_came()
+    return json_response(answer, 201, _replay_mark(outcome))
+
+
+async def list_sessions(request: Request, identity: Identity) -> Response:
+    asked = read_query(request, SessionQuery)
+    at, key = cursor.decode(asked.cursor, cursor.uuid)
+    values: dict[str, Any] = {
+        **asked.model_dump(),
+        "session_status": None if asked.session_status == "any" else asked.session_status,
+        "scope": identity.scope,
+        "at": at,
+        "key": key,
+        "rows": asked.limit + 1,
+    }
+    if asked.inbox_status == "archived" and "session_status" not in asked.model_fields_set:
+        values["session_status"] = None
+    applying = [text for name, text in _CONDITIONS.items() if values[name] is not None]
+    query = _LIST.format(conditions=sql.SQL(" AND ").join(applying or [sql.SQL("true")]))
+    rows = await context(request).database.rows(query, values)
+    page, more = rows[: asked.limit], len(rows) > asked.limit
+    following = cursor.encode(page[-1][1], page[-1][2]) if more else None
+    return json_response(
+        f'{{"sessions": [{", ".join(row[0] for row in page)}], "next": {json.dumps(following)}}}'
+    )
+
+
+async def show_session(request: Request, identity: Identity) -> Response:
+    here = context(request)
+    row = await here.database.row(
+        _SHOW,
+        {
+            "id": request.path_params["id"],
+            "scope": identity.scope,
+            "worker_present": await here.presence.present(),
+        },
+    )
+    if row is None:
+        raise no_session()
+    return json_response(row[0])
+
+
+async def rename_session(request: Request, identity: Identity) -> Response:
+    asked = await read_body(request, SessionPatch, PATCH)
+    values = {"id": request.path_params["id"], "scope": identity.scope, "title": asked.title}
+    row = await context(request).database.row(_RENAME, values)
+    if row is None:
+        raise no_session()
+    if row[0] is None:
+        raise archived()
+    return json_response(row[0])
+
+
+async def archive_session(request: Request, identity: Identity) -> Response:
+    values = {"id": request.path_params["id"], "scope": identity.scope}
+    if await context(request).database.row(_ARCHIVE, values) is None:
+        raise no_session()
+    return Response(status_code=204)
+
+
+async def cancel_session(request: Request, identity: Identity) -> Response:
+    values = {"id": request.path_params["id"], "scope": identity.scope}
+    row = await context(request).database.row(_CANCEL, values)
+    if row is None:
+        raise no_session()
+    cancelled, cancelling = row
+    answer = json.dumps({"cancelled": cancelled, "cancelling": cancelling})
+    return json_response(answer, 202 if cancelling else 200)
+
+
+def no_session() -> Problem:
+    return Problem("not-found", "There is no such session.")
+
+
+def archived() -> Problem:
+    return Problem("archived", "An archived session can only be read.")
+
+
+def _check_outcome(outcome: str) -> None:
+    if outcome == "mismatch":
+        raise Problem("key-reused", "Use a new key for a new request.")
+    if outcome == "limited":
+        raise Problem(
+            "too-many-sessions",
+            "You have as many unfinished sessions as you may; wait for one, or cancel it.",
+            headers={"Retry-After": str(SESSION_RETRY)},
+        )
+
+
+def _replay_mark(outcome: str) -> dict[str, str]:
+    return {"Idempotent-Replayed": "true"} if outcome == "replayed" else {}
+
+
+def _hash(target: str, asked: BaseModel) -> bytes:
+    """Of what was asked for, whatever the order and spacing of the JSON that said it."""
+    content = asked.model_dump(mode="json", exclude_none=True)
+    return hashlib.sha256(json.dumps([target, content], sort_keys=True).encode()).digest()
+
+
+def _first_line(prompt: str) -> str:
+    """The first line with text, fit for a title, or nothing."""
+    for line in prompt.splitlines():
+        if not line.isprintable():
+            line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+        words = " ".join(line.split())
+        if words:
+            return words if len(words) <= 80 else words[:79].rstrip() + "…"
+    return ""
+
+
+def _slug(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return _NO_WORD.sub("-", plain)[:40].strip("-")

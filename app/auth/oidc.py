@@ -1,0 +1,277 @@
+"""Tokens of an OpenID Connect issuer, verified by its published keys.
+
+1. The header is only believed as far as it picks a key: an algorithm of ALGORITHMS (all asymmetric: with
+   HS256 the public key itself would sign), and a key of ours that is made for it. URLs and keys in a
+   header (`jku`, `jwk`, `x5u`) are ignored.
+2. Keys come from discovery, fetched by one task whoever waits for it. They are used for FRESH seconds, then
+   renewed while they go on serving; at STALE they end, so that a key that was withdrawn does too.
+3. An unknown `kid` fetches them anew (the issuer may have rotated), but not within PAUSE of the last try: a
+   storm of invented ones costs the issuer one request each PAUSE, and us none.
+4. The signature, then `iss`, `aud`, `exp`, `nbf` and `iat`, with LEEWAY for clocks that differ.
+
+app/auth/identity.py remembers a token that passed and forgets it with the keys: `renewed` says which.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+from outwake.app.api.problems import unavailable
+from outwake.errors import ConfigurationError
+from outwake.settings import Settings
+from outwake.telemetry.log import get_logger
+
+# By the kind of key: (kty, crv) -> algorithms.
+_BY_KEY = {
+    ("RSA", None): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    ("EC", "P-256"): ("ES256",),
+    ("EC", "P-384"): ("ES384",),
+    ("EC", "P-521"): ("ES512",),
+    ("OKP", "Ed25519"): ("EdDSA",),
+}
+ALGORITHMS = frozenset(name for names in _BY_KEY.values() for name in names)
+MIN_RSA_BITS = 2048
+
+LEEWAY = 30  # seconds
+FRESH = 600.0  # seconds
+STALE = 3600.0  # seconds
+PAUSE = 10.0  # seconds between fetches for an unknown kid, at least
+FAILURE_PAUSE = 1.0  # seconds after a failed fetch, while there are no keys at all
+FETCH_TIMEOUT = 5.0  # seconds
+MAX_DOCUMENT = 1_000_000  # bytes
+
+log = get_logger("outwake.app.auth.oidc")
+
+
+class Rejected(Exception):
+    """The token is not accepted; the message says why, to the client."""
+
+
+class _Unusable(Exception):
+    """What the issuer answered cannot be used."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A public key of the issuer, and what it may have signed."""
+
+    kid: str | None
+    algorithms: frozenset[str]
+    key: Any
+
+
+def check_issuer(settings: Settings) -> None:
+    """Raise ConfigurationError if OUTWAKE_OIDC_ISSUER is set and is no issuer's URL."""
+    if not settings.oidc_issuer:
+        return
+    try:
+        url = httpx.URL(settings.oidc_issuer)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("https", "http") or not url.host or url.query or url.fragment:
+        raise ConfigurationError(f"OUTWAKE_OIDC_ISSUER: {settings.oidc_issuer} is not an issuer's URL")
+
+
+class Issuer:
+    """Verifies tokens of the issuer that the settings name."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        assert settings.oidc_issuer
+        self._issuer = settings.oidc_issuer
+        self._audience = settings.oidc_audience
+        self._clock = clock
+        self._secure = self._issuer.startswith("https://")
+        if not self._secure:
+            log.warning("issuer_by_http", issuer=self._issuer, warning="its keys can be forged on the way")
+        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT)  # follows no redirect
+        self._keys: list[Key] = []
+        self.fetched_at = self._tried_at = float("-inf")
+        self._fetching: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        if self._fetching:
+            self._fetching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._fetching
+        await self._client.aclose()
+
+    async def verify(self, token: str) -> Mapping[str, Any]:
+        """The claims. Raises Rejected, or Problem (unavailable) if the issuer's keys cannot be had."""
+        try:
+            header = jwt.get_unverified_header(token)
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            raise Rejected("The token is not a signed JWT that can be read.") from None
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+            raise Rejected("The token's algorithm is not accepted.")
+        if kid is not None and not isinstance(kid, str):
+            raise Rejected("The token's kid is not a string.")
+        key = await self._find(kid, algorithm)
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key.key,
+                algorithms=[algorithm],
+                audience=self._audience,
+                issuer=self._issuer,
+                leeway=LEEWAY,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise Rejected("The token has expired.") from None
+        except (jwt.ImmatureSignatureError, jwt.InvalidIssuedAtError):
+            raise Rejected("The token is not valid yet.") from None
+        except jwt.InvalidAudienceError:
+            raise Rejected("The token is for another audience.") from None
+        except jwt.InvalidIssuerError:
+            raise Rejected("The token is of another issuer.") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise Rejected(f"The token has no {error.claim}.") from None
+        except jwt.InvalidSignatureError:
+            raise Rejected("The token's signature is wrong.") from None
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
+            raise Rejected("The token is malformed.") from None
+        return claims
+
+    async def renewed(self) -> float:
+        """`fetched_at` of the keys that count now, which tells them from those before. Raises Problem
+        (unavailable) if there are none.
+        """
+        await self._renew_in_time()
+        return self.fetched_at
+
+    async def _renew_in_time(self) -> None:
+        """Step 2."""
+        now = self._clock()
+        if now - self.fetched_at > STALE:
+            if self._busy or now - self._tried_at > FAILURE_PAUSE:
+                await self._fetch()
+            if self._clock() - self.fetched_at > STALE:
+                raise unavailable("The identity provider does not answer; try again.")
+        elif now - self.fetched_at > FRESH and now - self._tried_at > PAUSE:
+            self._start()
+
+    async def _find(self, kid: str | None, algorithm: str) -> Key:
+        await self._renew_in_time()
+        found = self._match(kid, algorithm)
+        if found is None and (self._busy or self._clock() - self._tried_at > PAUSE):
+            await self._fetch()
+            found = self._match(kid, algorithm)
+        if found is None:
+            raise Rejected("The token was signed by a key that the issuer does not publish.")
+        return found
+
+    def _match(self, kid: str | None, algorithm: str) -> Key | None:
+        """Without a kid only if there is no doubt which key is meant."""
+        fitting = [key for key in self._keys if algorithm in key.algorithms and kid in (None, key.kid)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    @property
+    def _busy(self) -> bool:
+        return self._fetching is not None and not self._fetching.done()
+
+    def _start(self) -> asyncio.Task[None]:
+        if self._fetching is None or self._fetching.done():
+            self._fetching = asyncio.create_task(self._renew())
+        return self._fetching
+
+    async def _fetch(self) -> None:
+        await asyncio.shield(self._start())  # who gives up waiting does not end it for the others
+
+    async def _renew(self) -> None:
+        self._tried_at = begun = self._clock()
+        try:
+            async with asyncio.timeout(2 * FETCH_TIMEOUT):
+                found = await self._discover()
+                keys = [key for jwk in found if (key := _usable(jwk))]
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, _Unusable) as error:
+            log.warning("issuer_keys_not_fetched", issuer=self._issuer, error=str(error) or repr(error))
+            return
+        self._keys, self.fetched_at = keys, begun
+        log.info("issuer_keys", issuer=self._issuer, keys=[key.kid for key in keys])
+
+    async def endpoint(self, name: str) -> str:
+        """A URL from the discovery document, read anew. Raises Problem (unavailable)."""
+        try:
+            return self._url(await self._document(), name)
+        except (httpx.HTTPError, httpx.InvalidURL, _Unusable) as error:
+            log.warning("issuer_not_discovered", issuer=self._issuer, error=str(error) or repr(error))
+            raise unavailable("The identity provider does not answer; try again.") from None
+
+    async def _document(self) -> dict[str, Any]:
+        found = await self._get(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
+        if found.get("issuer") != self._issuer:
+            raise _Unusable("the discovery document is of another issuer")
+        return found
+
+    def _url(self, document: Mapping[str, Any], name: str) -> str:
+        url = document.get(name)
+        if not isinstance(url, str) or (self._secure and not url.startswith("https://")):
+            raise _Unusable(f"the discovery document has no {name} that is as safe as the issuer's URL")
+        return url
+
+    async def _discover(self) -> list[Any]:
+        keys = (await self._get(self._url(await self._document(), "jwks_uri"))).get("keys")
+        if not isinstance(keys, list):
+            raise _Unusable("the issuer's key set is none")
+        return keys
+
+    async def _get(self, url: str) -> dict[str, Any]:
+        async with self._client.stream("GET", url, headers={"Accept": "application/json"}) as response:
+            if response.status_code != 200:
+                raise _Unusable(f"{url} answers {response.status_code}")
+            text = bytearray()
+            async for chunk in response.aiter_bytes():
+                text += chunk
+                if len(text) > MAX_DOCUMENT:
+                    raise _Unusable(f"{url} is longer than {MAX_DOCUMENT} bytes")
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise _Unusable(f"{url} is not a JSON object")
+        return document
+
+
+def _usable(jwk: Any) -> Key | None:
+    """The key, or None for one that is of no use to us: symmetric, weak, or for encryption."""
+    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig":
+        return None
+    kind = (str(jwk.get("kty")), jwk.get("crv"))
+    kid, named = jwk.get("kid"), jwk.get("alg")
+    try:
+        algorithms = frozenset(_BY_KEY.get(kind, ()))
+        if named is not None:
+            algorithms &= {named}
+        if not algorithms or not (kid is None or isinstance(kid, str)):
+            return None
+        key = jwt.PyJWK(jwk, min(algorithms)).key
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return None
+    if isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS:
+        return None
+    # A private key does not belong there; what it would sign is worth nothing.
+    return Key(kid, algorithms, key) if "d" not in jwk else None
+
+
+def has_role(claims: Mapping[str, Any], claim: str, role: str) -> bool:
+    """Whether the claim, a list of strings or one with spaces, has the role. `claim` is a claim's name, or
+    names with dots between them: `realm_access.roles`.
+    """
+    value: Any = claims.get(claim)
+    if claim not in claims:
+        value = claims
+        for name in claim.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, str):
+        return role in value.split()
+    return isinstance(value, list) and role in value

@@ -1,0 +1,80 @@
+"""GET /sessions/{id}/events: a session followed live, as Server-Sent Events.
+
+    id: 17                              event: status
+    event: message                      data: {"inbox_status": "pending", …}
+    data: {"seq": 17, "body": {…}, …}
+
+A stream ends when the token that opened it expires; the client comes back with a new one.
+
+`status` has no id: it is sent first on every (re)connect, and when it changed. A client that comes back
+with the Last-Event-ID of the last message it has gets each later message once.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from outwake.app.api.body import last_event_id, read_query
+from outwake.app.api.models import EventQuery
+from outwake.app.api.sessions import no_session
+from outwake.app.auth.identity import Identity
+from outwake.app.context import context
+from outwake.app.live.hub import Stream
+
+HEARTBEAT = 15.0  # seconds
+RETRY = 1000  # milliseconds until an EventSource comes back
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold events back
+
+
+async def follow_session(request: Request, identity: Identity) -> Response:
+    asked = read_query(request, EventQuery)
+    seen = last_event_id(request)
+    here = context(request)
+    close = here.limits.open_stream(identity)
+    stream = here.hub.follow(
+        request.path_params["id"],
+        asked.after if seen is None else seen,
+        until_completed=asked.until == "completed",
+    )
+
+    def leave() -> None:
+        here.hub.leave(stream)
+        close()
+
+    try:
+        await stream.begin()
+        if identity.scope not in (None, stream.user_id):
+            raise no_session()
+    except BaseException:
+        leave()
+        raise
+    if seen is not None and stream.nothing_left:
+        leave()
+        return Response(status_code=204)  # tells an EventSource to stay away
+    return Following(_events(stream, identity.until), leave)
+
+
+class Following(StreamingResponse):
+    """Leaves the stream in any case: a generator that was never begun has no `finally`."""
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+        super().__init__(events, headers=HEADERS, media_type="text/event-stream")
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _events(stream: Stream, until: float) -> AsyncIterator[bytes]:
+    yield f"retry: {RETRY}\n".encode()  # a line of the first event, which has been read
+    while not stream.ended and (left := until - time.monotonic()) > 0:
+        if batch := await stream.take(min(HEARTBEAT, left)):
+            yield batch
+        elif not stream.ended:
+            yield b": heartbeat\n\n"

@@ -1,0 +1,168 @@
+"""Tells somebody when a row has been due for too long, without a poller and without Prometheus.
+
+It runs in the API, which takes sessions whether or not a worker is there, and in each worker, which sees
+rows of topics that nobody serves:
+
+1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment at
+   which that work could be stuck, unless one is set for sooner. No query.
+2. When it fires, one query reports what is stuck now (outbox_stuck_report in
+   sql/outbox/functions/ready.sql): a log line `stuck` for each topic, and a POST to OUTWAKE_STUCK_WEBHOOK if
+   that is set. A topic is reported by one process only, and again after REPEAT; once nothing of it is stuck
+   any more, `unstuck` is said. While somebody holds an old snapshot the query may read for seconds, past all
+   rows claimed since: it comes again after SHARE times as long, and nobody waits for it.
+3. The same look tells the next moment at which something could be stuck. None: no timer, silence. A process
+   that starts begins with such a look, so that one with nothing to do never asks again.
+
+A row that is typed into psql while no worker runs, and no API takes requests, sets no timer; the next
+look finds it, and SQL, metrics and readiness show it all the time.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+
+from outwake.connect import bounded, cut
+from outwake.lean import without
+from outwake.schema import in_schema
+from outwake.settings import Settings
+from outwake.telemetry.log import get_logger
+
+with without("rich", "click"):  # for its own command line: 4 MB of a worker
+    import httpx
+
+log = get_logger(__name__)
+
+REPEAT = timedelta(minutes=15)
+SHARE = 20
+FIRST = 1.0
+"""Seconds for which a process that starts waits for its first look."""
+_WEBHOOK_TIMEOUT = 10.0
+_LONGEST = 120.0  # seconds of a look; on a path gone silent it would never end
+
+_REPORT = in_schema(
+    "SELECT stuck, topic, id, waited, reason, detail FROM :schema.outbox_stuck_report(%s, %s)"
+)
+_DEADLINE = in_schema("SELECT :schema.outbox_stuck_deadline(%s)")
+
+Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
+
+
+class StuckWatch:
+    """One timer and what it does. `connect` gives a connection in autocommit for a moment."""
+
+    def __init__(self, settings: Settings, connect: Connect) -> None:
+        self._after = settings.stuck_after
+        self._webhook = settings.stuck_webhook
+        self._connect = connect
+        self._timer: asyncio.TimerHandle | None = None
+        self._not_before = -math.inf
+        self._looking: asyncio.Task[None] | None = None
+        self._conn: psycopg.AsyncConnection[Any] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
+
+    def work_came(self) -> None:
+        """Step 1."""
+        self._arm(self._after)
+
+    async def close(self) -> None:
+        """Forget the timer; end a look under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._telling:
+            task.cancel()
+        tasks = set(self._telling)
+        if self._looking is not None:
+            if self._conn is not None:
+                cut(self._conn)  # cancelled, psycopg would ask the server to cancel too, and wait
+            else:
+                self._looking.cancel()
+            tasks.add(self._looking)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _arm(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        seconds = max(seconds, self._not_before - loop.time())
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_again(), name="stuck")
+
+    async def _look_again(self) -> None:
+        try:
+            async with self._connect() as conn:
+                self._conn = conn
+                with bounded(conn, _LONGEST):
+                    await self.look(conn)
+        except Exception as error:  # the database is away: whoever needs it says so louder
+            log.info("stuck_look_failed", error=str(error).strip())
+            self._arm(self._after)
+        finally:
+            self._conn = None
+
+    async def first_look(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """A look by a process that starts, given up to the background if it takes long."""
+        try:
+            async with asyncio.timeout(FIRST):
+                await self.look(conn)
+        except TimeoutError:
+            self._fire()
+
+    async def look(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """Steps 2 and 3. Raises psycopg.Error."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        after = timedelta(seconds=self._after)
+        cursor = await conn.execute(_REPORT, (after, REPEAT))
+        for report in await cursor.fetchall():
+            task = asyncio.create_task(self._tell(*report))  # a slow webhook holds nobody up
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+        cursor = await conn.execute(_DEADLINE, (after,))
+        row = await cursor.fetchone()
+        deadline: timedelta | None = row[0] if row else None
+        self._not_before = loop.time() + (loop.time() - began) * SHARE
+        if deadline is not None:
+            # What is stuck already stays a deadline that has passed: look again, but not at once.
+            seconds = deadline.total_seconds()
+            self._arm(seconds if seconds > 0 else self._after)
+
+    async def _tell(
+        self, stuck: bool, topic: str, row_id: int | None, waited: timedelta, reason: str | None,
+        detail: str | None,
+    ) -> None:  # fmt: skip
+        seconds = round(waited.total_seconds(), 1)
+        if stuck:
+            text = f"row {row_id} of topic {topic} has been due for {seconds:.0f} s: {reason}, {detail}"
+            log.error("stuck", topic=topic, outbox_id=row_id, waited=seconds, reason=reason, detail=detail)
+        else:
+            text = f"topic {topic} is no longer stuck"
+            log.info("unstuck", topic=topic, waited=seconds)
+        if self._webhook is None:
+            return
+        body = {
+            "event": "stuck" if stuck else "unstuck",
+            "topic": topic,
+            "outbox_id": row_id,
+            "waited_seconds": seconds,
+            "reason": reason,
+            "detail": detail,
+            "text": text,  # what chat programs show
+        }
+        try:
+            async with httpx.AsyncClient(timeout=_WEBHOOK_TIMEOUT) as client:
+                answer = await client.post(self._webhook, json=body)
+                answer.raise_for_status()
+        except httpx.HTTPError as error:  # its URL may hold a token: name the kind of error only
+            log.error("stuck_webhook_failed", topic=topic, error=type(error).__name__)

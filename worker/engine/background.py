@@ -1,0 +1,94 @@
+"""Reads the front of the claim's index beside the worker's loop: steps 4 to 7 of worker/engine/cursor.py."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import psycopg
+from psycopg.rows import args_row
+
+from outwake.connect import bounded, cut
+from outwake.schema import in_schema
+from outwake.telemetry.log import get_logger
+from outwake.worker.engine.cursor import CARRIES, Ends, Front, Seen
+
+log = get_logger(__name__)
+
+_LONGEST = 120.0  # seconds; on a path gone silent it would never come back
+
+_SCOUT = in_schema(
+    "SELECT topic, priority, available_at, id, due_in FROM :schema.outbox_scout("
+    "%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)"
+)
+
+Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
+
+
+class Scout:
+    """At most one is under way. `connect` gives a connection in autocommit for a moment, `back` is called
+    when one has come back.
+    """
+
+    def __init__(self, front: Front, connect: Connect, back: Callable[[], None]) -> None:
+        self._front = front
+        self._connect = connect
+        self._back = back
+        self._task: asyncio.Task[None] | None = None
+        self._conn: psycopg.AsyncConnection[Any] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def send(self, topics: Iterable[str]) -> None:
+        """Send one if it is time for it."""
+        if not self.under_way and self._front.scout_is_due(time.monotonic()):
+            self._task = asyncio.create_task(self._go(list(topics)), name="scout")
+
+    async def close(self) -> None:
+        """End the one under way. Were it cancelled, psycopg would ask the server to cancel too, and wait."""
+        if self._task is not None:
+            if self._conn is not None:
+                cut(self._conn)
+            else:
+                self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _go(self, topics: list[str]) -> None:
+        began = time.monotonic()
+        try:
+            async with self._connect() as conn:
+                self._conn = conn
+                with bounded(conn, _LONGEST):
+                    known = dict(self._front.ends)
+                    began = time.monotonic()
+                    seen = await _scout(conn, topics, known)
+        except Exception as error:  # the database is away: the loop says so louder
+            log.info("scout_failed", error=str(error).strip())
+            self._front.scout_failed(began, time.monotonic())
+        else:
+            ended = time.monotonic()
+            self._front.scouted(known, seen, began, ended)
+            log.debug("scouted", seconds=round(ended - began, 3), seen=len(seen))
+        finally:
+            self._conn = None
+        self._back()
+
+
+async def _scout(conn: psycopg.AsyncConnection[Any], topics: list[str], known: Ends) -> list[Seen]:
+    async with conn.cursor(row_factory=args_row(Seen)) as cursor:
+        await cursor.execute(
+            _SCOUT,
+            (
+                topics,
+                [topic for topic, _ in known],
+                [priority for _, priority in known],
+                [at for at, _ in known.values()],
+                [row_id for _, row_id in known.values()],
+                CARRIES,
+            ),
+            binary=True,
+        )
+        return await cursor.fetchall()

@@ -1,0 +1,69 @@
+"""How an attempt ends that was not simply completed: it failed, was handed back or cancelled."""
+
+from datetime import timedelta
+from uuid import UUID
+
+from outwake.claim import fail, hand_back
+from outwake.errors import Fenced
+from outwake.handler import Connection
+from outwake.schema import in_schema
+from outwake.telemetry import trace
+from outwake.telemetry.log import get_logger
+from outwake.worker.engine.running import End, Outcome
+
+log = get_logger(__name__)
+
+_END_CANCELLED = in_schema("SELECT :schema.outbox_end_cancelled(%s, %s, %s)")
+
+_AS_COUNTED = {
+    "settled by its handler": "done",
+    "ready": "retry",
+    "dead": "dead",
+    "cancelled": "cancelled",
+    "handed back": "handed_back",
+    "fenced": "fenced",
+}
+"""What the metrics call the state that an attempt left."""
+
+
+async def settle(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
+    """Write it, and return what the metrics call it (worker/engine/metrics.py, OUTCOMES)."""
+    job = outcome.job
+    try:
+        state = await _write(conn, worker_id, outcome)
+    except Fenced:
+        state = "fenced"
+    log.info(
+        "ended",
+        outbox_id=job.row.id,
+        attempt=job.row.attempt,
+        topic=job.row.topic,
+        state=state,
+        reason=outcome.reason or None,
+        **trace.log_fields(job.traceparent),
+    )
+    return _AS_COUNTED[state]
+
+
+async def _write(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
+    job = outcome.job
+    match outcome.end:
+        case End.FAIL:
+            return await fail(
+                conn,
+                worker_id,
+                job.token,
+                outcome.reason,
+                delay=outcome.delay,
+                permanent=outcome.permanent,
+            )
+        case End.HAND_BACK:
+            back = await hand_back(conn, worker_id, [job.token], outcome.delay or timedelta(0))
+            return "handed back" if back else "fenced"
+        case End.CANCELLED:
+            cursor = await conn.execute(_END_CANCELLED, (worker_id, *job.token))
+            ended = await cursor.fetchone()
+            assert ended is not None
+            return {True: "cancelled", False: "handed back", None: "fenced"}[ended[0]]
+        case _:
+            return "settled by its handler" if job.settled else "fenced"

@@ -1,0 +1,264 @@
+"""A process that dies with its worker: started under the guardian (see `worker/process/guardian.py`).
+
+Output is read from the pipe only when asked for, so a slow reader makes the process wait instead
+of filling our memory. Of stderr only the end is kept.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from outwake.worker.errors import PermanentError, TransientError
+
+STDERR_TAIL = 64 * 1024
+CHUNK = 64 * 1024
+INHERITED = ("PATH", "HOME", "LANG", "TERM")
+
+Cause = Literal["exited", "stop", "deadline", "worker", "signal", "timeout", "lost"]
+
+_GUARDIAN = Path(__file__).with_name("guardian.py")
+_watchers: set[asyncio.Task["Exit"]] = set()  # the loop itself holds tasks only weakly
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a guarded process ended.
+
+    code: the exit status, or minus the number of the signal that ended it.
+    cause: why; `exited` if it ended by itself, `lost` if somebody killed the guardian, `timeout` if
+        it ran longer than it may, else as in `worker/process/guardian.py`.
+    stderr: the last 64 KiB of it, without what Postgres refuses in text.
+    left: how many of its processes outlived SIGKILL, nearly always 0.
+    """
+
+    code: int
+    cause: Cause
+    stderr: str
+    left: int
+
+
+class Guarded:
+    """A running process; made by `Guarded.start`."""
+
+    def __init__(self, process: Process, control: socket.socket, stdout: int, stderr: int) -> None:
+        self._process = process
+        self._control = control
+        self._stdout = stdout
+        self._stderr = stderr
+        self._tail = b""
+        self._timed_out = False
+        self._reader: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[int] = self._loop.create_future()  # the process's id, or -errno
+        self._loop.add_reader(stderr, self._take_stderr)
+        self._watcher = asyncio.create_task(self._watch())
+        _watchers.add(self._watcher)
+        self._watcher.add_done_callback(_watchers.discard)
+        self._watcher.add_done_callback(lambda _: self._wake())
+
+    @classmethod
+    @asynccontextmanager
+    async def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        deadline: float,
+        grace: float = 5.0,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Self]:
+        """Run `argv` in `cwd`; on leaving, nothing of it is alive.
+
+        env: added to an allow-list taken from ours (PATH, HOME, LANG, TERM); nothing else of our
+            environment reaches the process.
+        deadline: when to end it unless `extend` is called before, on `time.monotonic()`'s clock.
+        grace: seconds from SIGTERM to SIGKILL, when nothing else is said. For a process that is
+            gone when a lease runs out, pass the lease's end less the grace as deadline.
+        timeout: seconds after which it is ended however often it is extended.
+
+        Raises PermanentError if the command can't be run, TransientError if the system is short
+        of processes, memory or files.
+        """
+        process = await cls._spawn(argv, cwd, env, deadline, grace)
+        timer = process._loop.call_later(timeout, process._time_out, grace) if timeout else None
+        try:
+            await process._check_started(argv[0])
+            yield process
+        finally:
+            if timer:
+                timer.cancel()
+            await process._close(grace)
+
+    @classmethod
+    async def _spawn(
+        cls, argv: Sequence[str], cwd: Path, env: Mapping[str, str], deadline: float, grace: float
+    ) -> Self:
+        ours, theirs = socket.socketpair()
+        stdout, stdout_end = os.pipe()
+        stderr, stderr_end = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(_GUARDIAN), repr(deadline), repr(grace)),
+                *argv,
+                cwd=cwd,
+                env=environment(env),
+                stdin=theirs.fileno(),
+                stdout=stdout_end,
+                stderr=stderr_end,
+                start_new_session=True,  # Ctrl-C at a terminal is the worker's to handle
+            )
+            ours.setblocking(False)
+            os.set_blocking(stdout, False)
+            os.set_blocking(stderr, False)
+            return cls(process, ours, stdout, stderr)
+        except BaseException as error:
+            ours.close()
+            os.close(stdout)
+            os.close(stderr)
+            if isinstance(error, OSError | ValueError):
+                raise _refusal(argv[0], error) from error
+            raise
+        finally:
+            theirs.close()
+            os.close(stdout_end)
+            os.close(stderr_end)
+
+    def extend(self, deadline: float) -> None:
+        """Let it run until `deadline`, on `time.monotonic()`'s clock."""
+        self._tell(f"deadline {deadline!r}")
+
+    def stop(self, grace: float) -> None:
+        """Ask for its end: SIGTERM now, SIGKILL `grace` seconds later. May be called again."""
+        self._tell(f"stop {grace!r}")
+
+    async def read(self, timeout: float | None = None) -> bytes | None:
+        """The next output, at most 64 KiB; b"" at its end; None if `timeout` seconds bring none."""
+        await asyncio.sleep(0)  # a process that prints without pause must not starve the loop
+        while True:
+            over = self._watcher.done()  # asked before reading: then the pipe holds all there is
+            try:
+                return os.read(self._stdout, CHUNK)
+            except BlockingIOError:
+                if over:
+                    return b""
+            if not await self._readable(timeout):
+                return None
+
+    async def wait(self) -> Exit:
+        """How it ended. Read the output to its end first, else it may wait for you for ever."""
+        return await asyncio.shield(self._watcher)
+
+    async def _readable(self, timeout: float | None) -> bool:
+        """Whether there may be more to read; False once `timeout` seconds have passed."""
+        self._reader = self._loop.create_future()
+        self._loop.add_reader(self._stdout, self._wake)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._reader
+        except TimeoutError:
+            return False
+        finally:
+            self._loop.remove_reader(self._stdout)
+            self._reader = None
+        return True
+
+    def _wake(self) -> None:
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _tell(self, line: str) -> None:
+        # A guardian that is gone, or too busy ending the process to read, needs no more orders.
+        with contextlib.suppress(OSError):
+            self._control.send(f"{line}\n".encode())
+
+    def _time_out(self, grace: float) -> None:
+        self._timed_out = True
+        self.stop(grace)
+
+    async def _check_started(self, command: str) -> None:
+        number = await asyncio.shield(self._started)
+        if number < 0:
+            raise _refusal(command, OSError(-number, os.strerror(-number)))
+
+    async def _watch(self) -> Exit:
+        """Follow the guardian to its end."""
+        report: list[bytes] = []
+        try:
+            async for word, *values in self._reports():
+                if word == b"ended":
+                    report = values
+                elif not self._started.done():
+                    self._started.set_result(int(values[0]) * (1 if word == b"started" else -1))
+            if not report:
+                self._lose()
+            await self._process.wait()
+        finally:
+            self._control.close()
+            self._take_stderr()  # all that a pipe holds is one chunk
+            self._loop.remove_reader(self._stderr)
+            os.close(self._stderr)
+        stderr = self._tail.decode(errors="replace").replace("\0", "\ufffd")
+        if not report:
+            return Exit(-signal.SIGKILL, "lost", stderr, 0)
+        code, cause, left = int(report[0]), report[1].decode(), int(report[2])
+        if self._timed_out and cause == "stop":
+            cause = "timeout"
+        return Exit(code, cause, stderr, left)  # type: ignore[arg-type]
+
+    async def _reports(self) -> AsyncIterator[list[bytes]]:
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await self._loop.sock_recv(self._control, 4096):
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    yield line.split()
+
+    def _lose(self) -> None:
+        """The guardian is gone without a report: end what we can reach, the group."""
+        if not self._started.done():
+            self._started.set_exception(TransientError("the guardian ended before it began"))
+        elif self._started.result() > 0:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._started.result(), signal.SIGKILL)
+
+    def _take_stderr(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._stderr, CHUNK)
+            self._tail = (self._tail + data)[-STDERR_TAIL:]
+            if not data:
+                self._loop.remove_reader(self._stderr)
+
+    async def _close(self, grace: float) -> None:
+        self.stop(grace)
+        os.close(self._stdout)  # nobody reads any more: don't let it hang on a full pipe
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            # We may not wait: the guardian takes the closed socket for our death and does the rest.
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_WR)
+            raise
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a guarded process: an allow-list, then `given`. No secret of ours."""
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    return {"PATH": os.defpath, **inherited, **given}
+
+
+def _refusal(command: str, error: OSError | ValueError) -> PermanentError | TransientError:
+    short = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    kind = TransientError if getattr(error, "errno", None) in short else PermanentError
+    return kind(f"cannot run {Path(command).name}: {reason}")

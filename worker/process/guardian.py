@@ -1,0 +1,236 @@
+"""The guardian: a small process that ends an agent when its worker can't.
+
+Run as `python -I -S guardian.py DEADLINE GRACE COMMAND [ARGUMENT...]` by `worker/process/guarded.py`, with
+one end of a socket pair as stdin. It imports only small modules, to start in milliseconds.
+
+The protocol:
+1. The guardian makes itself the one to whom orphans of its tree fall (Linux: child subreaper), so
+   that a grandchild that left the group and the session is still found. It then starts the command
+   in a session and process group of its own, stdin from /dev/null, and says `started PID` or
+   `failed ERRNO`. Should the guardian itself be killed, the kernel kills the command (Linux) and
+   the worker kills the group.
+2. The worker may say `deadline T`: it holds its lease until T. T is absolute, on the monotonic
+   clock that all processes of a host share, so a message read late doesn't lengthen the lease.
+3. The tree is ended when the first of these happens, and that is the cause reported:
+   - `exited`: the command ended; what it left behind goes too.
+   - `stop`: the worker said `stop GRACE` (cancel, timeout, drain).
+   - `deadline`: the last T passed: the worker hangs, or is stopped, or lost its lease.
+   - `worker`: the socket closed: the worker died, by SIGKILL too. A process forked off the worker
+     may hold the socket open; the deadline covers that.
+   - `signal`: somebody sent the guardian SIGTERM, SIGINT or SIGHUP.
+4. Ending means SIGTERM to the whole tree, and SIGKILL once GRACE seconds have passed, again and
+   again until nothing is left: a process may fork while it is counted. No later message lengthens
+   the grace; a new `stop` or the loss of the worker may shorten it.
+5. The guardian says `ended CODE CAUSE LEFT` when no child is left: CODE is the command's exit
+   status, or minus the signal that ended it; LEFT counts processes that outlived SIGKILL for 10
+   seconds (they hang in the kernel, or run as another user), else 0.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import select
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+KILL_AGAIN = 0.05
+GIVE_UP = 10.0
+LINUX = sys.platform == "linux"
+CONTROL, STDOUT = 0, 1
+
+
+class Guardian:
+    def __init__(self, deadline: float, grace: float) -> None:
+        self.deadline = deadline
+        self.grace = grace
+        self.pid = 0
+        self.code: int | None = None
+        self.cause: str | None = None
+        self.kill_at = math.inf
+        self.give_up_at = math.inf
+        self._received = b""
+
+    def run(self, command: list[str]) -> None:
+        wake, wake_end = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(wake_end, False)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        try:
+            self.pid = spawn(command)
+        except OSError as error:
+            say(f"failed {error.errno}")
+            return
+        # The worker reads the output to its end, which we would hold back.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        say(f"started {self.pid}")
+        poll = select.poll()
+        poll.register(CONTROL, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        try:
+            while self.advance():
+                for fd, _ in poll.poll(self.pause()):
+                    if fd == wake:
+                        if set(os.read(wake, 4096)) - {signal.SIGCHLD}:
+                            self.end("signal", self.grace)
+                    elif not self.listen():
+                        poll.unregister(CONTROL)
+        except BaseException:
+            self.kill(signal.SIGKILL)
+            raise
+        code = -signal.SIGKILL if self.code is None else self.code
+        say(f"ended {int(code)} {self.cause or 'exited'} {len(self.members())}")
+
+    def advance(self) -> bool:
+        """Do what is due; whether there is still something to wait for."""
+        if not self.reap():
+            return False
+        now = time.monotonic()
+        if self.code is not None:
+            self.end("exited", self.grace)
+        if now >= self.deadline:
+            self.end("deadline", self.grace)
+        if now >= self.kill_at:
+            if now >= self.give_up_at:
+                return False
+            self.give_up_at = min(self.give_up_at, now + GIVE_UP)
+            self.kill(signal.SIGKILL)
+            self.kill_at = now + KILL_AGAIN
+        return True
+
+    def pause(self) -> float | None:
+        """Milliseconds until something is due, None without a deadline."""
+        due = self.deadline if self.cause is None else self.kill_at
+        if due == math.inf:
+            return None
+        return math.ceil(min(max(due - time.monotonic(), 0), 86_400) * 1000)
+
+    def listen(self) -> bool:
+        """Obey the worker; False once it is gone."""
+        try:
+            data = os.read(CONTROL, 4096)
+        except ConnectionResetError:  # it died with words of ours unread
+            data = b""
+        if not data:
+            self.end("worker", self.grace)
+            return False
+        *lines, self._received = (self._received + data).split(b"\n")
+        for line in lines:
+            word, value = line.split()
+            if word == b"deadline":
+                self.deadline = float(value)
+            else:
+                self.end("stop", float(value))
+        return True
+
+    def end(self, cause: str, grace: float) -> None:
+        """Begin to end the tree, or shorten the grace of an end begun earlier."""
+        if self.cause is None:
+            self.cause = cause
+            self.kill(signal.SIGTERM)
+            self.kill(signal.SIGCONT)  # a stopped process takes no SIGTERM
+        if cause in ("exited", "deadline"):  # both stay true: only the first time counts
+            grace = grace if self.kill_at == math.inf else math.inf
+        self.kill_at = min(self.kill_at, time.monotonic() + grace)
+
+    def reap(self) -> bool:
+        """Bury dead children, orphans that fell to us too; whether anything is left."""
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return True
+                if pid == self.pid:
+                    self.code = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            # Where orphans don't fall to us the group may live on without its leader.
+            return not LINUX and self.group_lives()
+
+    def kill(self, number: int) -> None:
+        members = self.members()
+        # One call for the group: no member escapes by forking while we go from one to the next.
+        if self.pid in members.values() or (not LINUX and self.group_lives()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+        for pid, group in members.items():
+            if group != self.pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+
+    def members(self) -> dict[int, int]:
+        """Process group by process of all that live below us; empty where there is no /proc."""
+        parents, groups = {}, {}
+        for name in os.listdir("/proc") if LINUX else ():
+            if not name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    stat = file.read()
+                # The command's name comes first, in parentheses, and may hold anything.
+                state, parent, group = stat[stat.rindex(b")") + 2 :].split()[:3]
+                parents[int(name)] = int(parent)
+                if state not in (b"Z", b"X"):
+                    groups[int(name)] = int(group)
+        below: set[int] = set()
+        level = {os.getpid()}
+        while level := {pid for pid, parent in parents.items() if parent in level} - below:
+            below |= level
+        return {pid: groups[pid] for pid in below if pid in groups}
+
+    def group_lives(self) -> bool:
+        try:
+            os.killpg(self.pid, 0)
+        except (ProcessLookupError, PermissionError):  # the latter on macOS, for zombies
+            return False
+        return True
+
+
+def spawn(command: list[str]) -> int:
+    """Start `command` as leader of a new session; raises OSError if it can't be executed."""
+    guardian = os.getpid()
+    failure, failure_end = os.pipe()  # closed by a successful exec
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != guardian:
+                os._exit(1)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), CONTROL)
+            # Handlers don't survive exec, but ignored and blocked signals do.
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            os.execvp(command[0], command)  # noqa: S606 - no shell is what we want
+        except OSError as error:
+            os.write(failure_end, str(error.errno).encode())
+        finally:
+            os._exit(127)
+    os.close(failure_end)
+    errno = os.read(failure, 16)
+    os.close(failure)
+    if errno:
+        raise OSError(int(errno), os.strerror(int(errno)))
+    return pid
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens
+        os.write(CONTROL, f"{line}\n".encode())
+
+
+def prctl(option: int, value: int) -> None:
+    if LINUX:
+        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+
+
+if __name__ == "__main__":
+    # Some event loops leave copies of our socket and pipes open: they would hide the end of each.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    Guardian(float(sys.argv[1]), float(sys.argv[2])).run(sys.argv[3:])

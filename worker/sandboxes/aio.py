@@ -1,0 +1,143 @@
+"""The HTTP API of an AIO sandbox: write a file, run a shell step.
+
+HTTP status 200 alone proves nothing there. A step has succeeded only if the answer says success, its
+status is completed and its exit code is 0; anything else is an error that names the step, never the
+command. Secrets go into files, not into commands.
+"""
+
+import asyncio
+import base64
+import math
+import re
+import shlex
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from outwake.telemetry import trace
+from outwake.worker.errors import PermanentError, TransientError
+
+STEP_TIMEOUT = 600.0
+_CONNECT, _ANSWER = 10.0, 60.0
+_WAIT = 30  # seconds of one /v1/shell/wait
+_PAUSE = 0.05
+_KILL_TIMEOUT = 10.0
+_SAID = 1000  # characters of a failed step's output that its error shows
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+_SLACK = 10.0  # seconds the sandbox has to tell of its own timeout
+
+
+class StepError(Exception):
+    """A shell step ended with an exit code other than 0; `said` is the end of its output."""
+
+    def __init__(self, step: str, code: int, said: str) -> None:
+        super().__init__(f"{step}: exit code {code}" + (f": {said}" if said else ""))
+        self.code = code
+        self.said = said
+
+
+class Sandbox:
+    """A client of one sandbox; made by `connect`."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, item: Any) -> AsyncIterator["Sandbox"]:
+        """The sandbox of an allocator's item. Raises PermanentError if the item names none."""
+        url = item.get("api_url") if isinstance(item, dict) else None
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+            raise PermanentError("the allocator's item has no api_url")
+        # Not by a proxy, which is for the world outside: sandboxes lie inside.
+        async with httpx.AsyncClient(base_url=url, headers=trace.headers(), trust_env=False) as client:
+            yield cls(client)
+
+    async def write(self, path: str, content: bytes) -> None:
+        """Write a file. Raises TransientError or PermanentError if the sandbox doesn't say it did."""
+        data = await self._call(
+            "file/write",
+            {"file": path, "content": base64.b64encode(content).decode(), "encoding": "base64"},
+        )
+        if data.get("bytes_written") not in (None, len(content)):
+            raise TransientError("the sandbox wrote only a part of a file")
+
+    async def run(self, step: str, script: str, *arguments: str, timeout: float = STEP_TIMEOUT) -> str:
+        """Run a shell script with `$1`, `$2` … and return its output, without the last line break.
+
+        step: its name in errors. The arguments are quoted; the script must be our own text.
+
+        Raises StepError for an exit code other than 0, TransientError if it did not end within
+        `timeout` seconds or the sandbox can't be reached, PermanentError if it refuses.
+        """
+        # An id of our own, so that a step whose answer never came can be killed too.
+        shell = f"outwake-{uuid4()}"
+        command = shlex.join(["sh", "-euc", script, "sh", *arguments])
+        try:
+            async with asyncio.timeout(timeout + _SLACK):
+                data = await self._exec(step, shell, command, timeout)
+        except TimeoutError:
+            await self._kill(shell)
+            raise TransientError(f"{step}: not done within {timeout:g} seconds") from None
+        except BaseException:
+            await self._kill(shell)
+            raise
+        code, output = data.get("exit_code"), _TERMINAL.sub("", str(data.get("output") or ""))
+        if not isinstance(code, int):
+            raise TransientError(f"{step}: the sandbox gave no exit code")
+        if code != 0:
+            raise StepError(step, code, _last_lines(output))
+        return output.replace("\0", "\ufffd").rstrip("\n")
+
+    async def _exec(self, step: str, shell: str, command: str, timeout: float) -> dict[str, Any]:
+        until = time.monotonic() + timeout
+        data = await self._call(
+            "shell/exec", {"id": shell, "command": command, "async_mode": False, "timeout": timeout}, timeout
+        )
+        shell = str(data.get("session_id") or shell)
+        # Quiet for long is not done: a clone says nothing.
+        while data.get("status") in ("running", "no_change_timeout"):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            seconds = min(_WAIT, math.ceil(left))
+            await self._call("shell/wait", {"id": shell, "seconds": seconds}, seconds)
+            await asyncio.sleep(_PAUSE)  # should it not wait at all
+            data = await self._call("shell/view", {"id": shell})
+        if data.get("status") != "completed":
+            raise TransientError(f"{step}: the sandbox's shell ended as {data.get('status')}")
+        return data
+
+    async def _kill(self, shell: str) -> None:
+        """End what a step left running, if the sandbox still answers; the step has failed anyway."""
+        with suppress(TransientError, PermanentError, TimeoutError):
+            async with asyncio.timeout(_KILL_TIMEOUT):
+                await self._call("shell/kill", {"id": shell})
+
+    async def _call(self, route: str, body: dict[str, Any], timeout: float = 0) -> dict[str, Any]:
+        limit = httpx.Timeout(_ANSWER + timeout, connect=_CONNECT)
+        try:
+            response = await self._client.post(f"/v1/{route}", json=body, timeout=limit)
+        except httpx.HTTPError as error:
+            raise TransientError(f"the sandbox can't be reached: {type(error).__name__}") from error
+        if response.is_client_error:
+            raise PermanentError(f"the sandbox refused {route} with status {response.status_code}")
+        try:
+            answer = response.json() if response.is_success else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise TransientError(f"the sandbox answered {route} with status {response.status_code}")
+        if answer.get("success") is not True:
+            raise TransientError(f"the sandbox failed at {route}: {str(answer.get('message'))[:200]}")
+        data = answer.get("data")
+        return data if isinstance(data, dict) else {}
+
+
+def _last_lines(output: str) -> str:
+    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    return "; ".join(lines[-4:])[-_SAID:]

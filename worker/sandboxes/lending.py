@@ -1,0 +1,124 @@
+"""Borrow a sandbox for an attempt, so that a crash at any point leaks none that we could know of.
+
+1. Record the intent, in a fenced transaction. A sandbox that the turn before left for this one is taken
+   over instead, and that is all; one that an earlier attempt of this turn held is owed its return first
+   (attempts share no sandbox).
+2. Ask the allocator, in a task of its own that nobody cancels: whatever stops the handler, the answer is
+   awaited, for the allocator can't be asked what it answered.
+3. Record the answer in one transaction, fenced by the attempt: the session holds the sandbox, the intent
+   is deleted. From here on the end of the row, whoever brings it about, owes the return (trigger
+   session_follow).
+4. An answer that comes too late, as the attempt is fenced, cancelled or its session deleted, becomes a
+   row of topic sandbox.return in the transaction that deletes the intent.
+
+The window that stays: the allocator has committed, and this process dies before step 3 or 4 has. The
+intent stays too, and the view sandbox_suspect shows it.
+"""
+
+import asyncio
+from uuid import UUID, uuid4
+
+from psycopg.types.json import Jsonb
+
+from outwake.errors import Cancelled, Fenced, HandBack
+from outwake.handler import Job
+from outwake.schema import in_schema
+from outwake.telemetry.log import get_logger
+from outwake.worker.errors import SessionError, Unclear
+from outwake.worker.messages import outlast
+from outwake.worker.sandboxes.directory import Allocator, Sandbox
+
+log = get_logger(__name__)
+
+_BEGIN = in_schema("SELECT :schema.sandbox_begin(%s, %s, %s, %s)")
+_HOLD = in_schema("SELECT :schema.sandbox_hold(%s, %s, %s)")
+# The intent says whether this was done already, should an earlier answer have been lost.
+_OWE = in_schema(
+    "WITH ended AS (DELETE FROM :schema.sandbox_borrow WHERE id = %s RETURNING id)"
+    " SELECT :schema.sandbox_owe(%s, %s) FROM ended"
+)
+_FORGET = in_schema("DELETE FROM :schema.sandbox_borrow WHERE id = %s")
+_NOTE = in_schema("UPDATE :schema.sandbox_borrow SET error = %s WHERE id = %s")
+
+_asking: set[asyncio.Task[Sandbox]] = set()  # the loop itself holds tasks only weakly
+
+
+async def borrow(job: Job, session_id: UUID, run: UUID, allocator: Allocator) -> tuple[Sandbox, bool]:
+    """The sandbox that the session now holds, and whether an earlier turn has used it.
+
+    run: what names the turn. Raises HandBack if none is free, SessionError if the allocator refuses,
+    Fenced or Cancelled.
+    """
+    intent = uuid4()
+    async with job.transaction() as conn:
+        cursor = await conn.execute(_BEGIN, (intent, session_id, *job.token))
+        row = await cursor.fetchone()
+    assert row is not None
+    if row[0] is not None:
+        return row[0], True
+    asking = asyncio.create_task(_ask(job, session_id, run, allocator, intent))
+    _asking.add(asking)
+    asking.add_done_callback(_asking.discard)
+    return await _never_abandon(asking), False
+
+
+async def _never_abandon(asking: asyncio.Task[Sandbox]) -> Sandbox:
+    stopped: asyncio.CancelledError | None = None
+    while not asking.done():
+        try:
+            await asyncio.wait([asking])
+        except asyncio.CancelledError as error:
+            stopped = error
+    if stopped is not None:
+        asking.exception()  # it has been dealt with
+        raise stopped
+    return asking.result()
+
+
+async def _ask(job: Job, session_id: UUID, run: UUID, allocator: Allocator, intent: UUID) -> Sandbox:
+    try:
+        sandbox = await allocator.borrow(intent, session_id, run, job.row.attempt)
+    except Unclear as error:
+        await _note(job, intent, str(error))
+        log.error("borrow_unclear", borrow_id=str(intent), error=str(error))
+        raise
+    except (SessionError, HandBack):
+        await _forget(job, intent)
+        raise
+    try:
+        await outlast(lambda: _hold(job, session_id, sandbox, intent))
+    except (Fenced, Cancelled, HandBack):
+        await outlast(lambda: _owe(job, session_id, sandbox, intent))
+        log.warning("borrowed_too_late", borrow_id=str(intent))
+        raise
+    log.info("borrowed", borrow_id=str(intent))
+    return sandbox
+
+
+async def _hold(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
+    async with job.transaction() as conn:
+        cursor = await conn.execute(_HOLD, (intent, session_id, Jsonb(sandbox)))
+        row = await cursor.fetchone()
+        if row is None or not row[0]:
+            raise HandBack("the session was deleted")
+
+
+async def _owe(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
+    async with job.connection() as conn:
+        await conn.execute(_OWE, (intent, session_id, Jsonb(sandbox)))
+
+
+async def _forget(job: Job, intent: UUID) -> None:
+    async def forget() -> None:
+        async with job.connection() as conn:
+            await conn.execute(_FORGET, (intent,))
+
+    await outlast(forget)
+
+
+async def _note(job: Job, intent: UUID, error: str) -> None:
+    async def note() -> None:
+        async with job.connection() as conn:
+            await conn.execute(_NOTE, (error, intent))
+
+    await outlast(note)
