@@ -5,16 +5,18 @@ Tests may run side by side: NOTIFY channels and advisory locks are per database.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from psycopg import AsyncConnection
 
-from tests.support.api import Api, serving
 from tests.support.database import new_database
 from tests.support.hand import Hand
 from tests.support.server import running_server, with_database
+
+if TYPE_CHECKING:
+    from tests.support.api import Api
 
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
 
@@ -78,8 +80,10 @@ async def connect(database: str) -> AsyncIterator[Connect]:
 
 
 @pytest.fixture
-async def api(database: str) -> AsyncIterator[Api]:
+async def api(database: str) -> "AsyncIterator[Api]":
     """A running API on the test's database."""
+    from tests.support.api import serving  # here: a unit test does not load the API
+
     async with serving(database) as running:
         yield running
 

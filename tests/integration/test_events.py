@@ -13,7 +13,7 @@ from psycopg import AsyncConnection
 import outwake.connect
 from outwake.app.live.hub import Hub
 from tests.conftest import Connect
-from tests.support.api import Api, serving, until
+from tests.support.api import TIMEOUT, Api, serving, until
 from tests.support.hand import Hand
 
 KILL_LISTENER = """
@@ -192,9 +192,16 @@ async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.Mon
     async with api.client.stream("GET", f"/sessions/{created['id']}/events") as response:
         lines = response.aiter_lines()
         assert await anext(lines) == "retry: 1000"
-        async for line in lines:
-            if line == ": heartbeat":
-                return
+        seen = []
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                async for line in lines:
+                    seen.append(line)
+                    if line == ": heartbeat":
+                        return
+        except TimeoutError:
+            pass
+    pytest.fail(f"waited for a heartbeat, and saw {seen}")
 
 
 async def test_only_what_is_followed_is_notified(

@@ -58,6 +58,39 @@ def test_layers(package: str, never: set[str]) -> None:
     assert wrong == {}
 
 
+CONCERNS = ("agents", "handlers", "messages", "process", "repo", "sandboxes", "secrets")
+
+
+@pytest.mark.parametrize(
+    ("files", "never"),
+    [
+        ("worker/engine/*.py", ("outwake.session", *(f"outwake.worker.{name}" for name in CONCERNS))),
+        ("outwake/*.py", ("outwake.session",)),
+        ("outwake/telemetry/*.py", ("outwake.session",)),
+    ],
+)
+def test_the_queue_knows_nothing_of_sessions(files: str, never: tuple[str, ...]) -> None:
+    """The engine runs any handler, the library serves any application. Settings hold those of all rooms."""
+    wrong = {}
+    paths = [path for path in sorted(ROOT.glob(files)) if path.name != "settings.py"]
+    assert paths
+    for path in paths:
+        modules = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [f"{node.module}.{alias.name}" for alias in node.names]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        if found := sorted(name for name in modules if f"{name}.".startswith(tuple(f"{n}." for n in never))):
+            wrong[str(path)] = found
+    assert wrong == {}
+
+
 def test_exports_are_sorted_and_complete() -> None:
     """All public names that outwake/__init__.py binds, in order: capitals first, as sorted() has them."""
     assert outwake.__all__ == sorted(outwake.__all__)
