@@ -1,4 +1,4 @@
-"""What the routes share, made once a process."""
+"""The objects that all routes share. A process makes them once."""
 
 from dataclasses import dataclass
 

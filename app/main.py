@@ -1,4 +1,4 @@
-"""The API process: the Starlette application, and uvicorn around it."""
+"""The API process: the Starlette application, served by uvicorn."""
 
 import asyncio
 import os
@@ -30,8 +30,8 @@ from outwake.telemetry import trace
 from outwake.telemetry.log import configure, get_logger
 from outwake.telemetry.stuck import StuckWatch
 
-SHUTDOWN_TIMEOUT = 20  # seconds for requests under way; no statement takes longer
-STALL_TIMEOUT = 30  # seconds until a client that takes nothing of what was sent is cut off
+SHUTDOWN_TIMEOUT = 20  # seconds for open requests; no statement takes longer
+STALL_TIMEOUT = 30  # seconds until a client that does not receive its data is disconnected
 BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,10 +39,10 @@ log = get_logger("outwake.app.main")
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The application. Its lifespan opens the pool and the LISTEN connection, and does not wait for
-    Postgres: until that answers, requests get 503.
+    """The application. Its lifespan opens the pool and the LISTEN connection, but does not wait for Postgres.
+    Until Postgres answers, requests get 503.
 
-    Raises ConfigurationError if the settings would open it to strangers, or name no issuer's URL.
+    Raises ConfigurationError if the settings would open it to strangers, or if the issuer's URL is invalid.
     """
     check_host(settings)
     check_issuer(settings)
@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> Starlette:
             settings, database, WorkerPresence(database), hub, stuck, authenticator, Limits(settings)
         )
         await database.open()
-        stuck.work_came()  # before we started
+        stuck.work_came()  # work may have come before the start
         running = asyncio.create_task(hub.run())
         running.add_done_callback(_end_with_the_hub)
         try:
@@ -82,14 +82,14 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def _end_with_the_hub(running: asyncio.Task[None]) -> None:
-    """Without it no stream would ever show anything: better to end, and be started anew."""
+    """Without the hub no stream shows anything. End the process, so that it is restarted."""
     if not running.cancelled() and (error := running.exception()):
         log.critical("hub_failed", exc_info=error)
         signal.raise_signal(signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """uvicorn waits for open responses before the lifespan ends; streams end before that."""
+    """Ends the streams first, because uvicorn waits for open responses before it ends the lifespan."""
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
@@ -118,19 +118,19 @@ class Server(uvicorn.Server):
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then end streams, finish what is under way, and return.
+    """Serve until SIGTERM or SIGINT. Then end streams, finish open requests, and return.
 
-    Logs `api_ready` with host and port once connections are taken.
+    Logs `api_ready` with host and port when it accepts connections.
 
-    Raises ConfigurationError if the host is not allowed or the address cannot be had.
+    Raises ConfigurationError if the host is not allowed or the address is not available.
     """
     configure(level=settings.log_level)
     trace.configure("outwake-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:
         server = Server(app)
-        # Before uvicorn's own handlers, a signal ends the start; after them, where uvicorn raises it again
-        # once it has shut down, it does nothing: for us that is a normal end.
+        # Before uvicorn installs its handlers, a signal aborts the start. After its shutdown uvicorn raises
+        # the signal again; the handler then does nothing, because that is a normal end.
         previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
         if not settings.token_required:
             everybody = "whoever can connect" if settings.dev_identity else "every user of this machine"
@@ -147,8 +147,8 @@ def run(settings: Settings) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening socket. Its options pass to the connections: a client that takes nothing, or is
-    gone without a word, is cut off by the kernel. Port 0 takes a free one.
+    """The listening socket. Connections inherit its options, by which the kernel disconnects a client that
+    receives nothing or has disappeared. Port 0 means any free port.
 
     Raises ConfigurationError.
     """

@@ -1,4 +1,4 @@
-"""The API as one table: the server's routes and the OpenAPI document are both made from it."""
+"""The API as one table. The server's routes and the OpenAPI document are made from it."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ NOBODY = Identity("nobody", operator=False)
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One method of one path. `answers`: by status, what it means and its body's model."""
+    """One method of one path. `answers` has a description and the body's model for each status."""
 
     method: str
     path: str
@@ -230,7 +230,7 @@ ENDPOINTS = [
 
 
 def routes() -> list[Route]:
-    """The table as routes. Methods of one path share a route, so that 405 names all of them."""
+    """The table as routes. The methods of one path share a route, so that a 405 names all of them."""
     paths: dict[str, dict[str, Endpoint]] = {}
     for endpoint in ENDPOINTS:
         paths.setdefault(endpoint.path, {})[endpoint.method] = endpoint

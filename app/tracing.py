@@ -1,4 +1,4 @@
-"""A span for each request (outwake/telemetry/trace.py): what it enqueues belongs to its trace."""
+"""A span for each request (outwake/telemetry/trace.py). Rows that the request enqueues join its trace."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -6,7 +6,7 @@ from outwake.telemetry import trace
 
 
 class Tracing:
-    """ASGI middleware, outside of the access log so that its lines have a trace_id."""
+    """ASGI middleware. It is outside of the access log, so that log lines have a trace_id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -16,7 +16,7 @@ class Tracing:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-        if not given and not trace.exporting():  # a span of nothing: 4 us
+        if not given and not trace.exporting():  # nothing would record the span
             await self._app(scope, receive, send)
             return
         method = scope["method"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exit status 0 after a drain, 1 on a failure, 2 on a usage error."""
+    """Run the command. The exit status is 0 after a drain, 1 on a failure, 2 on a usage error."""
     try:
         sys.exit(_main(_parser().parse_args(argv), list(sys.argv[1:] if argv is None else argv)))
     except (ConfigurationError, SchemaError, OSError) as error:
@@ -70,8 +70,8 @@ def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))
         return uvloop.run(_supervise(settings, children))
-    # What start-up made stays; a batch of rows makes thousands of objects that the reference count frees.
-    # With Python's default the collector took 20 % of the time of a drain.
+    # The objects of the start stay. A batch of rows makes thousands of objects, which the reference count
+    # frees. So the collector would cost time for little.
     collect_seldom()
     uvloop.run(_work(settings, handlers, relay, arguments.concurrency, arguments.parent))
     return 0
@@ -87,7 +87,7 @@ def _check(settings: Settings) -> int:
 
 
 def _relay(settings: Settings) -> "Relay | None":
-    """Imported only when it is asked for: the client takes memory, and is an extra."""
+    """Import the relay only if a setting asks for it: its client takes memory, and is an extra."""
     if not settings.relay_topics:
         return None
     try:
@@ -119,7 +119,7 @@ def _choose(installed: Mapping[str, Handler], topics: str | None) -> Mapping[str
 
 
 def _without_processes(argv: list[str]) -> list[str]:
-    """What the children are started with. The parent answers the health checks."""
+    """The arguments of the children. The parent answers the health checks."""
     kept, skip = [], False
     for word in argv:
         if skip or word == "--processes" or word.startswith("--processes="):

@@ -1,23 +1,23 @@
-"""What can go wrong between a worker and what it drives.
+"""Errors between a worker and the systems it drives.
 
-SessionError              the message is fit for the session's user
-├── PermanentError        trying again can't help: the repository isn't there, the command isn't
-└── TransientError        trying again may help: the network, a full disk, a branch that moved
-    └── Unclear           asked for a sandbox, and nobody knows what was answered: it may have leaked
+SessionError              the message may be shown to the session's user
+├── PermanentError        a retry can't help: the repository or the command doesn't exist
+└── TransientError        a retry may help: the network, a full disk, a branch that moved
+    └── Unclear           the outcome of a borrow is unknown: a sandbox may have leaked
 """
 
 
 class SessionError(Exception):
-    """A session's work can't go on; the message says why, without secrets."""
+    """A session's work can't continue. The message says why, without secrets."""
 
 
 class PermanentError(SessionError):
-    """Trying again can't help: end the work and show the message."""
+    """A retry can't help: end the work and show the message."""
 
 
 class TransientError(SessionError):
-    """Trying again may help: retry with backoff."""
+    """A retry may help: retry with backoff."""
 
 
 class Unclear(TransientError):
-    """Asked for a sandbox and got no answer of the allocator's: it may have leaked."""
+    """We asked for a sandbox and got no answer from the allocator: a sandbox may have leaked."""

@@ -1,7 +1,7 @@
-"""Stores what an agent prints while it runs.
+"""Stores an agent's output while it runs.
 
-Batches wait in memory, bounded in bytes, while the database is away: the agent runs on, and its output is
-stored afterwards. When the bound is reached, `put` waits, then the agent's pipe fills, and the agent waits.
+While the database is away, batches wait in memory, bounded in bytes. The agent runs on, and its output is
+stored afterwards. When the bound is reached, `put` waits. Then the agent's pipe fills, and the agent waits.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ _NOTIFY = in_schema("SELECT :schema.session_notify(%s)")
 
 
 class Messages(AbstractAsyncContextManager["Messages"]):
-    """Writes batches in order, in a task of its own. Leaving the block waits until all is stored.
+    """Writes batches in order, in a task of its own. Leaving the block waits until all are stored.
 
-    Raises Fenced or Cancelled, from `put` or on leaving, when the row says so.
+    Raises Fenced or Cancelled, from `put` or on leaving, if the row was fenced or a cancel was requested.
     """
 
     def __init__(self, job: Job, session_id: UUID, prompt_id: UUID) -> None:
@@ -46,7 +46,7 @@ class Messages(AbstractAsyncContextManager["Messages"]):
         self._ids = (session_id, prompt_id)
         self._waiting: deque[tuple[list[Event], int]] = deque()
         self._bytes = 0
-        self._last_seq = 0  # lets a write whose answer was lost be repeated: see message_append
+        self._last_seq = 0  # makes a write repeatable if its answer was lost: see message_append
         self._changed = asyncio.Condition()
         self._closed = False
 
@@ -67,7 +67,7 @@ class Messages(AbstractAsyncContextManager["Messages"]):
         await self._writer
 
     async def put(self, batch: list[Event]) -> None:
-        """Take a batch; waits while more than 16 MiB are unstored."""
+        """Take a batch; wait while more than 16 MiB are not stored yet."""
         size = sum(len(json.dumps(event)) for event in batch)
         async with self._changed:
             await self._changed.wait_for(
@@ -108,7 +108,7 @@ class Messages(AbstractAsyncContextManager["Messages"]):
                 row = await cursor.fetchone()
                 assert row is not None
                 fenced, cancel, last_seq, watched = row
-                if watched and not fenced:  # once that has committed: sql/session/functions/events.sql
+                if watched and not fenced:  # after the commit: sql/session/functions/events.sql
                     await conn.execute(_NOTIFY, (self._ids[0],))
             if fenced:
                 raise Fenced(*self._job.token)
@@ -120,8 +120,8 @@ class Messages(AbstractAsyncContextManager["Messages"]):
 
 
 async def outlast(write: Callable[[], Awaitable[None]]) -> None:
-    """Await `write()` again and again while the database is away; the lease decides for how long, for
-    its end cancels us. A write whose answer was lost may be done twice: it must be fenced or harmless.
+    """Retry `write()` while the database is away. The end of the lease cancels us, so it limits the retries.
+    A write whose answer was lost may be executed twice, so it must be fenced or harmless.
     """
     delay = _RETRY_FIRST
     while True:

@@ -1,4 +1,4 @@
-"""Answers. The database makes most of the JSON; it is passed on without being read."""
+"""JSON answers. The database makes most of them, and the API passes their text on unparsed."""
 
 from collections.abc import Mapping
 

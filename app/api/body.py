@@ -1,4 +1,4 @@
-"""What a request says, checked: its body, query and headers."""
+"""Reads and checks a request's body, query and headers."""
 
 import json
 import re
@@ -30,7 +30,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
     settings = context(request).settings
     text = await read_bytes(request, settings.max_body)
     try:
-        # json, not pydantic's parser: it passes lone surrogates on, so that they are located.
+        # json passes lone surrogates on, so the model can report where they are. pydantic's parser does not.
         content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
@@ -42,7 +42,7 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too large; the rest is not read."""
+    """The body. If it is too large, it is refused as soon as that is known, and the rest is not read."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
@@ -79,7 +79,7 @@ def read_query(request: Request, model: type[Model]) -> Model:
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The Idempotency-Key, a quoted string by the draft; without quotes it is the same key."""
+    """The Idempotency-Key. The draft standard wants it quoted; without quotes it is the same key."""
     given = request.headers.getlist("idempotency-key")
     if not given:
         return None
@@ -99,7 +99,7 @@ def last_event_id(request: Request) -> int | None:
 
 
 def traceparent(request: Request) -> str | None:
-    """The W3C trace context; by its rules one that is malformed is as good as none."""
+    """The W3C trace context. As its standard says, a malformed one is ignored."""
     return trace.current() or trace.valid(request.headers.get("traceparent"))
 
 

@@ -1,4 +1,4 @@
-"""Cursors of keyset pagination: opaque to clients, a time and an id to us."""
+"""Cursors of keyset pagination. A cursor holds a time and an id; clients treat it as opaque."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ def encode(at: datetime, key: UUID | int) -> str:
 
 
 def decode(cursor: str | None, parse: Callable[[str], Key]) -> tuple[datetime | None, Key | None]:
-    """The position, or two None for the first page. Raises Problem (invalid)."""
+    """The position; (None, None) for the first page. Raises Problem (invalid)."""
     if cursor is None:
         return None, None
     try:
@@ -37,7 +37,7 @@ def uuid(text: str) -> UUID:
 
 
 def row_id(text: str) -> int:
-    """An id of the outbox. Raises ValueError for what no row can have."""
+    """An id of an outbox row. Raises ValueError if no row can have it."""
     number = int(text)
     if not 0 < number < 2**63:
         raise ValueError

@@ -23,12 +23,12 @@ _WORKERS = ("worker_present", "nothing_stuck")
 
 
 async def alive(request: Request, identity: Identity) -> Response:
-    """The process answers. Says nothing about the database: restarting us would not mend that."""
+    """The process answers. This ignores the database, because a restart of the API would not repair it."""
     return json_response(Health(status="alive").model_dump_json())
 
 
 async def ready(request: Request, identity: Identity) -> Response:
-    """Requests and streams can be served; with `workers=1` also: somebody works on sessions."""
+    """Whether the API can serve requests and streams. `workers=1` also asks whether workers run sessions."""
     asked = read_query(request, ReadyQuery)
     found, misfit = await _look(context(request))
     answer = found.model_dump()
@@ -45,7 +45,7 @@ async def ready(request: Request, identity: Identity) -> Response:
 
 
 async def _look(here: Context) -> tuple[Ready, str]:
-    """How things are, and why the schema does not fit."""
+    """The state of each check, and the reason if the schema does not fit."""
     listener = here.hub.listening
     nothing: dict[str, Any] = {
         "schema_fits": False,

@@ -1,4 +1,4 @@
-"""What the agent said, page by page."""
+"""Pages of the agent's messages."""
 
 import json
 
@@ -13,9 +13,10 @@ from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.schema import in_schema
 
-PAGE_BYTES = 4_000_000  # as stored, which is compressed; the first message of a page may exceed it
+PAGE_BYTES = 4_000_000  # compressed, as stored; the first message of a page may be larger
 
-# One row more than asked for tells whether there is more. A page also ends where it gets too large.
+# It reads one row more than asked for, to know whether another page follows. A page also ends when it is
+# too large.
 _LIST = in_schema("""
 WITH target AS (
     SELECT s.id FROM :schema.session AS s

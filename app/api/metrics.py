@@ -1,6 +1,6 @@
-"""Metrics of an API process: what came in, how it went and how long it took, and what the database knows.
+"""Metrics of an API process: its requests, their results and durations, and the database's figures.
 
-Durations are measured to the first byte of the answer: an event stream lasts as long as somebody looks.
+A duration ends at the first byte of the answer, because an event stream lasts as long as its client stays.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 def count(method: str, route: str | None, status: int, seconds: float) -> None:
-    """A request that was answered, with the time to the first byte."""
-    # What matches no route, and a method nobody knows, is one label: a stranger must not make more.
+    """Count an answered request; `seconds` is the time to the first byte."""
+    # All unknown routes share one label, and so do all unknown methods: a stranger must not create labels.
     requests, durations = _counters(method if method in _METHODS else "other", route or "none", status)
     requests.inc()
     durations.observe(seconds)
@@ -48,12 +48,12 @@ def count(method: str, route: str | None, status: int, seconds: float) -> None:
 
 @cache
 def _counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    """To find them by their labels each time took 3 us more."""
+    """Cached, because a lookup by labels is slow."""
     return _REQUESTS.labels(method, route, str(status)), _SECONDS.labels(method, route)
 
 
 async def metrics(request: Request, identity: Identity) -> Response:
-    """What this process has counted, and what the database knows at this moment."""
+    """This process's counters, and the database's figures as of now."""
     here = context(request)
     text = render(REGISTRY.collect(), _listening(here), await _database(here))
     return Response(text, media_type=CONTENT_TYPE)

@@ -1,7 +1,7 @@
-"""What requests may hold and what answers look like. The OpenAPI document is made from these.
+"""Models of requests and answers. The OpenAPI document is made from them.
 
-Answers are made by the database (session_json and the like in sql/) and sent as they come; a test holds
-real answers against these models.
+The database makes the answers (session_json and similar functions in sql/), and the API sends them as they
+are. A test compares real answers with these models.
 """
 
 from datetime import datetime
@@ -26,7 +26,7 @@ MAX_SEQ = 2**63 - 1
 
 
 def _storable(text: str) -> str:
-    """Postgres stores every text but these."""
+    """Check that Postgres can store the text."""
     if "\0" in text:
         raise ValueError("must not contain the character NUL")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
@@ -53,7 +53,8 @@ def _callback(url: str, info: ValidationInfo) -> str:
 
 
 Storable = AfterValidator(_storable)
-# The patterns are for the document: they let pass all that the checks do, and the checks explain better.
+# The patterns are for the document only. They accept all that the checks accept, and the checks give better
+# errors.
 Repo = Annotated[
     str,
     Field(

@@ -41,7 +41,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
     "Allow": {"description": "The methods of this path.", "schema": {"type": "string"}},
 }
 
-# Of each event of the stream; `data` is JSON.
+# The schema of one event of a stream; `data` is JSON.
 _EVENT = {
     "type": "object",
     "required": ["event", "data"],
@@ -124,7 +124,7 @@ def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query has no null: what may be None may be left out."""
+    """The schema without its null: a query cannot hold one, and a nullable parameter may be left out."""
     choices = schema.pop("anyOf", None)
     if choices is None:
         return schema

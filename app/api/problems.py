@@ -1,8 +1,8 @@
 """Errors as RFC 9457 problem details.
 
-Every error of this API is one of KINDS: `type` is `urn:outwake:problem:KIND`, `title` and `status`
-belong to the kind, `detail` tells this case. `errors` lists what is wrong with the request: each names
-a place (`pointer` into the body as a JSON pointer, `parameter` of the query, or `header`).
+Every error of this API is one of KINDS. `type` is `urn:outwake:problem:KIND`. `title` and `status` belong
+to the kind; `detail` describes this case. `errors` lists what is wrong with the request, each with its place:
+a `pointer` into the body (a JSON pointer), a `parameter` of the query, or a `header`.
 """
 
 import json
@@ -21,7 +21,7 @@ from starlette.responses import Response
 from outwake.telemetry.log import get_logger
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER = 2  # seconds: an outage is probed about once a second
+RETRY_AFTER = 2  # seconds; during an outage the API probes about once a second
 
 KINDS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The request cannot be read"),
@@ -49,7 +49,7 @@ log = get_logger("outwake.app.api.problems")
 
 
 class Problem(Exception):
-    """A request that cannot be answered as asked; `kind` is one of KINDS."""
+    """The request fails. `kind` is one of KINDS."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Problem(Exception):
             self.headers.setdefault("Retry-After", str(RETRY_AFTER))
 
     def response(self) -> Response:
-        body = json.dumps(self.document).encode()  # ASCII: a field's name may be a lone surrogate
+        body = json.dumps(self.document).encode()  # ASCII, because a field's name may be a lone surrogate
         return Response(body, self.status, self.headers, MEDIA_TYPE)
 
 
@@ -86,7 +86,7 @@ def unavailable(detail: str = "The database does not answer; try again.") -> Pro
 
 
 def invalid(error: ValidationError, place: str) -> Problem:
-    """What pydantic found, located: `place` is `pointer` (the body), `parameter` or `header`."""
+    """pydantic's errors with their places. `place` is `pointer` (in the body), `parameter` or `header`."""
     errors = []
     for found in error.errors(include_url=False, include_input=False):
         detail = found["msg"]
@@ -108,7 +108,7 @@ def _locate(location: tuple[int | str, ...], place: str) -> str:
 
 
 def of_database(error: psycopg.Error) -> Problem:
-    """503 for what passes or an operator mends: no server, no space, read only, no time, no schema."""
+    """The problem for a database error. It is 503 if the error may pass or an operator can repair it."""
     match error:
         case pg.UndefinedTable() | pg.UndefinedFunction() | pg.UndefinedColumn():
             log.error("schema_missing", error=str(error))
@@ -130,7 +130,7 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses."""
+    """The problem for a request that Starlette itself refuses."""
     assert isinstance(error, HTTPException)
     kinds = {404: "not-found", 405: "method-not-allowed", 406: "not-acceptable"}
     kind = kinds.get(error.status_code, "malformed")

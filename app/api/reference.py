@@ -1,6 +1,6 @@
-"""/openapi.json, and /docs, which renders it by Swagger UI. Nothing comes from another host.
+"""/openapi.json, and /docs, where Swagger UI renders it. The page loads nothing from another host.
 
-The package offapi carries Swagger UI's files. It is not imported: that would load all its templates.
+The package offapi has Swagger UI's files. It is not imported, because an import loads all its templates.
 """
 
 import json
@@ -17,7 +17,7 @@ from outwake.app.api.body import check_accept
 from outwake.app.api.openapi import document
 from outwake.app.api.problems import Problem
 
-# Swagger UI styles elements inline and has icons as data: URLs.
+# Swagger UI uses inline styles, and data: URLs for its icons.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,7 +36,7 @@ _PAGE = """<!DOCTYPE html>
 <script src="/docs/start.js"></script>
 """
 
-# Without validatorUrl: null it asks a service elsewhere whether the document is valid.
+# Without `validatorUrl: null` Swagger UI asks a remote service to validate the document.
 _START = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null,
 });

@@ -1,4 +1,4 @@
-"""The outbox for operators: look at dead rows, retry, discard or cancel them."""
+"""The outbox for operators: list dead rows; show, retry, discard or cancel a row."""
 
 import json
 
@@ -50,17 +50,17 @@ async def show_row(request: Request, identity: Identity) -> Response:
 
 
 async def retry_row(request: Request, identity: Identity) -> Response:
-    """Dead or cancelled -> ready."""
+    """A dead or cancelled row becomes ready."""
     return await _change(request, identity, "retry")
 
 
 async def discard_row(request: Request, identity: Identity) -> Response:
-    """Dead -> cancelled."""
+    """A dead row becomes cancelled."""
     return await _change(request, identity, "discard")
 
 
 async def cancel_row(request: Request, identity: Identity) -> Response:
-    """Ready -> cancelled; a running one when its worker has stopped it."""
+    """A ready row becomes cancelled at once, a running row when its worker has stopped it."""
     return await _change(request, identity, "cancel")
 
 

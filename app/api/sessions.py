@@ -23,12 +23,12 @@ from outwake.app.context import context
 from outwake.schema import in_schema
 
 JSON = ("application/json",)
-SESSION_RETRY = 30  # seconds: a turn takes minutes
+SESSION_RETRY = 30  # seconds, because a turn takes minutes
 PATCH = ("application/merge-patch+json", "application/json")
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 
-# One statement: session, prompt, outbox row and idempotency key commit together or not at all. A parent
-# that may not be seen leaves `new` empty, so that nothing is called.
+# One statement, so the session, prompt, outbox row and idempotency key commit together or not at all.
+# `new` is empty if the user may not see the parent; session_create is not called then.
 _CREATE = Statement(
     in_schema("""
 WITH new AS MATERIALIZED (
@@ -88,7 +88,7 @@ ORDER BY s.created_at DESC, s.id DESC
 LIMIT %(rows)s
 """)
 )
-# Only those that apply, so that each combination gets a plan of its own.
+# A query has only the conditions that apply, so that each combination gets its own plan.
 _CONDITIONS = {
     "scope": sql.SQL("s.user_id = %(scope)s"),
     "at": sql.SQL("(s.created_at, s.id) < (%(at)s, %(key)s)"),
@@ -150,7 +150,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
             if error.diag.constraint_name != "session_branch_of_repo":
                 raise
             if asked.branch is None and attempt < 2:
-                continue  # our own name for it hit another's: the next id gives another
+                continue  # the generated branch name is taken; retry with a new id
             raise Problem(
                 "branch-taken", "An active session of this repository has this branch; name another."
             ) from None
@@ -186,7 +186,7 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
     try:
         row = await here.database.row(_CREATE_PROMPT, values)
     except pg.UniqueViolation:
-        # The same key, just now and for another session: it is there to be read now.
+        # A concurrent request for another session used the same key. It has committed: now the key is found.
         row = await here.database.row(_CREATE_PROMPT, values)
     assert row is not None
     outcome, answer = row
@@ -289,13 +289,13 @@ def _replay_mark(outcome: str) -> dict[str, str]:
 
 
 def _hash(target: str, asked: BaseModel) -> bytes:
-    """Of what was asked for, whatever the order and spacing of the JSON that said it."""
+    """The hash of the request's content. The order and spacing of its JSON do not matter."""
     content = asked.model_dump(mode="json", exclude_none=True)
     return hashlib.sha256(json.dumps([target, content], sort_keys=True).encode()).digest()
 
 
 def _first_line(prompt: str) -> str:
-    """The first line with text, fit for a title, or nothing."""
+    """The first line that has text, made fit for a title. Empty if there is none."""
     for line in prompt.splitlines():
         if not line.isprintable():
             line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))

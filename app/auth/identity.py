@@ -1,17 +1,17 @@
-"""Who asks: the one seam for authentication.
+"""Authentication of requests. All of it is in this module.
 
-Where tokens are required (OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN is set) a request must bring one in
-its Authorization header: an API token, or a token of the issuer, whose `sub` is the user. Nothing else
-counts: no cookie, so that no page of another origin can use a user's browser, and no header that names a
-user. (The dashboard's pages have a cookie and forms that cannot be forged: app/dashboard/page.py.)
+Tokens are required if OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN is set. Then a request must have one in
+its Authorization header: an API token, or a token of the issuer, whose `sub` is the user. The API accepts no
+cookie, so a page of another origin cannot use a user's browser, and no header that names a user. (The
+dashboard has a cookie, and forms that cannot be forged: app/dashboard/page.py.)
 
-Elsewhere is the development mode: everybody is the operator `local`, so it must not be reachable from
-outside:
-1. The process refuses to listen on anything but loopback, unless OUTWAKE_DEV_IDENTITY=1 says that
-   somebody else keeps strangers out (a compose network, a proxy that authenticates).
-2. Loopback alone does not keep out a web page in the user's own browser. Such a page has another
-   Origin, and one that got our address under its own name (DNS rebinding) another Host: both are refused.
-A request that brings a token is judged by it, here too.
+Otherwise this is the development mode. Everybody is the operator `local`, so outsiders must not reach the
+process:
+1. The process listens on loopback only, unless OUTWAKE_DEV_IDENTITY=1 says that something else keeps
+   strangers out (a compose network, an authenticating proxy).
+2. A web page in the user's own browser can reach loopback. Such a page has another Origin. A page that gave
+   our address its own name (DNS rebinding) has another Host. Both are refused.
+If a request has a token, the token decides in this mode too.
 """
 
 import ipaddress
@@ -32,38 +32,38 @@ from outwake.settings import Settings
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 TOKEN_LENGTH = 16_384
-FOREVER = 2**40  # seconds since 1970; an issuer may write any number
+FOREVER = 2**40  # seconds since 1970; caps an issuer's `exp`, which may be any number
 REMEMBERED = 10_000  # tokens of the issuer
-API_TOKEN_STREAM = 3600.0  # seconds until a stream must show again that its API token is not revoked
+API_TOKEN_STREAM = 3600.0  # seconds; a stream of an API token ends then, in case the token was revoked
 
-# The case of the token's own characters is not ignored: 1 us, and not 7.
+# Only the word `Bearer` ignores case: a pattern that ignores it everywhere is slower.
 _BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A user of the API. An operator sees everybody's sessions and the outbox."""
+    """A user of the API. An operator sees all users' sessions and the outbox."""
 
     user_id: str
     operator: bool
     until: float = float("inf")
-    """When it has to be shown again, by the monotonic clock: a stream ends then."""
+    """When the token must be shown again (monotonic clock). A stream ends then."""
 
     @property
     def scope(self) -> str | None:
-        """The user whose sessions may be seen; None: everybody's."""
+        """The user whose sessions this user may see. None means all users."""
         return None if self.operator else self.user_id
 
 
 class Authenticator:
-    """Knows users by their tokens."""
+    """Identifies users by their tokens."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
         self._tokens = Tokens(database)
         self._issuer = Issuer(settings) if settings.oidc_issuer else None
-        # By hash, with when the keys were fetched that verified it: renewed keys verify it anew. To verify
-        # one takes 190 us, as much as all else that the API does with a request but the query.
+        # By the token's hash, with the time at which the keys that verified it were fetched. Verification is
+        # expensive, so it is repeated only when the keys are renewed.
         self._verified: dict[bytes, tuple[Identity, float]] = {}
 
     async def close(self) -> None:
@@ -84,7 +84,7 @@ class Authenticator:
         return self._issuer
 
     async def by_token(self, token: str) -> Identity:
-        """Whom the token stands for. Raises Problem (unauthorized, unavailable)."""
+        """The token's user. Raises Problem (unauthorized, unavailable)."""
         if is_token(token):
             owner = await self._tokens.owner(token)
             if owner is None:
@@ -144,7 +144,7 @@ def _check_developer(request: Request, settings: Settings) -> None:
 
 
 def check_host(settings: Settings) -> None:
-    """Raise ConfigurationError where the development mode would be open to strangers."""
+    """Raise ConfigurationError if the development mode would be open to strangers."""
     if not settings.token_required and not settings.dev_identity and not is_loopback(settings.host):
         raise ConfigurationError(
             f"OUTWAKE_HOST: {settings.host} is not loopback, and there is no authentication: set "
@@ -154,7 +154,7 @@ def check_host(settings: Settings) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is localhost, a name below it, or a loopback address."""
+    """Whether `host` is localhost, a name below it, or a loopback address."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

@@ -1,8 +1,7 @@
-"""What one user may take of an API process: requests a second and open streams.
+"""Limits of one user in an API process: requests a second and open streams.
 
-Both are counted in this process, so that a request costs no query; behind n processes a user has n times as
-much. How many sessions a user may have is counted by the database (session_admit). Operators are not
-limited, but no more streams are opened than the process can keep.
+The process counts both itself, so a request costs no query; n processes allow n times as much. The database
+limits a user's sessions (session_admit). For operators only the process's own limit of streams applies.
 """
 
 import time
@@ -24,7 +23,7 @@ class Limits:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
-        # By user: requests left, and when that was so. Who is not there has a full bucket.
+        # By user: the requests left, and the time of that count. A user without an entry has a full bucket.
         self._buckets: dict[str, tuple[float, float]] = {}
         self._streams: Counter[str] = Counter()
 
@@ -44,11 +43,11 @@ class Limits:
                 "too-many-requests", f"The limit is {rate:g} a second.", headers={"Retry-After": str(wait)}
             )
         self._buckets[identity.user_id] = (left - 1, now)
-        if len(self._buckets) > REMEMBERED:  # the one that has been idle longest is the first
+        if len(self._buckets) > REMEMBERED:  # the first user has been idle longest
             del self._buckets[next(iter(self._buckets))]
 
     def open_stream(self, identity: Identity) -> Callable[[], None]:
-        """Count an event stream until the function returned is called. Raises Problem (too-many-streams)."""
+        """Count an event stream until the caller calls the result. Raises Problem (too-many-streams)."""
         limit = self._settings.max_streams
         if not identity.operator and self._streams[identity.user_id] >= limit:
             raise _too_many(f"You have {limit} event streams open.")

@@ -1,15 +1,15 @@
-"""Tokens of an OpenID Connect issuer, verified by its published keys.
+"""Verification of an OpenID Connect issuer's tokens with its published keys.
 
-1. The header is only believed as far as it picks a key: an algorithm of ALGORITHMS (all asymmetric: with
-   HS256 the public key itself would sign), and a key of ours that is made for it. URLs and keys in a
+1. The token's header only selects a key. Its algorithm must be one of ALGORITHMS, and a fetched key must
+   allow it. All are asymmetric: with HS256 anybody could sign with the public key. URLs and keys in the
    header (`jku`, `jwk`, `x5u`) are ignored.
-2. Keys come from discovery, fetched by one task whoever waits for it. They are used for FRESH seconds, then
-   renewed while they go on serving; at STALE they end, so that a key that was withdrawn does too.
-3. An unknown `kid` fetches them anew (the issuer may have rotated), but not within PAUSE of the last try: a
-   storm of invented ones costs the issuer one request each PAUSE, and us none.
-4. The signature, then `iss`, `aud`, `exp`, `nbf` and `iat`, with LEEWAY for clocks that differ.
+2. Keys come from discovery. One task fetches them for all requests that wait. After FRESH seconds it renews
+   them, and the old keys serve meanwhile. After STALE seconds they expire, so a withdrawn key does too.
+3. An unknown `kid` triggers a fetch, because the issuer may have rotated its keys. There is at most one
+   each PAUSE, so that a flood of invented `kid`s does not flood the issuer.
+4. The signature is checked, then `iss`, `aud`, `exp`, `nbf` and `iat`. LEEWAY allows for clock differences.
 
-app/auth/identity.py remembers a token that passed and forgets it with the keys: `renewed` says which.
+app/auth/identity.py caches a verified token for as long as the same keys count; `renewed` identifies them.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from outwake.errors import ConfigurationError
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 
-# By the kind of key: (kty, crv) -> algorithms.
+# The algorithms of each kind of key: (kty, crv) -> algorithms.
 _BY_KEY = {
     ("RSA", None): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     ("EC", "P-256"): ("ES256",),
@@ -43,8 +43,8 @@ MIN_RSA_BITS = 2048
 LEEWAY = 30  # seconds
 FRESH = 600.0  # seconds
 STALE = 3600.0  # seconds
-PAUSE = 10.0  # seconds between fetches for an unknown kid, at least
-FAILURE_PAUSE = 1.0  # seconds after a failed fetch, while there are no keys at all
+PAUSE = 10.0  # least seconds between fetches for an unknown kid
+FAILURE_PAUSE = 1.0  # seconds after a failed fetch, if there are no valid keys
 FETCH_TIMEOUT = 5.0  # seconds
 MAX_DOCUMENT = 1_000_000  # bytes
 
@@ -52,16 +52,16 @@ log = get_logger("outwake.app.auth.oidc")
 
 
 class Rejected(Exception):
-    """The token is not accepted; the message says why, to the client."""
+    """The token is not accepted. The message tells the client why."""
 
 
 class _Unusable(Exception):
-    """What the issuer answered cannot be used."""
+    """The issuer's answer cannot be used."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A public key of the issuer, and what it may have signed."""
+    """A public key of the issuer, and the algorithms it allows."""
 
     kid: str | None
     algorithms: frozenset[str]
@@ -69,7 +69,7 @@ class Key:
 
 
 def check_issuer(settings: Settings) -> None:
-    """Raise ConfigurationError if OUTWAKE_OIDC_ISSUER is set and is no issuer's URL."""
+    """Raise ConfigurationError if OUTWAKE_OIDC_ISSUER is set but is not an issuer's URL."""
     if not settings.oidc_issuer:
         return
     try:
@@ -91,7 +91,7 @@ class Issuer:
         self._secure = self._issuer.startswith("https://")
         if not self._secure:
             log.warning("issuer_by_http", issuer=self._issuer, warning="its keys can be forged on the way")
-        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT)  # follows no redirect
+        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT)  # it follows no redirects
         self._keys: list[Key] = []
         self.fetched_at = self._tried_at = float("-inf")
         self._fetching: asyncio.Task[None] | None = None
@@ -104,7 +104,7 @@ class Issuer:
         await self._client.aclose()
 
     async def verify(self, token: str) -> Mapping[str, Any]:
-        """The claims. Raises Rejected, or Problem (unavailable) if the issuer's keys cannot be had."""
+        """The claims. Raises Rejected, or Problem (unavailable) if the issuer's keys cannot be fetched."""
         try:
             header = jwt.get_unverified_header(token)
         except (jwt.PyJWTError, ValueError, RecursionError):
@@ -142,8 +142,9 @@ class Issuer:
         return claims
 
     async def renewed(self) -> float:
-        """`fetched_at` of the keys that count now, which tells them from those before. Raises Problem
-        (unavailable) if there are none.
+        """`fetched_at` of the current keys, which identifies them.
+
+        Raises Problem (unavailable) if there are none.
         """
         await self._renew_in_time()
         return self.fetched_at
@@ -170,7 +171,7 @@ class Issuer:
         return found
 
     def _match(self, kid: str | None, algorithm: str) -> Key | None:
-        """Without a kid only if there is no doubt which key is meant."""
+        """The key that fits, if exactly one does. Without a kid, keys of any id fit."""
         fitting = [key for key in self._keys if algorithm in key.algorithms and kid in (None, key.kid)]
         return fitting[0] if len(fitting) == 1 else None
 
@@ -184,7 +185,7 @@ class Issuer:
         return self._fetching
 
     async def _fetch(self) -> None:
-        await asyncio.shield(self._start())  # who gives up waiting does not end it for the others
+        await asyncio.shield(self._start())  # a request that stops waiting must not cancel it for others
 
     async def _renew(self) -> None:
         self._tried_at = begun = self._clock()
@@ -199,7 +200,7 @@ class Issuer:
         log.info("issuer_keys", issuer=self._issuer, keys=[key.kid for key in keys])
 
     async def endpoint(self, name: str) -> str:
-        """A URL from the discovery document, read anew. Raises Problem (unavailable)."""
+        """A URL of the discovery document, which is fetched again. Raises Problem (unavailable)."""
         try:
             return self._url(await self._document(), name)
         except (httpx.HTTPError, httpx.InvalidURL, _Unusable) as error:
@@ -243,7 +244,7 @@ class Issuer:
 
 
 def _usable(jwk: Any) -> Key | None:
-    """The key, or None for one that is of no use to us: symmetric, weak, or for encryption."""
+    """The key, or None if it is symmetric, weak, or not for signatures."""
     if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig":
         return None
     kind = (str(jwk.get("kty")), jwk.get("crv"))
@@ -259,13 +260,14 @@ def _usable(jwk: Any) -> Key | None:
         return None
     if isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS:
         return None
-    # A private key does not belong there; what it would sign is worth nothing.
+    # A published private key proves nothing, because anybody can sign with it.
     return Key(kid, algorithms, key) if "d" not in jwk else None
 
 
 def has_role(claims: Mapping[str, Any], claim: str, role: str) -> bool:
-    """Whether the claim, a list of strings or one with spaces, has the role. `claim` is a claim's name, or
-    names with dots between them: `realm_access.roles`.
+    """Whether the claim has the role. The claim is a list of strings, or one string with spaces.
+
+    `claim` is the claim's name, or a path of names with dots: `realm_access.roles`.
     """
     value: Any = claims.get(claim)
     if claim not in claims:

@@ -1,8 +1,8 @@
-"""API tokens as requests bring them.
+"""Finds the owners of API tokens.
 
-A token that was found is remembered for MAX_AGE, so that a busy client costs a query each MAX_AGE, and a
-revoked one is refused that late. The query also notes the time of use, if the last note is older than a
-minute: no request waits for a write of its own, and the row is written once a minute whatever the load.
+A found token is cached for MAX_AGE: a busy client costs one query each MAX_AGE, and a revoked token works for
+up to that much longer. The query also updates `last_used_at` if it is over a minute old, so the row is
+written at most once a minute, without a statement of its own.
 """
 
 import time
@@ -34,14 +34,14 @@ SELECT user_id, operator, extract(epoch FROM valid_for)::float8 FROM found
 
 
 class Tokens:
-    """Finds the owner of a token."""
+    """Finds the owner of a token. It has a cache."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._found: dict[bytes, tuple[tuple[str, bool], float]] = {}
 
     async def owner(self, token: str) -> tuple[str, bool] | None:
-        """(user, is operator), or None if it is unknown, expired or revoked. Raises as Database.rows does."""
+        """(user, is operator); None if the token is unknown, expired or revoked. Raises as Database.rows."""
         key, now = hash_of(token), time.monotonic()
         if (known := self._found.get(key)) and now < known[1]:
             return known[0]

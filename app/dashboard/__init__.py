@@ -1,8 +1,8 @@
-"""The dashboard: server-rendered pages below `/`, for people. Programs use the JSON API beside it.
+"""The dashboard: pages below `/` for people, made by the server. Programs use the JSON API beside it.
 
-A page shows what the API's own handlers answer, so that it sees and may do what the API lets its user see
-and do; queries.py has what no handler answers. Everything works without script, which adds what is live:
-it asks for the same page again and takes over the parts that changed.
+A page calls the API's own handlers, so its user sees and does exactly what the API allows. queries.py reads
+what no handler answers. Everything works without a script. The script adds live updates: it requests the
+same page again and takes the parts that changed.
 """
 
 from outwake.app.dashboard.routes import routes

@@ -1,5 +1,6 @@
-"""Charts as SVG shapes, drawn by a template in a box of 0..WIDTH by 0..HEIGHT that is stretched to its
-place; axis labels are HTML beside it, so that text keeps its size on a phone.
+"""Charts as SVG shapes. A template draws them in a box of 0..WIDTH by 0..HEIGHT, which the page stretches.
+
+Axis labels are HTML beside the box, so that text keeps its size on a phone.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ _SPANS += [10, 20, 60, 120, 240, 600, 1200, 3600, 7200, 14400, 43200, 86400, 172
 
 @dataclass(frozen=True)
 class Bar:
-    """A rectangle; `shade` is the class that colours it."""
+    """A rectangle. `shade` is its CSS class, which sets the colour."""
 
     x: float
     y: float
@@ -28,7 +29,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Column:
-    """One step of time: what is drawn for it, and what is said of it."""
+    """One step of time: its bars and its label."""
 
     x: float
     width: float
@@ -38,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: (shade, path). `scale`: labels of the y axis, from the top down."""
+    """`lines` are (shade, path). `scale` has the labels of the y axis, from the top down."""
 
     key: str
     title: str
@@ -51,7 +52,7 @@ class Chart:
 
 
 def charts(bins: Sequence[Bin], step: timedelta) -> list[Chart]:
-    """Depth, wait times and throughput, of bins in the order of time."""
+    """Charts of depth, wait times and throughput. The bins are in the order of time."""
     return [_depth(bins, step), _waits(bins, step), _throughput(bins, step)]
 
 
@@ -135,7 +136,7 @@ def _stack(counts: tuple[int, ...], top: float, place: int, bins: int) -> list[B
     bars, below = [], float(HEIGHT)
     for number, count in enumerate(counts, 1):
         if count:
-            # At least a pixel or so: one dead row among thousands must not vanish.
+            # At least about a pixel, so that one dead row among thousands stays visible.
             height = max(count / top * HEIGHT, 1.5)
             below -= height
             bars.append(
@@ -151,7 +152,7 @@ def _stack(counts: tuple[int, ...], top: float, place: int, bins: int) -> list[B
 
 
 def _path(values: Sequence[float | None], top: float) -> str:
-    """A line through the middle of each step; broken where nothing is known."""
+    """A line through the middle of each step. It has a gap at each unknown value."""
     width = WIDTH / len(values)
     parts: list[str] = []
     pen_up = True
@@ -170,7 +171,7 @@ def _path(values: Sequence[float | None], top: float) -> str:
 
 
 def _round_up(value: int) -> float:
-    """A round number at or above a count, for the top of an axis."""
+    """The next round number, for the top of an axis."""
     power = 1.0
     while power * 10 <= value:
         power *= 10

@@ -1,8 +1,8 @@
-"""What an agent printed, as a person reads it: text, folded tool calls with their results, the outcome.
+"""An agent's output as a person reads it: text, folded tool calls with their results, and the outcome.
 
-Made for the events of the Claude Code CLI (`--output-format stream-json`); an event of any other kind is
-shown as the JSON it is, so nothing is hidden. A tool's result is put under its call, as long as both are on
-the page; the script does the same with those that come later.
+This reads the events of the Claude Code CLI (`--output-format stream-json`). An event of any other kind is
+shown as JSON, so nothing is hidden. A tool's result is shown below its call if both are on the page. The
+script does the same with results that come later.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from typing import Any
 from outwake.app.dashboard.markdown import to_html
 from outwake.app.dashboard.words import pretty
 
-LONGEST = 20_000  # characters of one text; the API has the rest
+LONGEST = 20_000  # characters shown of one text; the API has the rest
 _BRIEF = 160
 _TELLING = ("description", "command", "file_path", "pattern", "path", "url", "query", "prompt")
 
 
 @dataclass
 class Block:
-    """A part of a message. kind: text, thinking, tool, tool-result, result, note, event."""
+    """A part of a message. `kind` is text, thinking, tool, tool-result, result, note or event."""
 
     kind: str
     text: str = ""
@@ -28,11 +28,11 @@ class Block:
     brief: str = ""
     html: str = ""
     key: str = ""
-    """The id of a tool's call, which its result names too."""
+    """The id of a tool call. Its result has the same id."""
     failed: bool = False
     result: "Block | None" = None
     cut: int = 0
-    """Characters left out."""
+    """How many characters were left out."""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,14 +45,14 @@ class Message:
 
 @dataclass
 class Attempt:
-    """What one attempt of a turn said. Only the last one counts."""
+    """The messages of one attempt of a turn. Only the last attempt counts."""
 
     number: int
     messages: list[Message]
 
 
 def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
-    """The attempts by prompt id, from messages as the API lists them."""
+    """The attempts by prompt id. `messages` are as the API lists them."""
     found: dict[str, list[Attempt]] = {}
     calls: dict[tuple[str, int, str], Block] = {}
     for message in messages:
@@ -75,7 +75,7 @@ def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
 
 
 def blocks_of(body: Any) -> Iterator[Block]:
-    """The parts of one event, whatever it looks like."""
+    """The parts of one event of any form."""
     kind = body.get("type") if isinstance(body, dict) else None
     content = _content(body) if kind in ("assistant", "user") else None
     if kind == "superseded":
@@ -131,7 +131,7 @@ def _clipped(kind: str, text: str, **more: Any) -> Block:
 
 
 def _given(given: Any) -> str:
-    """A tool's input. Texts of many lines are easier to read than their JSON."""
+    """A tool's input as text, because multi-line strings are hard to read in JSON."""
     if not isinstance(given, dict) or not all(
         isinstance(value, str | int | float) for value in given.values()
     ):
@@ -188,7 +188,7 @@ def _result(body: dict[str, Any]) -> Block:
 
 
 def facts_of(result: Any) -> dict[str, Any]:
-    """cost (USD), seconds, turns, tokens_in, tokens_out of a result event: those it tells."""
+    """cost (USD), seconds, turns, tokens_in and tokens_out of a result event. Unknown ones are left out."""
     if not isinstance(result, dict):
         return {}
     usage = result.get("usage")
@@ -208,7 +208,7 @@ def facts_of(result: Any) -> dict[str, Any]:
 
 
 def outcome_of(result: Any) -> dict[str, Any]:
-    """What prompt.result tells: `facts` of the agent's result, `commits` as (sha, subject)."""
+    """The content of prompt.result: `facts` of the agent's result, and `commits` as (sha, subject)."""
     result = result if isinstance(result, dict) else {}
     commits = result.get("commits")
     return {

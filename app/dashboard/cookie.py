@@ -1,8 +1,10 @@
-"""Who looks at a page. Where tokens are required it is whom the token in a cookie stands for: a browser's
-session is an API token, so that it is stored as its hash, listed and revoked like any other.
+"""The browser's sign-in cookie, and the identity of a page's user.
 
-The cookie is Lax: Strict would not be sent with the redirect that comes back from the issuer. No form of
-another site may use it (page.py), and the API does not know it.
+If tokens are required, the cookie holds an API token, which is stored as a hash, listed and revoked like any
+other.
+
+The cookie is SameSite=Lax, because a Strict cookie is not sent with the redirect from the issuer. Forms of
+other sites cannot use it (page.py), and the API does not accept it.
 """
 
 from starlette.requests import Request
@@ -11,11 +13,11 @@ from starlette.responses import Response
 from outwake.app.auth.identity import Identity, unauthorized
 from outwake.app.context import context
 
-VALID_FOR = 8 * 3600  # seconds until one has to sign in anew
+VALID_FOR = 8 * 3600  # seconds until a user must sign in again
 
 
 async def identify(request: Request) -> Identity:
-    """Raises Problem (unauthorized, forbidden, unavailable, too-many-requests)."""
+    """The page's user. Raises Problem (unauthorized, forbidden, unavailable, too-many-requests)."""
     here = context(request)
     token = token_of(request)
     if not here.settings.token_required:
@@ -54,16 +56,16 @@ def forget(request: Request, response: Response) -> None:
 
 
 def is_secure(request: Request) -> bool:
-    """Whether the browser speaks TLS, to us or to a proxy that OUTWAKE_PUBLIC_URL tells of."""
+    """Whether the browser uses TLS, to us or to the proxy of OUTWAKE_PUBLIC_URL."""
     return origin(request).startswith("https://")
 
 
 def origin(request: Request) -> str:
-    """Where the browser finds us."""
+    """This server's origin as the browser sees it."""
     given = context(request).settings.public_url
     return given or f"{request.url.scheme}://{request.headers.get('host', '')}"
 
 
 def _name(request: Request) -> str:
-    """With the prefix no other host can set it, but it takes TLS."""
+    """The cookie's name. With the prefix `__Host-` no other host can set it, but the prefix needs TLS."""
     return "__Host-outwake" if is_secure(request) else "outwake"

@@ -1,11 +1,11 @@
-"""An agent's Markdown as HTML that may stand in a page: no raw HTML, no images, no inline style."""
+"""Converts an agent's Markdown to HTML that is safe in a page: no raw HTML, images or inline styles."""
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
 
 
 def _without_style(state: StateCore) -> None:
-    """Aligned table cells have a style attribute, which the page's policy refuses."""
+    """Remove the style attribute of aligned table cells, which the page's policy forbids."""
     for token in state.tokens:
         token.attrs.pop("style", None)
 
@@ -15,5 +15,5 @@ _MARKDOWN.core.ruler.push("without_style", _without_style)
 
 
 def to_html(text: str) -> str:
-    """Safe to be marked as such: whatever the text holds comes out escaped."""
+    """Safe HTML: all HTML in the text is escaped."""
     return str(_MARKDOWN.render(text))

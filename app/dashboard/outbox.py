@@ -1,4 +1,4 @@
-"""The pages of operators: the outbox by state with its charts, one row, the dead, the workers."""
+"""Pages for operators: the outbox by state with charts, one row, dead rows, and workers."""
 
 import time
 from collections import defaultdict
@@ -30,7 +30,7 @@ CHANGES = {"retry": rows.retry_row, "discard": rows.discard_row, "cancel": rows.
 
 
 class Timelines:
-    """The charts' data, read once for all who look, at most every MAX_AGE seconds."""
+    """The charts' data, read for all users together, at most once each MAX_AGE seconds."""
 
     MAX_AGE = 10.0
 
@@ -90,7 +90,7 @@ async def show_dead(request: Request, identity: Identity) -> Response:
 
 
 def _errors(errors: Any) -> list[dict[str, str]]:
-    """The errors of a row, newest first, as texts: what psql may have put there included."""
+    """The errors of a row as texts, newest first. It accepts any content, because psql can write any."""
     told = [error for error in errors if isinstance(error, dict)] if isinstance(errors, list) else []
     return [
         {name: str(error.get(name, "")) for name in ("attempt", "at", "error")} for error in reversed(told)
@@ -105,7 +105,7 @@ async def show_row(request: Request, identity: Identity) -> Response:
 
 
 async def change_row(request: Request, identity: Identity) -> Response:
-    """Retry, discard or cancel a row, and show the page the form was on."""
+    """Retry, discard or cancel a row. Then show the form's page again."""
     form = await read_form(request)
     id_, change = request.path_params["id"], request.path_params["change"]
     if change not in CHANGES:

@@ -1,8 +1,8 @@
-"""What all pages share: templates, headers, who may ask, and errors a person can read.
+"""What all pages share: templates, headers, authentication, and readable errors.
 
-Forged requests: a form of another site must not act for its visitor. A browser says where a request
-comes from in Sec-Fetch-Site and Origin, which no page can set. A POST that has neither, or one that names
-another site, is refused: programs have the JSON API.
+Forged requests: a form of another site must not act for its visitor. A browser names the source of a request
+in Sec-Fetch-Site and Origin, which no page can set. A POST is refused if it has neither, or if one of them
+names another site. Programs can use the JSON API instead.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ HEADERS = {
     "Cache-Control": "private, no-cache",
     "Vary": "Cookie",
 }
-PACKED = [Middleware(GZipMiddleware, minimum_size=1000)]  # never event streams
+PACKED = [Middleware(GZipMiddleware, minimum_size=1000)]  # GZipMiddleware never compresses event streams
 THEMES = ("auto", "light", "dark")
 THEME_COOKIE = "outwake_theme"
 NOBODY = Identity("", operator=False)
@@ -59,7 +59,7 @@ log = get_logger("outwake.app.dashboard")
 
 @cache
 def _static(name: str) -> str:
-    """The address of a static file, different once its content is."""
+    """The address of a static file. It changes with the file's content."""
     content = resources.files("outwake.app.dashboard").joinpath("static", name).read_bytes()
     return f"/ui/static/{hashlib.sha256(content).hexdigest()[:12]}/{name}"
 
@@ -92,7 +92,7 @@ _TEMPLATES.filters.update(
 async def render(
     request: Request, identity: Identity, template: str, status: int = 200, **values: Any
 ) -> Response:
-    """A page, with what its head says of the outbox. NOBODY is not told anything of it."""
+    """A page with the outbox's state in its header. NOBODY does not see that state."""
     here = context(request)
     overview, present = Overview(None, False, 1, 0), True
     if identity is not NOBODY:
@@ -123,7 +123,7 @@ def _page(request: Request, template: str, status: int, **values: Any) -> Respon
 
 
 def page(path: str, handler: Handler, *methods: str, known: bool = True) -> Route:
-    """A route whose errors are pages too. Not `known`: also for those who have not signed in."""
+    """A route whose errors are pages too. With `known=False` it does not need a signed-in user."""
 
     async def handle(request: Request) -> Response:
         request.state.route = path
@@ -148,7 +148,7 @@ def page(path: str, handler: Handler, *methods: str, known: bool = True) -> Rout
 
 
 def _error(request: Request, identity: Identity | None, problem: Problem) -> Response:
-    """Says what is wrong without asking the database anything."""
+    """The error's page, made without a query."""
     again = request.method == "GET"
     values = {
         "again": again,
@@ -162,7 +162,7 @@ def _error(request: Request, identity: Identity | None, problem: Problem) -> Res
 
 
 def _navigates(request: Request) -> bool:
-    """Whether a person looks at the answer; a script would follow a redirect to the issuer in vain."""
+    """Whether the browser shows the answer. A script could not use a redirect to the issuer."""
     return request.method == "GET" and request.headers.get("sec-fetch-mode", "navigate") == "navigate"
 
 
@@ -180,8 +180,9 @@ def _check_same_site(request: Request) -> None:
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """The form's fields, their line ends as programs send them. Raises Problem (unsupported-media-type,
-    malformed, body-too-large).
+    """The form's fields, with line feeds as line ends.
+
+    Raises Problem (unsupported-media-type, malformed, body-too-large).
     """
     if request.headers.get("content-type", "").partition(";")[0] != FORM:
         raise Problem("unsupported-media-type", f"Send the form as {FORM}.")
@@ -203,7 +204,7 @@ async def ask(
     key: str | None = None,
     **path: object,
 ) -> Any:
-    """What the API answers to this user: its handler is called with a request made from these parts.
+    """The API's answer to this user. Calls its handler with a request made from these parts.
 
     Raises Problem as the handler does.
     """
@@ -227,12 +228,12 @@ async def ask(
 
 
 def go(path: str) -> Response:
-    """After a POST: the page that shows its effect."""
+    """The redirect after a POST, to the page that shows its effect."""
     return RedirectResponse(path, 303)
 
 
 def back(form: Mapping[str, str], otherwise: str) -> str:
-    """The page a form was on; only of this server."""
+    """The page that had the form. It must be a page of this server."""
     path = form.get("back", "")
     fine = path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable()
     return path if fine else otherwise

@@ -1,7 +1,6 @@
-"""What the pages read from the database beyond what the API's handlers answer.
+"""The pages' own queries, for data that the API's handlers do not answer.
 
-The views of sql/outbox/functions/ say what waits and why, who runs what and what happened: the same to
-everybody.
+The views of sql/outbox/functions/ tell what waits and why, which worker runs what, and what happened.
 """
 
 from datetime import datetime, timedelta
@@ -14,8 +13,8 @@ from outwake.schema import in_schema
 PAGE = 50
 WINDOW = 100_000
 
-# Rows that ended lately. No index is by time, which every row would pay for; ids are nearly in its order. So
-# what ended lately has one of the newest ids, or, where rows wait, one just below the first that waits.
+# Rows that ended lately. Every row would pay for an index by time, but ids are nearly in the order of time.
+# So such a row has one of the newest ids or, if rows wait, an id just below the first waiting row's.
 _RECENT = f"""
 recent AS MATERIALIZED (
     SELECT o.id, o.topic, o.state, o.attempt, o.failures, o.max_attempts, o.payload, o.errors,
@@ -34,7 +33,7 @@ recent AS MATERIALIZED (
 )
 """  # noqa: S608 - constants of this module
 
-# Counting stops where a badge says "99+" anyway.
+# The count stops at 100, because the badge shows "99+" then.
 _OVERVIEW = in_schema("""
 SELECT r.reason, r.stuck, r.workers,
        (SELECT count(*) FROM (SELECT FROM :schema.outbox WHERE state = 'dead' LIMIT 100) AS d)
@@ -50,7 +49,7 @@ WHERE p.session_id = ANY (%s)
 GROUP BY p.session_id
 """)
 
-# The view is asked for these rows only: whole it would be read for each row that waits anywhere.
+# This reads the view for the wanted rows only. The whole view would be computed for every waiting row.
 _REASONS = """
 reason AS MATERIALIZED (
     SELECT q.id, q.reason, q.detail, q.waited
@@ -124,8 +123,8 @@ ORDER BY o.finished_at DESC, o.id DESC
 LIMIT {PAGE}
 """)  # noqa: S608
 
-# How deep the outbox was at the end of each bin: what is unfinished now, less what came later, plus what
-# ended later. Waits and run times as outbox_throughput has them, which knows hours only.
+# The depth at the end of each bin is the number of unfinished rows now, minus the rows that came later, plus
+# the rows that ended later. Waits are computed as in outbox_throughput, which has whole hours only.
 _TIMELINE = in_schema(f"""
 WITH {_RECENT},
 bin AS (
@@ -184,7 +183,7 @@ LIMIT 500
 
 
 class Overview(NamedTuple):
-    """What each page's head says. `reason`: why work does not get done, if so."""
+    """The content of each page's header. `reason` says why work is not done, if it is not."""
 
     reason: str | None
     stuck: bool
@@ -200,7 +199,7 @@ class Turns(NamedTuple):
 
 
 class TurnRow(NamedTuple):
-    """The outbox row of a turn, and why it waits if it does."""
+    """The outbox row of a turn, and the reason if it waits."""
 
     id: int
     prompt_id: str | None
@@ -222,7 +221,7 @@ class Depth(NamedTuple):
 
 
 class Row(NamedTuple):
-    """`lasted`: how long it has waited, has run, or ran."""
+    """`lasted` is the wait so far, the run time so far, or the whole run time, depending on the state."""
 
     id: int
     topic: str
@@ -239,7 +238,7 @@ class Row(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """One step of the charts. Waits in seconds, None without a done row."""
+    """One step of the charts. Waits are in seconds; None if no row was done."""
 
     at: datetime
     depth: int
@@ -300,7 +299,7 @@ async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
 
 
 async def turn_rows(database: Database, session: str) -> dict[str | None, TurnRow]:
-    """By prompt id; pruned rows are missing."""
+    """By prompt id. Pruned rows are missing."""
     found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (session,)))
     return {row.prompt_id: row for row in found}
 
@@ -315,7 +314,7 @@ async def depth(database: Database) -> list[Depth]:
 
 
 async def rows_of(database: Database, state: str, topic: str | None) -> list[Row]:
-    """The first PAGE: those that wait or run longest, those that ended last."""
+    """The first PAGE rows: the longest waiting, the longest running, or the last ended."""
     query = {"ready": _WAITING, "running": _RUNNING}.get(state, _ENDED)
     return [Row(*row) for row in await database.rows(query, {"state": state, "topic": topic})]
 

@@ -1,4 +1,4 @@
-"""The pages' addresses. `/` is the list of sessions; all others are below /ui/, clear of the API's paths."""
+"""The pages' routes. `/` lists the sessions. All others are below /ui/, apart from the API's paths."""
 
 import mimetypes
 from importlib import resources
@@ -60,7 +60,7 @@ async def missing(request: Request, identity: Identity) -> Response:
 
 
 async def static(request: Request) -> Response:
-    """A file whose address changes with its content, so that it may be kept for ever."""
+    """A static file. Its address changes with its content, so a browser may cache it for ever."""
     request.state.route = "/ui/static/{version}/{name}"
     name = request.path_params["name"]
     if name not in FILES:

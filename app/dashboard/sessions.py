@@ -1,4 +1,4 @@
-"""The pages of sessions: the list, the form for a new one, a conversation as it happens."""
+"""The pages of sessions: the list, the form for a new session, and a live conversation."""
 
 import asyncio
 import secrets
@@ -25,8 +25,8 @@ from outwake.app.live.hub import Stream
 
 LIST = 30  # sessions on a page
 WINDOW = 300  # messages on a page
-BATCH = 500  # messages the script asks for at a time
-FOLLOWED = 100  # sessions one stream tells of
+BATCH = 500  # messages the script requests at a time
+FOLLOWED = 100  # most sessions of one stream
 FILTERS = ("inbox_status", "session_status", "repo")
 FIELDS = ("repo", "target_branch", "prompt", "title", "branch", "parent")
 
@@ -52,7 +52,7 @@ async def list_sessions(request: Request, identity: Identity) -> Response:
 
 
 async def follow_sessions(request: Request, identity: Identity) -> Response:
-    """Server-sent events `status` of several sessions, for the list: changes, not messages."""
+    """The Server-Sent Events `status` of several sessions, without messages. The list uses them."""
     here = context(request)
     try:
         ids = {UUID(text) for text in request.query_params.getlist("id")}
@@ -61,7 +61,7 @@ async def follow_sessions(request: Request, identity: Identity) -> Response:
     if not 0 < len(ids) <= FOLLOWED:
         raise Problem("invalid", f"Name 1 to {FOLLOWED} sessions.")
     close = here.limits.open_stream(identity)
-    # Behind the last seq there can be: such a stream never reads a message.
+    # A stream that starts after the highest possible seq never reads a message.
     streams = {here.hub.follow(id_, MAX_SEQ, until_completed=True) for id_ in ids}
 
     def leave() -> None:
@@ -104,7 +104,7 @@ async def new_session(request: Request, identity: Identity) -> Response:
 async def create_session(request: Request, identity: Identity) -> Response:
     form = await read_form(request)
     given = {name: form.get(name, "") for name in FIELDS}
-    # What was left blank is not given. The key makes a form that is sent twice one session.
+    # Blank fields are left out. The key ensures that a form sent twice creates one session.
     body = {name: value for name, value in given.items() if value.strip()}
     try:
         created = await ask(sessions.create_session, request, identity, body=body, key=form.get("key"))
@@ -131,7 +131,7 @@ async def _form(
 
 
 async def show_session(request: Request, identity: Identity) -> Response:
-    """The page; with `after` and `live=1` only what came after that seq, and what may have changed."""
+    """The page. With `after` and `live=1`: only messages after that seq, and what may have changed."""
     session_id = str(request.path_params["id"])
     database = context(request).database
     session = await ask(sessions.show_session, request, identity, id=request.path_params["id"])
@@ -146,7 +146,7 @@ async def show_session(request: Request, identity: Identity) -> Response:
         for prompt in session["prompts"]
     ]
     costs = [turn["facts"]["cost"] for turn in turns if "cost" in turn["facts"]]
-    if live:  # the others have not changed
+    if live:  # other turns have not changed
         turns = [t for t in turns[:-2] if t["attempts"] or t["status"] in ("queued", "running")] + turns[-2:]
     return await render(
         request,
@@ -164,7 +164,7 @@ async def show_session(request: Request, identity: Identity) -> Response:
 
 
 async def show_message(request: Request, identity: Identity) -> Response:
-    """One message as the JSON it is, for those too long to be shown."""
+    """One message as JSON. The page links to it if a message is too long to show."""
     seq = request.path_params["seq"]
     query = {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"}
     found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])

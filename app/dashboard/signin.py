@@ -1,11 +1,11 @@
-"""Signing in with a browser: at the OpenID Connect issuer, or by an API token.
+"""Sign-in with a browser: at the OpenID Connect issuer, or with an API token.
 
-Authorization code with PKCE (RFC 7636; OAuth 2.1):
-1. Leave for the issuer with a `state` and the hash of a `code_verifier`, both random; a cookie that only the
-   way back sends keeps them, so that a way back which this browser did not begin is refused.
-2. Come back with a code; exchange it, with the verifier, for an access token. It came from the issuer itself,
-   and is judged as one that came with a request (app/auth/identity.py): signature, audience, roles.
-3. A browser's session begins: an API token in a cookie (cookie.py). The issuer's token is thrown away.
+The issuer's way is the authorization code flow with PKCE (RFC 7636; OAuth 2.1):
+1. Redirect to the issuer with a random `state` and the hash of a random `code_verifier`. A cookie, sent only
+   to the callback, keeps both. So a callback that this browser did not start is refused.
+2. The callback gets a code. Exchange it, with the verifier, for an access token. Its signature, audience and
+   roles are checked as for a request's token (app/auth/identity.py).
+3. Create the browser's session: an API token in a cookie (cookie.py). Discard the issuer's token.
 """
 
 import base64
@@ -31,7 +31,7 @@ from outwake.telemetry.log import get_logger
 
 CALLBACK = "/ui/sign-in/callback"
 PENDING = "outwake_sign_in"
-PENDING_FOR = 600  # seconds that signing in at the issuer may take
+PENDING_FOR = 600  # seconds that a sign-in at the issuer may take
 NAME = "browser"
 
 _FORGET_EXPIRED = in_schema(
@@ -46,7 +46,7 @@ log = get_logger("outwake.app.dashboard.signin")
 
 
 async def ask(request: Request, identity: Identity) -> Response:
-    """The page that asks how."""
+    """The page that offers both ways."""
     return await _ask(request, identity)
 
 
@@ -69,7 +69,7 @@ async def _ask(request: Request, identity: Identity, wrong: str = "", status: in
 
 
 async def by_token(request: Request, identity: Identity) -> Response:
-    """Sign in by an API token: it goes into the cookie itself, so that its end is the session's."""
+    """Sign in with an API token. The cookie holds this token, so the session ends when the token does."""
     form = await read_form(request)
     token = form.get("token", "").strip()
     try:
@@ -156,7 +156,7 @@ async def _exchange(request: Request, code: str, verifier: str) -> str:
     auth = None
     if settings.oidc_client_secret:
         secret = settings.oidc_client_secret.get_secret_value()
-        # As RFC 6749, 2.3.1 has it: both are form-encoded first.
+        # RFC 6749, section 2.3.1: both are form-encoded first.
         auth = httpx.BasicAuth(quote(settings.oidc_client_id, safe=""), quote(secret, safe=""))
     else:
         form["client_id"] = settings.oidc_client_id
@@ -176,7 +176,7 @@ async def _exchange(request: Request, code: str, verifier: str) -> str:
 
 
 async def sign_out(request: Request, identity: Identity) -> Response:
-    """End the session here; at the issuer it goes on. A pasted API token is not revoked: others use it."""
+    """End the session here, but not at the issuer. A pasted API token is not revoked: others may use it."""
     response = go("/ui/sign-in")
     token = cookie.token_of(request)
     if token is not None and is_token(token):

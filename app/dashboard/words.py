@@ -1,4 +1,4 @@
-"""Times and amounts as people read them."""
+"""Formats times and amounts for people."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def duration(span: timedelta | float | None) -> str:
-    """12 ms, 3.4 s, 5 min 6 s, 2 h 10 min, 3 d 4 h; an empty text for None."""
+    """12 ms, 3.4 s, 5 min 6 s, 2 h 10 min or 3 d 4 h. None gives an empty string."""
     if span is None:
         return ""
     seconds = span.total_seconds() if isinstance(span, timedelta) else float(span)
@@ -31,13 +31,13 @@ def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
 
 
 def moment(at: datetime | str) -> datetime:
-    """A time as the database or its JSON gives it, in UTC."""
+    """A time of the database or of its JSON, in UTC."""
     parsed = datetime.fromisoformat(at) if isinstance(at, str) else at
     return parsed.astimezone(UTC)
 
 
 def ago(at: datetime | str) -> str:
-    """`just now`, `3 min ago`, `5 d ago`; `in 3 min` of what is to come."""
+    """`just now`, `3 min ago` or `5 d ago`; `in 3 min` for a future time."""
     seconds = (datetime.now(UTC) - moment(at)).total_seconds()
     if abs(seconds) < 5:
         return "just now"
@@ -56,7 +56,7 @@ def money(dollars: float | None) -> str:
 
 
 def count(number: float) -> str:
-    """4,312 as it is; 12k and 3.4M where nobody counts."""
+    """4,312 in full; larger numbers rounded: 12k, 3.4M."""
     if number < 10_000:
         return f"{number:,.0f}"
     return f"{number / 1000:.0f}k" if number < 1_000_000 else f"{number / 1_000_000:.1f}M"

@@ -1,13 +1,13 @@
-"""GET /sessions/{id}/events: a session followed live, as Server-Sent Events.
+"""GET /sessions/{id}/events: follow a session live by Server-Sent Events.
 
     id: 17                              event: status
     event: message                      data: {"inbox_status": "pending", …}
     data: {"seq": 17, "body": {…}, …}
 
-A stream ends when the token that opened it expires; the client comes back with a new one.
+A stream ends when the token that opened it expires. The client reconnects with a new one.
 
-`status` has no id: it is sent first on every (re)connect, and when it changed. A client that comes back
-with the Last-Event-ID of the last message it has gets each later message once.
+`status` has no id. It is the first event of each connection, and is sent again when the status changes. A
+client that reconnects with the Last-Event-ID of its last message gets each later message once.
 """
 
 import time
@@ -25,8 +25,8 @@ from outwake.app.context import context
 from outwake.app.live.hub import Stream
 
 HEARTBEAT = 15.0  # seconds
-RETRY = 1000  # milliseconds until an EventSource comes back
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold events back
+RETRY = 1000  # milliseconds until an EventSource reconnects
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer events
 
 
 async def follow_session(request: Request, identity: Identity) -> Response:
@@ -53,12 +53,12 @@ async def follow_session(request: Request, identity: Identity) -> Response:
         raise
     if seen is not None and stream.nothing_left:
         leave()
-        return Response(status_code=204)  # tells an EventSource to stay away
+        return Response(status_code=204)  # tells an EventSource not to reconnect
     return Following(_events(stream, identity.until), leave)
 
 
 class Following(StreamingResponse):
-    """Leaves the stream in any case: a generator that was never begun has no `finally`."""
+    """Always calls `leave`. The generator cannot, because its `finally` does not run if it never started."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
@@ -72,7 +72,7 @@ class Following(StreamingResponse):
 
 
 async def _events(stream: Stream, until: float) -> AsyncIterator[bytes]:
-    yield f"retry: {RETRY}\n".encode()  # a line of the first event, which has been read
+    yield f"retry: {RETRY}\n".encode()  # a line of the first event, which is ready already
     while not stream.ended and (left := until - time.monotonic()) > 0:
         if batch := await stream.take(min(HEARTBEAT, left)):
             yield batch

@@ -1,23 +1,24 @@
-"""Feeds the event streams of a process: what is notified once is read once, for all who follow it.
+"""Feeds the event streams of a process. One notification causes one read for all streams of the session.
 
-A stream is a cursor (the last seq it has) and room for one batch. It never queues more: what a slow
-client has not taken stays in the database, and is read from the cursor when it has.
+A stream has a cursor (the seq of its last message) and a buffer of one batch. If its client is slow, later
+messages stay in the database until the buffer is empty.
 
-Reading. Notifications, new streams and emptied ones only mark streams as stale. One reader takes all
-that are stale and reads them by one statement, at most every PAUSE: two thousand streams with a message a
-second each cost some twenty statements a second. A mark set while a read runs leads to another read.
-State and messages come from one snapshot, so "completed and everything sent" is decided by one row.
+Reading. Notifications, new streams and emptied buffers only mark streams as stale. One reader reads all
+stale streams together, at most once each PAUSE, with one statement for up to GROUPS of them. A mark that is
+set during a read causes another read. State and messages come from one snapshot, so one row tells whether
+the session is completed and everything was sent.
 
-Watching. A session's changes are notified only while it is watched. To begin is to park, as a worker
-does; why no event is lost is told in worker/engine/parking.py. For all sessions newly followed at a time:
-1. session_watch, committed: who changes them from now on sees the watch, and notifies.
-2. session_writers: those who may have looked before it and have not committed. Mark the streams stale: who
-   committed before this is read.
-3. Until each of them has ended, look again, backing off to a second, and mark stale whenever one has: a
-   read begun after its end shows what it wrote. That covers the last look as well (step 4 there).
-5. Only notifications count from here on.
-A new LISTEN connection has a new presence, and all of this starts again for all sessions: whatever was
-notified to the lost one is read in step 2.
+Watching. Changes of a session are notified only if it is watched. The hub starts to watch as a worker parks
+(worker/engine/parking.py tells why no event is lost). For all newly followed sessions:
+1. Call session_watch and commit. Transactions that change a session from now on see the watch and notify.
+2. Call session_writers: the open transactions that may have checked for a watch before step 1. Mark the
+   streams as stale, to read what is already committed.
+3. Check these transactions again until all have ended, with a backoff of up to a second. Each time one has
+   ended, mark the streams as stale: a read that starts after the end sees its changes. The last such read
+   takes the place of a parking worker's last claim.
+4. From here on only notifications count.
+A new LISTEN connection has a new presence, and all steps start again for all sessions. Step 2 reads what the
+lost connection was notified of.
 """
 
 import asyncio
@@ -34,12 +35,12 @@ from outwake.app.live.listen import Listener
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 
-PAUSE = 0.05  # seconds between two reads, at least
+PAUSE = 0.05  # least seconds between two reads
 FAILURE_PAUSE = 0.5  # seconds after a read that failed
 GROUPS = 500  # streams read by one statement
 BATCH = 100  # messages
-BATCH_BYTES = 65536  # as stored; the first message of a batch may exceed it
-LOOK_PAUSE = (0.002, 1.0)  # seconds between looks at writers, first and last
+BATCH_BYTES = 65536  # as stored; the first message of a batch may be larger
+LOOK_PAUSE = (0.002, 1.0)  # seconds between checks of the writers, first and last
 
 _READ = in_schema("""
 SELECT
@@ -87,7 +88,7 @@ log = get_logger("outwake.app.live.hub")
 
 
 class Found(NamedTuple):
-    """What a read showed of one session from one cursor on."""
+    """What a read found of one session after one cursor."""
 
     place: int
     user_id: str
@@ -117,12 +118,12 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Nothing will come any more."""
+        """No more events will come."""
         return self._ended and not self._batch
 
     @property
     def nothing_left(self) -> bool:
-        """It ended without a message."""
+        """The stream ended without a message."""
         return self._ended and self.cursor == self._after
 
     @property
@@ -136,7 +137,7 @@ class Stream:
             raise self._failure
 
     async def take(self, timeout: float) -> bytes:
-        """The next events, empty if none came within `timeout` seconds or none will."""
+        """The next events. Empty if none came within `timeout` seconds, or if none will come."""
         if not self._batch and not self._ended:
             self._news.clear()
             try:
@@ -149,7 +150,7 @@ class Stream:
         return batch
 
     def receive(self, found: Found | None) -> bool:
-        """Keep what was read, and say whether there is more to read at once."""
+        """Take what was read. Returns whether there is more to read now."""
         if found is None:
             self.fail(Problem("not-found", "There is no such session."))
             return False
@@ -157,7 +158,7 @@ class Stream:
         self.user_id = found.user_id
         if found.seqs:
             self.cursor = found.seqs[-1]
-        # Nothing behind the cursor is the end too: messages before last_seq may have been pruned.
+        # No message after the cursor also means the end: messages up to last_seq may have been pruned.
         all_read = not found.seqs or self.cursor >= found.last_seq
         parts = [
             _event("superseded" if superseded else "message", text, seq)
@@ -178,7 +179,7 @@ class Stream:
         return not all_read
 
     def fail(self, problem: Problem) -> None:
-        """Let it end; a client that was promised nothing yet gets the problem."""
+        """End the stream. A client without an answer yet gets the problem."""
         self._failure = problem
         self.end()
 
@@ -189,7 +190,7 @@ class Stream:
 
 @dataclass
 class _Handshake:
-    """Streams that wait for the writers of step 2 to end."""
+    """Sessions that wait for the writers of step 2 to end."""
 
     writers: set[str]
     ids: set[UUID]
@@ -197,7 +198,7 @@ class _Handshake:
 
 @dataclass
 class _Watch:
-    """What is registered under the presence of one LISTEN connection."""
+    """The watches that are registered under the presence of one LISTEN connection."""
 
     presence: int
     ids: set[UUID] = field(default_factory=set)
@@ -205,7 +206,7 @@ class _Watch:
 
 
 class Hub:
-    """All streams of the process. `run` must be running."""
+    """All streams of the process. A task must execute `run`."""
 
     def __init__(self, database: Database, listen_url: str) -> None:
         self._database = database
@@ -235,7 +236,7 @@ class Hub:
             group.create_task(self._keep_watches())
 
     def follow(self, session_id: UUID, after: int, *, until_completed: bool) -> Stream:
-        """A new stream; give it back with `leave`."""
+        """A new stream. End it with `leave`."""
         stream = Stream(self, session_id, after, until_completed=until_completed)
         if self._closing:
             stream.fail(Problem("unavailable", "This process is shutting down."))
@@ -255,12 +256,12 @@ class Hub:
             self._to_watch.set()
 
     def taken(self, stream: Stream) -> None:
-        """The stream has room again."""
+        """The stream's buffer is empty again."""
         if stream in self._stale:
             self._to_read.set()
 
     def close(self) -> None:
-        """End all streams: their clients come back, to another process."""
+        """End all streams. Their clients reconnect to another process."""
         self._closing = True
         for streams in self._streams.values():
             for stream in streams:
@@ -319,7 +320,7 @@ class Hub:
         return {row[0]: Found(*row) for row in await self._database.rows(_READ, values)}
 
     def _put_off(self, streams: set[Stream], error: psycopg.Error | Problem) -> None:
-        """Streams that have begun wait for the database to come back, the others are refused."""
+        """Streams that have begun wait until the database is back. The others fail."""
         problem = error if isinstance(error, Problem) else of_database(error)
         log.warning("events_not_read", error=str(error), streams=len(streams))
         for stream in streams:
@@ -362,7 +363,7 @@ class Hub:
                 self._to_watch.set()
 
     async def _update(self, watch: _Watch) -> None:
-        """Steps 1 and 2, and the end of watches that nobody needs."""
+        """Steps 1 and 2. It also removes unneeded watches."""
         followed = set(self._streams)
         unneeded, needed = watch.ids - followed, followed - watch.ids
         if unneeded:
@@ -397,6 +398,6 @@ class Hub:
 
 
 def _event(name: str, data: str, seq: int | None = None) -> bytes:
-    """One event. JSON made by Postgres has no line break."""
+    """One event. `data` has no line break, because Postgres made it."""
     head = f"id: {seq}\n" if seq is not None else ""
     return f"{head}event: {name}\ndata: {data}\n\n".encode()

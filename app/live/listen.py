@@ -1,8 +1,8 @@
-"""The LISTEN connection of an API process: one, whatever it streams.
+"""The LISTEN connection of an API process. There is one for all streams.
 
-Each connection has a new presence: an advisory lock held as long as it lives, by which the database
-tells whose watches still count. Nothing else is ever sent on it, and it is never in a transaction,
-which would hold back the server's queue.
+Each connection has a new presence: an advisory lock that it holds for its whole life. The lock tells the
+database which watches still count. Nothing else is sent on the connection. It is never in a transaction,
+because that would hold back the server's notification queue.
 """
 
 import asyncio
@@ -20,16 +20,18 @@ from outwake.telemetry.log import get_logger
 
 CHANNEL = f"{SCHEMA.name}_session"
 LOCK = SCHEMA.lock("watch")
-"""The first integer of a presence."""
+"""The first key of a presence's advisory lock."""
 PAUSE = (0.05, 2.0)  # seconds between attempts to connect, first and last
 
 log = get_logger("outwake.app.live.listen")
 
 
 class Listener:
-    """Keeps the connection up. `up` is called with each new presence, `down` when it is lost, `changed` with
-    each session that a notification names, `unclear` where one cannot be understood: a newer version may say
-    more, and any session may be meant.
+    """Keeps the connection up.
+
+    It calls `up` with each new presence, `down` when the connection is lost, `changed` with each session that
+    a notification names, and `unclear` if it cannot read one. A newer version may have sent that,
+    about any session.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Listener:
         try:
             session_id = UUID(payload)
         except ValueError:
-            if not self._puzzled:  # anybody may NOTIFY anything: say it once
+            if not self._puzzled:  # log it once: anybody may NOTIFY anything
                 self._puzzled = True
                 log.info("not_understood", channel=channel, payload=payload[:200])
             self._unclear()

@@ -1,4 +1,4 @@
-"""Is a worker there to run sessions? Read from the database at most once a second, by one reader."""
+"""Whether a worker can run sessions. One reader asks the database at most once a second."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ class WorkerPresence:
         self._reading: asyncio.Task[None] | None = None
 
     async def present(self) -> bool:
-        """Whether one is there. Raises as Database.rows does."""
+        """Whether such a worker is present. Raises as Database.rows does."""
         if time.monotonic() - self._read_at > MAX_AGE:
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._read())

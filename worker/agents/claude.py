@@ -1,11 +1,11 @@
 """The Claude Code CLI as the agent of a turn in a sandbox (docs/agent.md).
 
-It runs on the worker and reaches the sandbox by MCP; its own tools, which would work on the worker's disk,
-are taken away. Each attempt has a HOME of its own, into which the transcript of the session's earlier turns
-is restored. The CLI files transcripts by working directory; `/` is the same on every host.
+The CLI runs on the worker and reaches the sandbox by MCP. Its own tools are disabled, because they would work
+on the worker's disk. Each attempt has a HOME of its own, into which the transcript of the session's earlier
+turns is restored. The CLI files transcripts by working directory, so it runs in `/`, the same on every host.
 
-Prompt and MCP configuration go in files: a prompt may be longer than an argument, and an argument is
-everybody's to read.
+The prompt and the MCP configuration are passed in files: a prompt may be longer than an argument can be, and
+every user of the host can read arguments.
 """
 
 import io
@@ -37,7 +37,7 @@ _STDIN = 'exec "$@" < "$0"'
 
 _ENVIRONMENT = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    # Else it asks the model before it knows the sandbox's tools, when their server takes a moment.
+    # Without this the CLI may query the model before a slow MCP server has listed the sandbox's tools.
     "MCP_CONNECTION_NONBLOCKING": "0",
     "MCP_CONNECT_TIMEOUT_MS": "60000",
 }
@@ -47,9 +47,9 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Command:
-    """How an agent is started: `argv` in `cwd`, `env` added to the allow-list of `worker/process/guarded.py`.
+    """How an agent is started: `argv` in `cwd`; `env` is added to `worker/process/guarded.py`'s allow-list.
 
-    servers: the MCP servers without which it can't do its work.
+    servers: the MCP servers that the agent cannot work without.
     """
 
     argv: Sequence[str]
@@ -60,7 +60,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a conversation is resumed from: its id, and a tar.gz relative to HOME."""
+    """The state from which a conversation is resumed: its id, and a tar.gz relative to HOME."""
 
     session: str
     archive: bytes
@@ -74,10 +74,10 @@ def prepare(
     system: str,
     resumed: Transcript | None,
 ) -> Command:
-    """Lay out what the CLI needs below `place` and say how to start it.
+    """Write the files that the CLI needs below `place` and return the command that starts it.
 
     item: the allocator's, with `mcp_json_string`. system: appended to the CLI's system prompt.
-    Raises PermanentError if the item's MCP configuration is none.
+    Raises PermanentError if the item's MCP configuration is not valid.
     """
     home = place / "home"
     home.mkdir(mode=0o700)
@@ -94,7 +94,7 @@ def prepare(
         *(("--resume", resumed.session) if resumed is not None else ("--session-id", str(uuid4()))),
         *("--mcp-config", str(place / "mcp.json"), "--strict-mcp-config"),
         *("--append-system-prompt", system),
-        # All built-in tools are taken away; those that touch the disk are denied by name as well.
+        # All built-in tools are disabled. Those that touch the disk are also denied by name.
         *("--tools=", f"--disallowedTools={_BUILT_IN}"),
         f"--allowedTools={','.join(f'mcp__{name}' for name in servers)}",
         f"--permission-mode={settings.agent_permission_mode}",
@@ -104,7 +104,7 @@ def prepare(
 
 
 def mcp_servers(item: Any) -> list[str]:
-    """The names of the MCP servers that an allocator's item configures, as the names of tools have them."""
+    """The names of the MCP servers that an allocator's item configures, spelled as in names of tools."""
     try:
         servers = json.loads(item["mcp_json_string"])["mcpServers"]
         names = [_as_in_tools(name) for name in servers]
@@ -116,9 +116,9 @@ def mcp_servers(item: Any) -> list[str]:
 
 
 def unreached(event: Event, servers: Sequence[str]) -> list[str]:
-    """Which of the servers the CLI says, in its first event, that it is not connected to.
+    """Those of `servers` to which the CLI is not connected, as it reports in its first event.
 
-    It goes on without them, and the model then has no tools.
+    The CLI continues without them, and the model then has no tools.
     """
     told = event.get("mcp_servers")
     if event.get("subtype") != "init" or not isinstance(told, list):
@@ -129,7 +129,7 @@ def unreached(event: Event, servers: Sequence[str]) -> list[str]:
 
 
 def take_transcript(place: Path, session: str) -> Transcript | None:
-    """The conversation so far; None if the agent left none, or one too large to keep."""
+    """The conversation so far; None if the agent left no transcript, or one that is too large to store."""
     home = place / "home"
     if not (home / _TRANSCRIPTS).is_dir():
         return None
@@ -143,7 +143,7 @@ def take_transcript(place: Path, session: str) -> Transcript | None:
 
 
 def pull_request(event: Event) -> str | None:
-    """The last address of a pull or merge request in what the agent says in an event."""
+    """The last URL of a pull or merge request in the agent's words in an event."""
     found = [match.group() for text in _said(event) for match in _PULL_REQUEST.finditer(text)]
     return found[-1] if found else None
 

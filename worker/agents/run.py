@@ -1,7 +1,8 @@
 """An agent: a guarded process that prints JSON lines.
 
-The lines come in batches, one write to the database each. The first line after a silence comes at
-once; while more come, a batch is what 0.2 s bring, or 256 KiB, or 500 events.
+The lines are collected into batches, so that each batch is one write to the database. The first line after a
+silence is a batch by itself. After that, a batch ends when BATCH_SECONDS, BATCH_BYTES or BATCH_EVENTS is
+reached.
 """
 
 import time
@@ -25,15 +26,15 @@ class Agent(Guarded):
     """
 
     async def lines(self, limit: int = LINE_LIMIT) -> AsyncIterator[list[Event]]:
-        """What the agent prints, in batches, to the end of its output. May be called once.
+        """The agent's output, in batches, to its end. May be called once.
 
-        Nothing is read while the caller holds a batch: a slow caller slows the agent down. A line
-        longer than `limit` bytes comes as an event of type `truncated`.
+        Nothing is read while the caller holds a batch, so a slow caller slows the agent down. A line
+        longer than `limit` bytes becomes an event of type `truncated`.
         """
         splitter = Splitter(limit)
         batch: list[Event] = []
         size = 0
-        due = 0.0  # when the batch may be handed out, by the monotonic clock
+        due = 0.0  # when the batch may be yielded, on the monotonic clock
         while True:
             chunk = await self.read(max(due - time.monotonic(), 0) if batch else None)
             if chunk:

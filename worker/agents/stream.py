@@ -1,7 +1,7 @@
-"""Turn what an agent prints into events that Postgres can store.
+"""Convert an agent's output into events that Postgres can store.
 
-An event is a JSON object, one row of `message`. An agent may print anything; what jsonb would
-refuse is changed, and the event says so under `outwake_note`:
+An event is a JSON object, one row of `message`. An agent may print anything. Text that jsonb would refuse is
+changed, and the event says so under `outwake_note`:
 
 | printed | event |
 |---|---|
@@ -19,11 +19,11 @@ from typing import Any
 
 Event = dict[str, Any]
 
-# An agent's tool results are some 100 KB at most, images aside. A parsed line can take 50 times its
-# size, so 1 MiB keeps a worker of ten sessions within what a small container has.
+# An agent's tool results, apart from images, are well below this limit. A parsed line can take 50 times its
+# size, so with this limit a worker of ten sessions fits into a small container.
 LINE_LIMIT = 1 << 20
 HEAD = 4096
-# Far beyond any real event, far below what breaks json.dumps or the readers downstream.
+# Far more than any real event has, far less than breaks json.dumps or the readers downstream.
 DEPTH = 100
 
 NOTE = "outwake_note"
@@ -34,7 +34,7 @@ _NESTING = f"nesting deeper than {DEPTH} was cut"
 
 
 class Splitter:
-    """Cuts output into lines and lines into events; holds one line of at most `limit` bytes."""
+    """Cuts output into lines and lines into events. Holds one line of at most `limit` bytes."""
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
@@ -50,7 +50,7 @@ class Splitter:
         self._add(chunk[start:])
 
     def finish(self) -> Iterator[Event]:
-        """End the line: at a newline, and at the end of the output."""
+        """End the line. Call it at the end of the output; `feed` calls it at a newline."""
         line, size = bytes(self._line), self._size
         self._line, self._size = bytearray(), 0
         made = truncated(line, size) if size > self._limit else event(line)
@@ -78,15 +78,15 @@ def event(line: bytes) -> Event | None:
     except UnicodeDecodeError:
         text = line.decode(errors="replace")
         notes.add(_BYTES)
-    # Only an escape can smuggle in a NUL or a lone surrogate, only brackets nest: most lines need
-    # no second look.
+    # Only an escape can hide a NUL or a lone surrogate, and only brackets nest. So most lines need no
+    # further check.
     suspect = "\\u" in text or text.count("{") + text.count("[") > DEPTH
     try:
         value = _Decoder(notes).decode(text)
     except RecursionError:
         notes.add(_NESTING)
         return _noted({"type": "text", "text": text.replace("\0", "\ufffd")}, notes)
-    except ValueError:  # not JSON, or a number with too many digits for anybody
+    except ValueError:  # not JSON, or a number with too many digits
         return _noted({"type": "text", "text": _clean(text, notes)}, notes)
     if suspect:
         value = _storable(value, DEPTH, notes)
@@ -94,13 +94,13 @@ def event(line: bytes) -> Event | None:
 
 
 def truncated(head: bytes, size: int) -> Event:
-    """The event of a line that is too long: `size` in bytes, `head` its beginning."""
+    """The event of a line that is too long. size: of the line, in bytes. head: its beginning."""
     text = head[:HEAD].decode(errors="replace").rstrip("\ufffd")
     return {"type": "truncated", "bytes": size, "head": _clean(text, set())}
 
 
 class _Decoder(json.JSONDecoder):
-    """Reads JSON as Python does, NaN and Infinity (also 1e999) as strings."""
+    """Decodes JSON as Python does, but NaN and Infinity (also 1e999) become strings."""
 
     def __init__(self, notes: set[str]) -> None:
         def string(text: str) -> str:

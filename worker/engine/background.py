@@ -1,4 +1,4 @@
-"""Reads the front of the claim's index beside the worker's loop: steps 4 to 7 of worker/engine/cursor.py."""
+"""The background scan ("scout") of the queue's head ("front"): steps 4 to 7 of worker/engine/cursor.py."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from outwake.worker.engine.cursor import CARRIES, Ends, Front, Seen
 
 log = get_logger(__name__)
 
-_LONGEST = 120.0  # seconds; on a path gone silent it would never come back
+_LONGEST = 120.0  # seconds; on a silent network path a scan would never return
 
 _SCOUT = in_schema(
     "SELECT topic, priority, available_at, id, due_in FROM :schema.outbox_scout("
@@ -27,8 +27,8 @@ Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]
 
 
 class Scout:
-    """At most one is under way. `connect` gives a connection in autocommit for a moment, `back` is called
-    when one has come back.
+    """Runs background scans, one at a time. `connect` lends a connection in autocommit. `back` is called when
+    a scan has returned.
     """
 
     def __init__(self, front: Front, connect: Connect, back: Callable[[], None]) -> None:
@@ -43,12 +43,12 @@ class Scout:
         return self._task is not None and not self._task.done()
 
     def send(self, topics: Iterable[str]) -> None:
-        """Send one if it is time for it."""
+        """Start a scan if one is due."""
         if not self.under_way and self._front.scout_is_due(time.monotonic()):
             self._task = asyncio.create_task(self._go(list(topics)), name="scout")
 
     async def close(self) -> None:
-        """End the one under way. Were it cancelled, psycopg would ask the server to cancel too, and wait."""
+        """End the scan under way. Not by a cancel: psycopg would ask the server to cancel too, and wait."""
         if self._task is not None:
             if self._conn is not None:
                 cut(self._conn)
@@ -65,7 +65,7 @@ class Scout:
                     known = dict(self._front.ends)
                     began = time.monotonic()
                     seen = await _scout(conn, topics, known)
-        except Exception as error:  # the database is away: the loop says so louder
+        except Exception as error:  # the database is away: the loop logs that as a warning
             log.info("scout_failed", error=str(error).strip())
             self._front.scout_failed(began, time.monotonic())
         else:

@@ -1,4 +1,4 @@
-"""How an attempt ends that was not simply completed: it failed, was handed back or cancelled."""
+"""Finalize an attempt that was not simply completed: it failed, was handed back or was cancelled."""
 
 from datetime import timedelta
 from uuid import UUID
@@ -23,11 +23,11 @@ _AS_COUNTED = {
     "handed back": "handed_back",
     "fenced": "fenced",
 }
-"""What the metrics call the state that an attempt left."""
+"""The metrics' name of the state in which an attempt left its row."""
 
 
 async def settle(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
-    """Write it, and return what the metrics call it (worker/engine/metrics.py, OUTCOMES)."""
+    """Write the outcome. Returns its name in the metrics (worker/engine/metrics.py, OUTCOMES)."""
     job = outcome.job
     try:
         state = await _write(conn, worker_id, outcome)

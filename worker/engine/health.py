@@ -1,9 +1,9 @@
 """A worker's health and metrics, over HTTP.
 
-`/healthz`: the process and its loop are alive. `/readyz`: it is connected, so that it hears of new rows.
-Both are answered from what the worker knows; they ask nobody. `/readyz?workers=1` also asks the database
-whether somebody is present and nothing waits too long, and `/metrics` how much waits: one connection and
-one query each, at a scrape and never in between.
+`/healthz`: the process and its loop are alive. `/readyz`: it is connected, so it hears of new rows. Both
+answer from what the worker knows, without a query. `/readyz?workers=1` also asks the database whether a
+worker is present and whether no row waits too long. `/metrics` asks how many rows wait. Each of these two
+uses one connection and one query at a request, and none in between.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _JSON = "application/json"
 
 @dataclass(frozen=True)
 class Source:
-    """What this process knows of itself."""
+    """What this process knows about itself."""
 
     readiness: Callable[[], dict[str, Any]]
     """What /readyz shows; `ready` decides the status."""
@@ -40,7 +40,7 @@ class Source:
 
 
 async def serve(settings: Settings, source: Source) -> asyncio.Server:
-    """Answer on OUTWAKE_HEALTH_HOST and OUTWAKE_HEALTH_PORT until the server returned is closed.
+    """Answer on OUTWAKE_HEALTH_HOST and OUTWAKE_HEALTH_PORT until the returned server is closed.
 
     Raises OSError.
     """
@@ -49,7 +49,7 @@ async def serve(settings: Settings, source: Source) -> asyncio.Server:
         with suppress(OSError, ValueError, TimeoutError):
             async with asyncio.timeout(_TIMEOUT):
                 request = await reader.readline()
-                while (await reader.readline()).strip():  # headers, of no interest
+                while (await reader.readline()).strip():  # headers are ignored
                     pass
                 method, _, rest = request.decode("latin-1").partition(" ")
                 status, kind, body = await _answer(method, rest.partition(" ")[0], settings, source)
@@ -92,7 +92,7 @@ def _response(status: HTTPStatus, kind: str, body: bytes, length: int) -> bytes:
 
 
 async def _others(settings: Settings) -> dict[str, Any]:
-    """What the database says: the same as the API's /readyz?workers=1."""
+    """What the database says, as in the API's /readyz?workers=1."""
     try:
         async with asyncio.timeout(_DATABASE_TIMEOUT), await _connect(settings) as conn:
             with bounded(conn, _DATABASE_TIMEOUT):
@@ -117,7 +117,7 @@ async def _connect(settings: Settings) -> psycopg.AsyncConnection[tuple[Any, ...
 
 
 def check(host: str, port: int) -> str | None:
-    """Ask the worker on this host whether it is ready; None if it is, else why not."""
+    """Ask the worker on this host whether it is ready. Returns None if it is, else the reason."""
     everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104
     connection = HTTPConnection("127.0.0.1" if everywhere else host, port, timeout=_TIMEOUT)
     try:

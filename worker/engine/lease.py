@@ -1,17 +1,17 @@
-"""The worker's lease: for how long it may count on the rows it runs.
+"""The worker's lease: for how long it may count on the rows that it runs.
 
-The authority is `worker.lease_until`, by the database's clock. What is kept here only makes the worker
-stop in time when it cannot ask:
+The authority is `worker.lease_until`, by the database's clock. The copy here only makes the worker stop in
+time when it cannot ask the database:
 
-1. The lease is counted from before the query that extended it, on a monotonic clock: it ends here no
-   later than there.
-2. It is extended at a third of its length while something runs, so that two renewals may fail.
-3. When it ends here, everything that runs is stopped: somebody may be running it again.
-4. Except in an outage, while the server refuses connections or writes: nobody can rescue then, nor for one
-   lease after it came back (outbox_rescue). So each refusal is worth one lease, counted from itself: a
-   worker that is cut off later stops in time. Agents run on so to a stated bound, `outage_grace`.
-5. A worker that finds its lease ended in the database (WorkerEnded) stops everything, and comes back
-   under a new id.
+1. The lease is counted on a monotonic clock, from before the query that extended it. So it never ends here
+   later than it ends in the database.
+2. The lease is renewed after a third of its length while something runs, so that two renewals may fail.
+3. When the lease ends here, everything that runs is stopped, because another worker may be running it again.
+4. An outage is an exception. While the server refuses connections or writes, and for one lease after it is
+   back, nobody can rescue (outbox_rescue). So each refusal is worth one lease, counted from the refusal: a
+   worker that is cut off later stops in time. Agents run on in an outage, but for `outage_grace` at most.
+5. When a worker finds that its lease was ended in the database (WorkerEnded), it stops everything and comes
+   back under a new id.
 """
 
 import asyncio
@@ -49,17 +49,17 @@ class Lease:
         self._changed()
 
     def outage(self) -> None:
-        """The server itself is down now: nobody can rescue before one lease from now."""
+        """The server itself is down now, so nobody can rescue before one lease from now."""
         bound = self._contact + max(self._grace, self.seconds)
         self._until = max(self._until, min(time.monotonic() + self.seconds, bound))
         self._changed()
 
     def remaining(self) -> float:
-        """Seconds left; at most zero when it must be taken for lost."""
+        """Seconds left. If it is zero or less, the lease must be taken for lost."""
         return self._until - time.monotonic()
 
     async def extended(self) -> None:
-        """Return when the bound has been moved."""
+        """Return when the end has moved."""
         if self._extended is None:
             self._extended = asyncio.Event()
         await self._extended.wait()
@@ -71,7 +71,7 @@ class Lease:
         self._arm()
 
     def _arm(self) -> None:
-        # One timer; a renewal does not move it, for it is cheaper to find a new end when it fires.
+        # There is one timer. A renewal does not move it: to look up the new end when it fires is cheaper.
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, self.remaining()), self._fire)

@@ -1,16 +1,18 @@
-"""The LISTEN connection: one a process. It never waits for anybody, so that it hears at once.
+"""The LISTEN connection: one for each process. It never waits for anybody, so that it hears at once.
 
 1. Connect, with keepalive and user timeout on both ends, so that silence is noticed within a lease.
-2. Take the presence lock, under a number new for this connection, without blocking: the lock of a
-   connection that the server does not know to be dead yet must not stand in the way. A process's numbers
-   rise, so that the database tells a call of an earlier connection that arrives late (outbox_reconnect).
-3. LISTEN. Only then may anybody claim: a row committed before is found by the claim, one after notifies.
-4. Read notifications until the connection breaks, then start again at 1. One statement is sent on it, the
-   claim of a lone row (outbox_claim_row), which waits for no lock: the server's process that told of the row
-   is awake, that of the other connection would have to wake. From commit to start 1.34 to 1.24 of the floor.
+2. Take the presence lock without blocking, under a number that is new for this connection: an earlier
+   connection that the server does not yet know to be dead still holds its own lock. A process's numbers rise,
+   so that the database recognises a late call of an earlier connection (outbox_reconnect).
+3. LISTEN. Nothing may be claimed before that: a claim finds a row that was committed before the LISTEN, and a
+   row that is committed later notifies.
+4. Read notifications until the connection breaks, then start again at 1. One statement is sent on this
+   connection: the claim of a single row (outbox_claim_row), which waits for no lock. The server's process of
+   this connection is awake, because it has just sent the notification.
 
-Some proxies keep a socket open whose server has gone; keepalive cannot see that. `OUTWAKE_LISTEN_PROBE`
-makes the worker notify itself now and then, through the other connection, and reconnect if it hears nothing.
+Some proxies keep a socket open although its server has gone, and keepalive cannot see that. If
+`OUTWAKE_LISTEN_PROBE` is set, the worker notifies itself now and then, through the other connection, and
+reconnects if it hears nothing.
 """
 
 import asyncio
@@ -35,7 +37,7 @@ _PRESENCE = SCHEMA.lock("presence")
 
 
 class Listener:
-    """An open LISTEN connection that passes (channel, payload) on as they come."""
+    """An open LISTEN connection. It passes each notification on as (channel, payload)."""
 
     def __init__(self, conn: psycopg.AsyncConnection[Any], presence: int, heard: Heard) -> None:
         self.presence = presence
@@ -60,12 +62,12 @@ class Listener:
         return cls(conn, presence, heard)
 
     async def prepare(self, name: bytes, query: bytes) -> None:
-        """A statement for `ask`, before `start`."""
+        """Prepare a statement for `ask`; call it before `start`."""
         self._conn.pgconn.send_prepare(name, query)
         await answer(self._conn)
 
     def start(self, ended: Callable[[], None]) -> None:
-        """Step 4, in a task; `ended` is called when the connection breaks."""
+        """Step 4, in a task. `ended` is called when the connection breaks."""
 
         def has_ended(task: asyncio.Task[None]) -> None:
             if self._reply is not None:
@@ -78,7 +80,7 @@ class Listener:
     def ask(
         self, name: bytes, values: Sequence[bytes | None], arrived: Callable[[pq.abc.PGresult], T]
     ) -> Reply[T]:
-        """Send a prepared statement, one at a time. Raises psycopg.Error if it cannot be sent."""
+        """Send a prepared statement; only one may be under way. Raises psycopg.Error if it cannot be sent."""
         self._conn.pgconn.send_query_prepared(name, values, result_format=pq.Format.BINARY)
         self._reply = reply = Reply(self._conn.pgconn, arrived)
         return reply
@@ -92,7 +94,7 @@ class Listener:
             self._reply = None
 
     def check(self) -> None:
-        """Raise what broke the connection, if it is broken."""
+        """Raise the connection's error if it is broken."""
         if self._reading is not None and self._reading.done() and not self._reading.cancelled():
             self._reading.result()
 
@@ -102,7 +104,7 @@ class Listener:
             self._reading.cancel()
             await asyncio.wait([self._reading])
             if not self._reading.cancelled():
-                self._reading.exception()  # it was dealt with, or we close because of it
+                self._reading.exception()  # it was handled, or we close because of it
         await self._conn.close()
 
 

@@ -1,10 +1,10 @@
 """What a worker counts, and how Prometheus sees it.
 
-A worker takes 50,000 rows a second: what happens for each row is a few additions on plain lists, half a
-microsecond, and Prometheus' own objects are made at a scrape only.
+Counting happens for every row, so it is only a few additions on plain lists. Prometheus' own objects are made
+at a scrape only.
 
-With `--processes N` the parent asks its children for their snapshots and shows the sum. The last one of a
-child that died stays in the sum, as a counter that falls would be taken for a restart.
+With `--processes N`, the parent asks its children for their snapshots and shows the sum. The last snapshot of
+a child that died stays in the sum, because Prometheus would take a falling counter for a restart.
 """
 
 from bisect import bisect_left
@@ -63,7 +63,7 @@ _TOKEN_KINDS = {
 }
 
 Snapshot = dict[str, list[Any]]
-"""By the metric's name a list of [labels, value]; of a histogram the value is [counts, sum]. It is JSON."""
+"""For each metric's name, a list of [labels, value]. A histogram's value is [counts, sum]. It is JSON."""
 
 
 class _Times:
@@ -83,7 +83,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.topics: list[str] = []
-        """What is served: their counters begin at 0, so that Prometheus sees the first event as a rise."""
+        """The topics served. Their counters begin at 0, so that Prometheus sees the first event as a rise."""
         self._counters: Counter[tuple[str, ...]] = Counter()
         self._waits: dict[str, _Times] = {}
         self._runs: dict[str, _Times] = {}
@@ -94,7 +94,7 @@ class Stats:
         self._counters[(name, *labels)] += by  # type: ignore[assignment]  # also counts dollars
 
     def claimed(self, rows: Iterable[tuple[str, float]]) -> None:
-        """Rows of a claim, as (topic, seconds since it fell due)."""
+        """A claim brought these rows, each as (topic, seconds since it fell due)."""
         for topic, seconds in rows:
             if (times := self._waits.get(topic)) is None:
                 times = self._waits[topic] = _Times()
@@ -107,20 +107,20 @@ class Stats:
         times.add(seconds)
 
     def woken(self, cause: str) -> None:
-        """A look for rows was caused, by one of CAUSES. Until it is over, the first counts."""
+        """A scan was caused by one of CAUSES. Until the scan is over, only the first cause counts."""
         if self._cause is None:
             self._cause = cause
             self.count("outwake_worker_wakeups", cause)
 
     def looked(self, found: int) -> None:
-        """That look is over."""
+        """That scan is over."""
         if self._cause is not None:
             if found == 0:
                 self.count("outwake_worker_wakeups_in_vain", self._cause)
             self._cause = None
 
     def snapshot(self, gauges: Mapping[str, float]) -> Snapshot:
-        """All of it, with the values of GAUGES that hold now."""
+        """All counters, with the current values of GAUGES."""
         result: Snapshot = {name: [[[], value]] for name, value in gauges.items()}
         for (name, *labels), value in {**self._zeros(), **self._counters}.items():
             result.setdefault(name, []).append([labels, value])
@@ -137,7 +137,7 @@ class Stats:
 
 
 STATS = Stats()
-"""This process's; a process has one worker."""
+"""The counters of this process; a process has one worker."""
 
 
 def agent_used(result: Mapping[str, Any], stats: Stats = STATS) -> None:
@@ -180,12 +180,12 @@ def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 
 def without_gauges(snapshot: Snapshot) -> Snapshot:
-    """What of a dead process's snapshot still counts."""
+    """The part of a dead process's snapshot that still counts."""
     return {name: samples for name, samples in snapshot.items() if name not in GAUGES}
 
 
 def families(snapshot: Snapshot) -> list[Metric]:
-    """A snapshot as Prometheus' metrics. A counter without labels is there from the start."""
+    """A snapshot as Prometheus' metrics. A counter without labels exists from the start."""
     result: list[Metric] = []
     for name, (text, labels) in COUNTERS.items():
         counter = CounterMetricFamily(name, text, labels=labels)
@@ -206,7 +206,7 @@ def families(snapshot: Snapshot) -> list[Metric]:
 
 
 def _buckets(counts: list[int]) -> list[tuple[str, float]]:
-    """Cumulative, as Prometheus wants them."""
+    """Cumulative counts, as Prometheus expects them."""
     bounds = [*(str(bound) for bound in BOUNDS), "+Inf"]
     total, buckets = 0, []
     for bound, count in zip(bounds, counts, strict=True):

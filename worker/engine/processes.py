@@ -1,14 +1,15 @@
-"""`worker --processes N`: one parent that runs N worker processes and sees at once when one dies.
+"""`worker --processes N`: one parent runs N worker processes, and sees at once when one dies.
 
-1. Each child holds one end of a socket pair, on which it tells its worker id, each time it has a new one,
-   whether it is connected, and, when it is asked, what it has counted. It drains when its parent's end
-   closes: no orphan goes on alone.
-2. A child that dies without a drain (out of memory, a crash, SIGKILL) is known to be dead, not only
-   silent: the parent ends its life in the database at once (outbox_end_worker) instead of leaving its
-   rows to the end of the lease. If the database cannot be reached, the lease does it.
-3. It is replaced, with a backoff that grows while children die young. Not if it ended with status 2: a
-   setting, the schema or a right does not let it run, and it has said which. Then all end.
-4. SIGTERM and SIGINT are passed on; the parent ends when the last child has.
+1. Each child holds one end of a socket pair. On it, the child tells its worker id, each time it has a new
+   one, and whether it is connected. When the parent asks, the child sends its counters. A child drains when
+   its parent's end closes: no orphan goes on alone.
+2. A child that dies without a drain (out of memory, a crash, SIGKILL) is known to be dead, not only silent.
+   So the parent ends the child's life in the database at once (outbox_end_worker), and its rows need not wait
+   for the end of the lease. If the parent cannot reach the database, the lease ends it.
+3. The parent replaces a dead child, with a backoff that grows while children die young. A child that ended
+   with status 2 is not replaced: a setting, the schema or a right does not let it run, and it has said which.
+   Then all children end.
+4. The parent passes SIGTERM and SIGINT on, and ends when the last child has ended.
 """
 
 import asyncio
@@ -39,9 +40,9 @@ _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 30.0
 _ANSWER = 1.0
 _LINE = 2**20
 _REFUSED = 2
-"""The exit status of a child for which an operator has to do something first."""
+"""The exit status of a child that cannot run before an operator has changed something."""
 _YOUNG = 60.0
-"""A child that lived this many seconds is replaced at once."""
+"""A child that lived for longer than this many seconds is replaced with the first delay again."""
 
 
 class Parent:
@@ -57,23 +58,23 @@ class Parent:
         self._status = 0
 
     async def run(self) -> int:
-        """Until every child has ended after `drain`, or one was refused. The exit status."""
+        """Run until every child has ended after `drain`, or one was refused. Returns the exit status."""
         await asyncio.gather(*(self._keep(place) for place in range(self._count)))
         return self._status
 
     def drain(self) -> None:
-        """Pass it on: each call is one SIGTERM for each child."""
+        """Pass a signal on: each call sends SIGTERM to each child."""
         self._ending.set()
         for child in self._children.values():
             child.terminate()
 
     def readiness(self) -> dict[str, Any]:
-        """Ready when every child is."""
+        """The parent is ready when every child is."""
         ready = [child.connected for child in self._children.values()]
         return {"ready": len(ready) == self._count and all(ready), "processes": len(ready)}
 
     async def snapshot(self) -> Snapshot:
-        """What all children, the dead included, have counted."""
+        """The sum of all children's counters, including those of dead children."""
         alive = await asyncio.gather(*(child.snapshot() for child in self._children.values()))
         return merge([self._dead, *alive])
 
@@ -83,7 +84,7 @@ class Parent:
             born = time.monotonic()
             child = await Child.start(self._arguments)
             self._children[place] = child
-            if self._ending.is_set():  # it came while we were starting it
+            if self._ending.is_set():  # the signal came while the child was started
                 child.terminate()
             status = await child.ended()
             del self._children[place]
@@ -132,7 +133,7 @@ class Child:
 
     @classmethod
     async def start(cls, arguments: list[str]) -> "Child":
-        """Start a worker process that knows its end of the pair as a file descriptor."""
+        """Start a worker process. It gets its end of the pair as a file descriptor."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -157,7 +158,7 @@ class Child:
             self._process.terminate()
 
     async def snapshot(self) -> Snapshot:
-        """What it has counted; the last known if it does not answer at once."""
+        """The child's counters; the last known ones if it does not answer in time."""
         if self._told is None or self._told.done():
             self._told = asyncio.get_running_loop().create_future()
             self._writer.write(b"count\n")
@@ -167,7 +168,7 @@ class Child:
         return self.counted
 
     async def ended(self) -> int:
-        """Read its news until it has ended; its exit status, or minus the signal that killed it."""
+        """Read the child's news until it has ended. Returns its exit status, or minus the signal's number."""
         with suppress(OSError):
             async for line in self._news:
                 word, _, value = line.decode().strip().partition(" ")
@@ -185,7 +186,7 @@ class Child:
 
 
 class Link:
-    """A child's end: tells its parent news, and notices when the parent is gone."""
+    """A child's end of the pair: it tells the parent news, and notices when the parent is gone."""
 
     def __init__(self, writer: asyncio.StreamWriter, watch: asyncio.Task[None]) -> None:
         self._writer = writer
@@ -195,7 +196,7 @@ class Link:
     async def open(
         cls, descriptor: int, parent_gone: Callable[[], None], snapshot: Callable[[], Awaitable[Snapshot]]
     ) -> "Link":
-        """Take over the file descriptor; `parent_gone` is called once."""
+        """Take over the file descriptor. `parent_gone` is called once."""
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
 
         async def watch() -> None:
@@ -209,7 +210,7 @@ class Link:
         return link
 
     def tell(self, word: str, value: str) -> None:
-        """One line of news."""
+        """Send one line of news."""
         self._writer.write(f"{word} {value}\n".encode())
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""One attempt at one row: runs its handler and says how it ended.
+"""One attempt at one row: it runs the row's handler and tells how that ended.
 
-Why a handler was stopped decides what becomes of its row, so a stop always names its cause.
+The reason why a handler was stopped decides what becomes of its row, so each stop names its cause.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ log = get_logger(__name__)
 
 
 class Stop(Enum):
-    """Why a handler is stopped."""
+    """Why a handler was stopped."""
 
     CANCEL = "cancel"
     """Somebody cancelled the row."""
     DRAIN = "drain"
-    """The worker shuts down: hand the row back."""
+    """The worker shuts down: the row is handed back."""
     LOST = "lost"
-    """The lease must be taken for lost: hand back what is still ours."""
+    """The lease must be taken for lost: the row is handed back if it is still ours."""
     FENCED = "fenced"
-    """The row was taken away: write nothing."""
+    """The row was taken away: nothing is written."""
 
 
 class End(Enum):
@@ -39,7 +39,7 @@ class End(Enum):
     HAND_BACK = "hand_back"
     CANCELLED = "cancelled"
     NOTHING = "nothing"
-    """The handler ended it itself, or it is not ours any more."""
+    """The handler ended the row itself, or the row is no longer ours."""
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ _BY_STOP = {
 
 
 class Attempt:
-    """A handler at work on a row, in a task of its own."""
+    """A handler that runs for a row, in its own task."""
 
     __slots__ = ("_ended", "_handler", "_stop", "_task", "job", "started_at")
 
@@ -77,14 +77,14 @@ class Attempt:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
-        """Let the handler run, if it does not yet."""
+        """Start the handler if it does not run yet."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._done)
         return self._task
 
     def stop(self, cause: Stop) -> None:
-        """Interrupt the handler. The first cause counts, but that a row was taken away always does."""
+        """Interrupt the handler. The first cause counts, but FENCED replaces any other."""
         if self._stop is None:
             self._stop = cause
             self.start().cancel()
@@ -126,7 +126,7 @@ class Attempt:
         running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
         assert running is not None
         timeout = job.row.timeout or handler.timeout
-        if timeout is None:  # asyncio.timeout takes 2.9 us, also when it has nothing to time
+        if timeout is None:  # asyncio.timeout(None) would cost time for nothing
             await running
         else:
             async with asyncio.timeout(timeout.total_seconds()):
@@ -166,8 +166,8 @@ class Attempt:
 
 
 async def _in_thread(run: Run, job: Job) -> None:
-    """A thread, so that the loop, and with it the lease, goes on. It cannot be interrupted: a stop takes
-    effect when it returns, for until then the row is still being worked on.
+    """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
+    interrupted: a stop takes effect when it returns, because until then it still works on the row.
     """
     thread = asyncio.ensure_future(asyncio.to_thread(run, job))
     try:

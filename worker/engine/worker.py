@@ -1,16 +1,17 @@
-"""The worker's loop. One task does all that touches the database for it, so nothing here races.
+"""The worker's loop. One task does all of the worker's work on the database, so nothing here races.
 
-It sleeps until something happens: a notification, a handler that ended, the one next deadline, or a lost
-connection. Then it takes a turn:
+The loop sleeps until something happens: a notification, a handler that ended, the next deadline, or a lost
+connection. Then it runs one cycle (a "turn"):
 
-1. A lone row that it was told of in its sleep is claimed by its id, before all else: a look at everything
-   takes twice as long. Was another worker named for it, this one stands by (worker/engine/backup.py).
-2. A lease that is due is renewed, a rescue that is due is done.
-3. What handlers left is settled: failures, hand-backs, cancels; what they completed is ended together
-   with the next claim, in one commit and one round trip.
-4. Free slots are filled: claim, while rows keep coming; when none comes, park (worker/engine/parking.py). Under load
-   the next claim is sent before the rows of the last are read.
-5. Before it sleeps with slots free, it learns the next deadline of any kind.
+1. If a notification named a single ("lone") row while the worker slept, the worker claims that row by its id
+   before anything else, because a full scan (a "look") takes twice as long. If the notification names another
+   worker, this one only arms a backup timer ("standby", worker/engine/backup.py).
+2. If the lease is due, it is renewed. If a rescue is due, it is done.
+3. What handlers left is finalized ("settled"): failures, hand-backs and cancels. Completed rows are ended
+   together with the next claim, in one commit and one round trip.
+4. Free slots are filled. The worker claims while rows keep coming, and parks when none comes
+   (worker/engine/parking.py). Under load it sends the next claim before it reads the rows of the last.
+5. Before the worker sleeps with free slots, it asks for the next deadline of any kind.
 """
 
 import asyncio
@@ -55,19 +56,16 @@ from outwake.worker.engine.running import Attempt, End, Outcome, Stop
 log = get_logger(__name__)
 
 _BUSY = 0.005
-"""Woken again within this many seconds, a worker stops being parked for every row: see _stay_parked."""
+"""A worker that is woken again within this many seconds does not stay parked: see _stay_parked."""
 
 _NAP_FIRST, _NAP_LAST, _AWAKE = 0.002, 0.008, 0.25
-"""Seconds that an awake worker naps when it has taken all there was, before it looks again: 2 ms, 4 ms, then
-8. Rows that come meanwhile are claimed together, and nobody needs to notify. It parks when three naps
-brought none, and 250 ms after its slots were last full. Each time it parks and wakes leaves two versions of
-its row behind, which every producer's look at the flags reads past while somebody holds an old snapshot."""
+"""Idle backoff, in seconds. When a scan left slots free, an awake worker naps before the next, twice as long
+each time. Rows that come meanwhile are claimed together, and producers need not notify. It parks when naps up
+to _NAP_LAST brought no row and its slots were last full _AWAKE ago. Each park leaves dead versions of its
+row, which every insert that checks the flags reads past while somebody holds an old snapshot."""
 
 _SMALL = 50
-"""Rows for which a turn is not divided: what a turn costs for itself is more than what two at once save.
-With 10 slots, whole turns in place of halves, on a busy machine: one worker 4,500 to 9,500 rows/s, 10 workers
-7,000 to 10,000, 50 workers 5,700 to 10,700. With 100 slots it is all one; with 500, halves gain a tenth.
-"""
+"""Up to this many rows, a cycle is not halved: its fixed cost is more than halves save (docs/profile.md)."""
 
 _RETRY_FIRST, _RETRY_LAST = 0.1, 5.0
 _LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
@@ -98,11 +96,11 @@ _LEAVE = in_schema(
 )
 
 _OF_OTHERS = re.compile(r"[a-z][a-z0-9_.-]*|#[0-9a-f-]{36}")
-"""Whom a notification may be for that is not for this worker: a topic, or a worker."""
+"""The target of a notification that is not for this worker: a topic, or a worker."""
 
 
 class Worker:
-    """Claims rows of its handlers' topics and runs up to `concurrency` of them at once."""
+    """Claims rows of its handlers' topics, and runs up to `concurrency` of them at once."""
 
     def __init__(self, settings: Settings, handlers: Mapping[str, Handler], concurrency: int) -> None:
         self.id: UUID | None = None
@@ -123,25 +121,25 @@ class Worker:
         self._event = asyncio.Event()
         self._look = True
         self._renew_asked = False
-        """A cancel came that was not understood: the table knows which."""
+        """Set when a cancel was not understood: the renewal learns from the table which row it is for."""
         self._puzzling: set[str] = set()
-        """Channels that something was not understood of."""
+        """Channels on which a notification was not understood."""
         self._told: list[int] = []
-        """Lone rows that notifications told of since the last turn, and those that it stands in for."""
+        """Single rows that notifications named since the last cycle, and those that it claims as a backup."""
         self._standby = Standby()
         self._flag_taken_down = False
-        """Or its life was ended: it finds out."""
+        """Set when a notification says that our parked flag was cleared, or that our life was ended."""
         self._all_called = False
-        """Whoever migrates calls all workers, so the schema may be another."""
+        """Set when a notification is for all workers. A migration sends one: the schema may have changed."""
         self._asleep = False
-        """The loop's task waits for its event: nothing is under way on its connection."""
+        """Whether the loop's task waits for its event: no query is under way on its connection then."""
         self._asked: Reply[Claimed | None] | None = None
-        """A lone row's claim under way, on the LISTEN connection; its answer comes before all else."""
+        """A single row's claim under way on the LISTEN connection. A cycle awaits its answer first."""
         self._arriving = 0
-        """Rows that were claimed and are not read yet."""
+        """How many rows are claimed but not read yet."""
         self._reading: asyncio.Task[int] | None = None
         self._asked_at = -math.inf
-        """When `_look` was last raised; a scout's return does not raise it, or each would demand the next."""
+        """When `_look` last caused a scan. A background scan does not set it: each would cause the next."""
         self._scouted = False
         self._told_draining = False
         self._stats = STATS
@@ -152,7 +150,7 @@ class Worker:
         self._claims: Claims
         self._listener: Listener
         self._presence: int | None = None  # of the last connection
-        # Deadlines on the monotonic clock. look_at: a row falls due, or a look is to be repeated.
+        # Deadlines on the monotonic clock. look_at: a row falls due, or a scan is to be repeated.
         self._look_at = math.inf
         self._rescue_at = math.inf
         self._announced = math.inf
@@ -185,13 +183,13 @@ class Worker:
     # The life of the worker.
 
     async def run(self) -> None:
-        """Work until drained. Reconnects for as long as it takes.
+        """Work until drained. Reconnect for as long as that takes.
 
-        Raises SchemaError if the schema does not fit this code, or its role lacks a right.
+        Raises SchemaError if the schema does not fit this code, or if the database role lacks a right.
         """
         delay = _RETRY_FIRST
-        longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage, each refusal is worth a lease
-        # A thread for each blocking handler: a row that is claimed must be able to start.
+        longest = min(_RETRY_LAST, self._settings.lease / 3)  # in an outage each refusal is worth a lease
+        # One thread for each blocking handler, because each claimed row must be able to start.
         threads = ThreadPoolExecutor(self._concurrency + 4, thread_name_prefix="handler")
         asyncio.get_running_loop().set_default_executor(threads)
         async with self._own_pool, self._shared_pool:
@@ -228,7 +226,7 @@ class Worker:
                 settings.database_url, "outwake worker", self._lease_time, pooled=settings.pooled
             )
             stack.push_async_callback(self._control.close)
-            set_json_loads(from_json, self._control)  # 0.1 us for a small payload, json.loads 1.5
+            set_json_loads(from_json, self._control)  # faster than json.loads
             with bounded(self._control, settings.lease):
                 await self._introduce()
                 await self._stuck.first_look(self._control)
@@ -239,7 +237,7 @@ class Worker:
             await self._turns()
 
     async def _introduce(self) -> None:
-        """Make this life known, under the presence of this LISTEN connection; read the marks we missed."""
+        """Register, or reconnect, with the presence of this LISTEN connection; learn of cancels we missed."""
         await self._check_schema()
         self._parking.wake()
         self._asked = None
@@ -268,8 +266,8 @@ class Worker:
         await self._claims.prepare()
 
     async def _check_schema(self) -> None:
-        """Serve no topic whose tables are not there. Raises SchemaError if none is left, or the schema does
-        not fit.
+        """Drop the topics whose tables do not exist. Raises SchemaError if no topic is left, or if the schema
+        does not fit.
         """
         await self._check_role()
         needed = sorted({handler.line for handler in self._handlers.values()})
@@ -285,8 +283,8 @@ class Worker:
         self._schema = schema
 
     async def _check_role(self) -> None:
-        """Not left to the first error: a role that was granted the tables directly gets none, and sees no
-        row. Raises SchemaError.
+        """Check the role now, because no error may follow: a role that was granted the tables directly sees
+        no row. Raises SchemaError.
         """
         cursor = await self._control.execute(_SEES_NOTHING)
         found = await cursor.fetchone()
@@ -297,7 +295,7 @@ class Worker:
         return grant(_ROLE, self._settings.database_url)
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
-        # A session that was terminated is no proof that the server is down; the next refusal is.
+        # A terminated session does not prove that the server is down. The next refusal does.
         if is_outage(error) and not isinstance(error, psycopg.errors.AdminShutdown):
             self._lease.outage()
         self._set_connected(False)
@@ -320,7 +318,7 @@ class Worker:
             self.tell("id", str(self.id))
 
     def readiness(self) -> dict[str, Any]:
-        """What a health check shows. From memory: it must not wake the database."""
+        """The state that a health check shows. It comes from memory: a check must not wake the database."""
         return {
             "ready": self.connected,
             "worker_id": None if self.id is None else str(self.id),
@@ -331,7 +329,7 @@ class Worker:
         }
 
     async def snapshot(self) -> Snapshot:
-        """What has been counted and holds now, for metrics. From memory, as `readiness`."""
+        """The counters and the gauges' values now, for metrics. It comes from memory, like `readiness`."""
         return self._stats.snapshot(
             {
                 "outwake_worker_listen_connected": self.connected,
@@ -343,7 +341,7 @@ class Worker:
         )
 
     def drain(self) -> None:
-        """Claim nothing more; what runs may finish. The second call hands it back at once."""
+        """Claim nothing more and let running rows finish. The second call hands them back at once."""
         if self.draining:
             self._stop_all(Stop.DRAIN)
         else:
@@ -364,7 +362,7 @@ class Worker:
             log.error("lease_lost", worker_id=str(self.id), running=len(self._running))
             self._stop_all(Stop.LOST)
 
-    # What happens.
+    # Notifications and other events.
 
     def _heard(self, channel: str, payload: str) -> None:
         try:
@@ -373,7 +371,7 @@ class Worker:
             self._not_understood(channel, payload)
 
     def _not_understood(self, channel: str, payload: str) -> None:
-        """A newer version may say more, and anybody may NOTIFY anything. So it means: look."""
+        """A newer version may send more, and anybody may NOTIFY anything. So it means: scan."""
         if channel not in self._puzzling:
             self._puzzling.add(channel)
             log.info("not_understood", channel=channel, payload=payload[:200])
@@ -385,7 +383,7 @@ class Worker:
             self._event.set()
 
     def _understand(self, channel: str, payload: str) -> None:
-        """Raises ValueError or OverflowError if it cannot; then nothing has been done."""
+        """Act on a notification. If it raises ValueError or OverflowError, nothing has been done."""
         if channel == WAKE:
             topic, _, due = payload.rpartition("@")
             if topic not in self._handlers and topic not in ("*", f"#{self.id}"):
@@ -393,7 +391,7 @@ class Worker:
                     raise ValueError(payload)
                 return
             due, _, lone = due.partition("#")
-            if due != "0":  # not yet: bring the timer forward, without a query
+            if due != "0":  # due later: bring the timer forward, without a query
                 self._bring_forward(int(due) / 1000)
             elif not lone:
                 self._flag_taken_down |= topic.startswith("#")
@@ -413,7 +411,7 @@ class Worker:
         self._event.set()
 
     def _heard_of(self, row_id: int, named: int | None, asleep: int) -> None:
-        """A lone row, and which worker is to take it: one of so many, by its presence; None: any."""
+        """A single row was announced, for the worker of that presence among `asleep`, or for any (None)."""
         if named is None or named == self._listener.presence:
             if named is not None:
                 self._standby.own.add(row_id)
@@ -426,15 +424,13 @@ class Worker:
             self._event.set()  # for the timer
 
     def _ask_for(self, row_id: int) -> bool:
-        """Step 1, while the loop's task sleeps on: the server is at it when it wakes, 0.1 ms later. Whether
-        it has been sent.
-        """
+        """Step 1, before the loop's task wakes, so that the server starts earlier. Whether it was sent."""
         now = time.monotonic()
         if not self._asleep or self._event.is_set() or self._look or self._told or not self._is_lone(now):
             return False
         try:
             self._ask(row_id, now)
-        except psycopg.Error:  # the turn finds out
+        except psycopg.Error:  # the cycle meets the error too
             return False
         return True
 
@@ -449,13 +445,13 @@ class Worker:
         return row
 
     def _is_lone(self, now: float) -> bool:
-        """Whether a row that was told of now is to be claimed by its id. Not by a worker that it would fill,
-        which is then not parked, nor by one that was woken a moment ago: there is load.
+        """Whether to claim a row that is announced now by its id. Not if it takes the last free slot, because
+        the worker is not parked then. Not if the worker was woken a moment ago: there is load.
         """
         return self._parking.stage is PARKED and now - self._woken_at > _BUSY and self._free() > 1
 
     def _bring_forward(self, due: float) -> None:
-        """`due` is by the server's clock; it may be a row or a lease, so look for both."""
+        """`due` is by the server's clock. A row or a lease may be due then, so both timers are set."""
         at = due - self._clock_offset
         self._announced = min(self._announced, at)
         if at < min(self._look_at, self._rescue_at):
@@ -478,7 +474,7 @@ class Worker:
             self._ended.append(outcome)
         self._event.set()
 
-    # The turns.
+    # The cycles.
 
     async def _turns(self) -> None:
         while True:
@@ -489,7 +485,7 @@ class Worker:
             except psycopg.errors.DeadlockDetected as error:
                 log.warning("deadlock", error=str(error).strip())
                 self._look = True
-                continue  # nothing of the statement was done: the next turn does it again
+                continue  # the statement was rolled back: the next cycle repeats it
             finally:
                 timer.cancel()
             if self.draining and not self._running and not self._ended and not self._arriving:
@@ -530,12 +526,12 @@ class Worker:
             await asyncio.sleep(self._nap)
             self._event.clear()
             return
-        if self._look and self._free():  # rows keep coming; the handlers run while we wait for the next
+        if self._look and self._free():  # rows keep coming; handlers run while the next claim is under way
             self._event.clear()
             return
-        await self._have_read()  # what runs decides for how long it may sleep
+        await self._have_read()  # the running rows decide how long it may sleep
         until = min(self._rescue_at, self._probe_at)
-        if self._free():  # else a row that is due could not start
+        if self._free():  # without a free slot, a due row could not start
             until = min(until, self._look_at, self._standby.ask_at)
         if self._running:
             until = min(until, self._lease.renew_at)
@@ -555,7 +551,7 @@ class Worker:
         return 0 if self.draining else self._concurrency - len(self._running) - self._arriving
 
     async def _take_told(self) -> None:
-        """Step 1. Told of several, awake, or woken again at once, it looks for all there is instead."""
+        """Step 1. If several rows were announced, or _is_lone says no, the worker scans fully instead."""
         told, self._told = self._told, []
         if self._asked is not None:
             self._look |= bool(told)
@@ -567,7 +563,7 @@ class Worker:
                 self._look = True
         if self._asked is not None:
             with self._listener.bounded(self._settings.lease):
-                row = await self._asked.done  # and its handler has begun
+                row = await self._asked.done  # its handler has begun by then
             self._asked = None
             self._count([] if row is None else [row])
 
@@ -585,7 +581,7 @@ class Worker:
                 self._stats.looked(0)
 
     async def _pass_on(self) -> None:
-        """Step 2 of worker/engine/backup.py, once it is known what the slots were filled with."""
+        """Step 2 of worker/engine/backup.py, when it is known which rows fill the slots."""
         await self._have_read()
         own = self._standby.own
         if own and not self._free():
@@ -593,16 +589,16 @@ class Worker:
             await self._control.execute(_PASS_ON, (rows,))
             own.difference_update(rows)
         elif self._parking.stage is not AWAKE and not (self._look or self._told or self._asked):
-            own.clear()  # it has looked: they run, or are another's
+            own.clear()  # it has scanned: they run here, or another worker has them
 
     async def _fill(self) -> None:
-        """Step 4: end what was completed and claim, then park or learn the deadline."""
+        """Step 4: complete and claim, then park or ask for the next deadline."""
         parking = self._parking
         napped, self._nap = self._nap, 0.0
         wants = self._free() if self._look or self._scouted or parking.stage is AWAKE else 0
         if parking.stage is AWAKE:
-            # Half of all slots, so that the server works on one half of the rows while the handlers of the
-            # other half run; but not in small turns.
+            # Claim half of all slots, so that the server works on one half of the rows while the handlers of
+            # the other half run. A small cycle is not divided.
             wants = min(wants, max(_SMALL, (self._concurrency + 1) // 2))
         completed = [o for o in self._ended if o.end is End.COMPLETE]
         if wants == 0:
@@ -611,7 +607,7 @@ class Worker:
                 self._drop(completed)
                 self._completed(completed, refused)
             return
-        asked, self._look = self._look, False  # from here on a notification raises it again
+        asked, self._look = self._look, False  # from here on a notification sets it again
         self._scouted = False
         settling = parking.stage is SETTLING
         writers_ended = settling and parking.saw_writers(await self._writers())
@@ -621,7 +617,7 @@ class Worker:
         count = await self._claim(completed, wants, stay_parked)
         self._scout.send(self._topics)
         if count >= wants or (count and (parking.stage is AWAKE or not stay_parked)):
-            # All slots are taken, or rows keep coming: nobody needs to tell us.
+            # All slots are taken, or rows keep coming: producers need not notify.
             parking.wake()
             self._look = True
             if count < wants:
@@ -637,7 +633,7 @@ class Worker:
             parking.begin()
             self._look = True
         else:
-            await asyncio.sleep(0)  # what was claimed starts first: the next wait cost it 0.9 ms
+            await asyncio.sleep(0)  # what was claimed starts first: it need not wait for the next query
             await self._schedule()
             if settling and writers_ended and self._front.is_clear(self._asked_at):
                 parking.settled()
@@ -646,8 +642,8 @@ class Worker:
                 self._repeat_look()
 
     def _stay_parked(self) -> bool:
-        """A lone row leaves the flag up: the next one notifies, and no handshake is due. Woken again at
-        once, there is load: take the flag down, so that producers need not notify.
+        """Whether a claim leaves the parked flag set. If so, the next row notifies, and no handshake is due.
+        If the worker was woken again at once, there is load: without the flag, producers need not notify.
         """
         now = time.monotonic()
         lone = now - self._woken_at > _BUSY
@@ -655,10 +651,10 @@ class Worker:
         return lone or self._parking.stage is SETTLING
 
     async def _claim(self, completed: list[Outcome], wants: int, stay_parked: bool) -> int:
-        """Returns how many rows came."""
+        """Complete these outcomes and claim. Returns how many rows came."""
         asked_at = time.monotonic()
         awake = self._parking.stage is AWAKE
-        self._topics.rotate()  # rows of one priority: each topic is first in its turn, none starves
+        self._topics.rotate()  # within a priority, the topics take turns: none starves
         busy = awake and not any(o.job.row.ordering_key for o in completed)
         look = self._front.look(self._topics, wants, asked_at, busy=busy)
         try:
@@ -674,8 +670,8 @@ class Worker:
         self._arriving = answer.count
         reading = self._read(answer, completed, look, asked_at, took)
         if awake and answer.count >= wants:
-            # When the next claim is on its way, so that the server does not wait meanwhile: a task begins
-            # when this one waits.
+            # A task begins when this one waits. So the rows are read when the next claim has been sent, and
+            # the server does not idle meanwhile.
             self._reading = asyncio.create_task(reading)
             return answer.count
         return await reading
@@ -683,7 +679,7 @@ class Worker:
     async def _read(
         self, answer: Answer, completed: list[Outcome], look: Look, asked_at: float, took: float
     ) -> int:
-        """What a claim brought; how many rows."""
+        """Read a claim's answer and start its rows. Returns how many rows came."""
         rows, refused = answer.read()
         self._arriving = 0
         self._front.looked(look, rows, asked_at, asked_at + took)
@@ -694,13 +690,13 @@ class Worker:
         return len(rows)
 
     async def _have_read(self) -> None:
-        """Until what was claimed is in `_running`."""
+        """Wait until all claimed rows are in `_running`."""
         if self._reading is not None:
             await self._reading
             self._reading = None
 
     def _start(self, rows: list[Claimed], asked_at: float) -> None:
-        """Let the handlers run of rows that a claim brought. What need not be done first, `_count` does."""
+        """Start the handlers of claimed rows. `_count` does what need not be done before that."""
         assert self.id is not None
         if rows:
             self._lease.claimed(asked_at)
@@ -713,11 +709,11 @@ class Worker:
             attempt = Attempt(job, handler, asked_at, self._attempt_ended)
             self._running[row.id] = attempt
             attempt.start()
-        if self._full_stop:  # the drain's end came while the claim was on its way
+        if self._full_stop:  # the drain's time ran out while the claim was under way
             self._stop_all(Stop.DRAIN)
 
     def _count(self, rows: list[Claimed]) -> None:
-        """A look is over, and brought these."""
+        """A scan is over and brought these rows."""
         self._stats.looked(len(rows))
         if rows:
             self._stuck.work_came()
@@ -727,7 +723,7 @@ class Worker:
                 log.debug("claimed", rows=[row.id for row in rows], worker_id=str(self.id))
 
     def _drop(self, outcomes: list[Outcome]) -> None:
-        """Once they are committed. Only these: handlers have ended since they were sent."""
+        """Forget outcomes that are committed. Only these: more handlers have ended since they were sent."""
         gone = set(map(id, outcomes))
         self._ended = [o for o in self._ended if id(o) not in gone]
 
@@ -751,10 +747,10 @@ class Worker:
         return writers
 
     async def _schedule(self) -> None:
-        """Step 5: set the one timer. Also how far the server's clock is from ours."""
+        """Step 5: set the deadlines. Also measure how far the server's clock is from ours."""
         connected = time.monotonic() - self._listener.opened_at
         far = self._front.far
-        self._announced = math.inf  # what is announced meanwhile, this query may not see
+        self._announced = math.inf  # this query may not see what is announced meanwhile
         cursor = await self._control.execute(
             _NEXT_DEADLINE,
             (
@@ -779,7 +775,7 @@ class Worker:
         self._rescue_at = min(self._rescue_at, self._announced)
 
     def _far_look_at(self) -> float:
-        """When the front is far: as soon as a scout may go, or a row that one saw is due."""
+        """The deadline when the head is far: a background scan may begin, or a row that one saw is due."""
         front = self._front
         if front.missed:
             return -math.inf
@@ -813,7 +809,7 @@ class Worker:
             await self._schedule_rescue()
 
     async def _schedule_rescue(self) -> None:
-        """A worker that never sleeps learns of others' leases when it renews its own."""
+        """A worker that never sleeps learns of other workers' leases when it renews its own."""
         look_at = self._look_at
         await self._schedule()
         self._look_at = look_at
@@ -829,7 +825,7 @@ class Worker:
         self._look = True
 
     async def _settle(self) -> None:
-        """Step 3: end what was not simply completed. An outcome is dropped only once it is committed."""
+        """Step 3: finalize what was not simply completed. An outcome is dropped only when it is committed."""
         assert self.id is not None
         for outcome in [o for o in self._ended if o.end is not End.COMPLETE]:
             ended = await settle(self._control, self.id, outcome)
@@ -852,14 +848,14 @@ class Worker:
         await self._control.execute("SELECT pg_notify(%s, %s)", (PROBE, self._probe_sent))
 
     async def _leave(self) -> None:
-        """End this life: nothing runs, so there is nothing to rescue."""
+        """End this life. Nothing runs, so there is nothing to rescue."""
         await self._control.execute(_LEAVE, (self.id,))
         log.info("stopped", worker_id=str(self.id))
 
 
 def _lone(text: str) -> tuple[int, int | None, int]:
-    """ID or ID,PRESENCE,N (sql/outbox/functions/wake.sql): a row, and which worker is to take it, one of how
-    many. Raises ValueError.
+    """Parse ID or ID,PRESENCE,N (sql/outbox/functions/wake.sql): a row, the worker that is to claim it, and
+    the number of parked workers. Raises ValueError.
     """
     match [int(number) for number in text.split(",")]:
         case [row_id] if 0 <= row_id < 2**63:

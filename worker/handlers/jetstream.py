@@ -1,11 +1,11 @@
 """The worker's one connection to NATS, and publishing on it.
 
-1. It is opened when there is something to publish, once for all who wait for it.
-2. The client neither reconnects by itself nor keeps messages for later: one that is sent when its attempt has
-   long ended may overtake others of its key. A lost connection is closed with what it has not sent; the next
-   message opens another. So nothing is tried while there is nothing to publish.
-3. `tls://` means TLS: the client alone would go on in plain text, password and all, with a server that
-   does not ask for TLS.
+1. The connection is opened when there is something to publish. All waiting handlers share it.
+2. The client neither reconnects by itself nor buffers messages. A message that is sent long after its attempt
+   ended could overtake others of its key. So a lost connection is closed together with its unsent messages,
+   and the next message opens a new one. Nothing is tried while there is nothing to publish.
+3. `tls://` enforces TLS. By itself the client would continue in plain text, and send its password, if the
+   server does not ask for TLS.
 """
 
 import asyncio
@@ -23,20 +23,20 @@ from outwake.errors import ConfigurationError
 from outwake.telemetry.log import get_logger
 
 TIMEOUT = 5.0
-"""Seconds, for each step of connecting and for an acknowledgement."""
+"""Seconds for each step of connecting, and for an acknowledgement."""
 
 _PING = 30
-"""Seconds. A server that has not answered a ping when the next is due is given up."""
+"""Seconds between pings. The connection is closed if a ping is unanswered when the next is due."""
 
 log = get_logger(__name__)
 
 
 class Unreachable(Exception):
-    """There is no connection: nothing was sent."""
+    """There is no connection; nothing was sent."""
 
 
 class TooLarge(Exception):
-    """The server takes no message of this size: nothing was sent."""
+    """The server accepts no message of this size; nothing was sent."""
 
 
 class JetStream:
@@ -48,9 +48,9 @@ class JetStream:
         self._opened: asyncio.Task[_Client] | None = None
 
     async def publish(self, subject: str, body: bytes, headers: Mapping[str, str]) -> PubAck:
-        """Return when JetStream has acknowledged it, that is has stored it or knows its id.
+        """Publish a message. Returns when JetStream acknowledges it: it is stored, or its id is known.
 
-        Raises Unreachable, TooLarge, and nats.errors.Error: then it may have been stored or not.
+        Raises Unreachable and TooLarge if nothing was sent, nats.errors.Error if it may have been stored.
         """
         client = await self._connected()
         size = len(body) + _size(headers)
@@ -68,7 +68,7 @@ class JetStream:
         opened, self._opened = self._opened, None
         if opened is None:
             return
-        opened.cancel()  # without effect if it is open
+        opened.cancel()  # without effect if the connection is open
         with suppress(Unreachable, asyncio.CancelledError):
             await _close(await opened)
 
@@ -76,7 +76,7 @@ class JetStream:
         """The open connection, or a new one."""
         opened = self._opened
         if opened is None or (opened.done() and (opened.exception() or opened.result().is_closed)):
-            # In a context of its own: its log lines are not those of the row that came first.
+            # In a context of its own, so that its log lines do not carry the first row's fields.
             opened = self._opened = asyncio.create_task(self._open(), context=Context())
         return await asyncio.shield(opened)
 
@@ -94,14 +94,14 @@ class JetStream:
                 error_cb=client.failed,
                 closed_cb=client.lost,
                 allow_reconnect=False,
-                max_reconnect_attempts=1,  # of connecting; 0 were for ever
+                max_reconnect_attempts=1,  # of connecting; 0 would mean for ever
                 reconnect_time_wait=0,
                 connect_timeout=int(TIMEOUT),
                 flush_timeout=TIMEOUT,
                 ping_interval=_PING,
                 max_outstanding_pings=1,
             )
-        except Exception as error:  # of the network, the server, TLS, a key that is none
+        except Exception as error:  # from the network, the server, TLS, or an invalid key
             cause = client.cause or error
             await _close(client)
             raise Unreachable(str(cause) or type(cause).__name__) from error
@@ -112,21 +112,21 @@ class JetStream:
 
 
 class _Client(Client):
-    """The library's client, that keeps what the server said, and to rule 3."""
+    """The library's client. It keeps the server's error messages and enforces rule 3."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stream = JetStreamContext(self, timeout=TIMEOUT)
         self.opened = False
         self.cause: Exception | None = None
-        """Why it could not connect; the library says only that there is no server left."""
+        """Why it could not connect. The library reports only that no server is left."""
         self.denied: dict[str, str] = {}
-        """What the server said of a subject, by the subject in small letters, as the library gives it: a
-        message that is denied is not answered.
+        """The server's error for a subject. The subject is in lower case, as the library reports it. The
+        server does not answer a message that it denies.
         """
 
     async def failed(self, error: Exception) -> None:
-        """Told of what goes wrong outside of a call."""
+        """Called for an error outside of a call."""
         self.cause = error
         text = str(error) or type(error).__name__
         if self.opened:
@@ -136,7 +136,7 @@ class _Client(Client):
             self.denied[quoted.partition('"')[0]] = text
 
     async def lost(self) -> None:
-        """Told of its end, whoever closed it."""
+        """Called when the connection is closed, by either side."""
         if self.opened:
             log.info("relay_disconnected", error=str(self.last_error) if self.last_error else None)
 
@@ -148,7 +148,7 @@ class _Client(Client):
 
 
 def read_credentials(path: Path) -> RawCredentials:
-    """What is in a credentials file. Raises ConfigurationError: the library loops on other files for ever."""
+    """The content of a credentials file. Raises ConfigurationError for others: the library loops on them."""
     try:
         text = path.read_text("ascii")
     except (OSError, ValueError) as error:
@@ -161,7 +161,7 @@ def read_credentials(path: Path) -> RawCredentials:
 
 
 def _size(headers: Mapping[str, str]) -> int:
-    """Bytes they take in the message: the first line and the empty one, and a line each."""
+    """Bytes of the headers in the message: the first line, the empty line, and one line for each header."""
     lines = (len(name.encode()) + len(value.encode()) + len(": \r\n") for name, value in headers.items())
     return len("NATS/1.0\r\n\r\n") + sum(lines)
 

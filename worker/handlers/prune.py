@@ -1,7 +1,7 @@
-"""Topic `outbox.prune`: deletes what is past its retention, and schedules its successor.
+"""Topic `outbox.prune`: deletes data past its retention, and schedules its successor.
 
-Deleting is the same whoever does it, so only the end is fenced: this row and its successor are one commit.
-Directories of sessions that are gone are deleted on the host that runs the row; every host has its turn.
+Repeated deletion does no harm, so only the end is fenced: this row's end and its successor are one commit.
+The host that runs the row also removes the directories of deleted sessions. In time every host runs it.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ async def run(job: Job) -> None:
 
 
 async def _remove_directories(job: Job, root: Path) -> int:
-    """Remove what sessions kept below `root` for their next turn, once they are gone."""
+    """Remove the directories below `root` that belong to deleted sessions; return their number."""
     kept: dict[UUID, Path] = {}
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(ValueError):  # not ours

@@ -1,16 +1,17 @@
 """Topics of OUTWAKE_RELAY_TOPICS: publishes their rows to NATS JetStream, for fan-out beyond Postgres.
 
-1. What is published is the payload as Postgres has it, not as Python understood it: no number loses digits.
-2. The message id is the same for all attempts at a row, so that JetStream drops what it has already; and no
-   other row's, also not in another database, a clone, or a backup restored a minute ago, whose next rows
-   get ids that have been given before. So it is made of the cluster, the database, the row, and
-   when that was made: a message that is taken for another's would be lost.
-3. The row ends only when JetStream has acknowledged it. A worker that dies in between leaves it to
-   another, which publishes it again under the same id.
+1. The message body is the payload's text from Postgres, not Python's reading of it: no number loses digits.
+2. The message id is the same for all attempts at a row, so that JetStream drops duplicates. No other row may
+   have the same id, because its message would be lost. That includes rows of another database, of a clone,
+   and of a restored backup, which assigns the same row ids again. So the message id consists of the cluster,
+   the database, the row's id and its creation time.
+3. The row ends only when JetStream has acknowledged the message. If the worker dies before, another worker
+   publishes the message again under the same id.
 
-While NATS cannot be reached nothing was sent and no row is to blame: it goes back without a failure, so that
-an outage, however long, kills none and keeps the order of their keys. What was sent and not acknowledged is
-a failure, retried by backoff; dead at once is only what no retry can help, a message too large.
+If NATS cannot be reached, nothing was sent and no row is at fault: the row is handed back without a failure.
+So an outage of any length makes no row dead and keeps the order of each key. A message that was sent but not
+acknowledged counts as a failure, with backoff. A message that is too large makes its row dead at once:
+no retry can help.
 """
 
 from datetime import timedelta
@@ -31,11 +32,11 @@ from outwake.worker.handlers.jetstream import TIMEOUT, JetStream, TooLarge, Unre
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds
 
 _STREAM_TAKES_NO_SUCH_SIZE = 10054
-"""JSStreamMessageExceedsMaximumErr, in nats-server's server/errors.json."""
+"""JSStreamMessageExceedsMaximumErr, from nats-server's server/errors.json."""
 
 _VISIBLE = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
 
-# pg_control_system reads a file: 0.03 ms.
+# pg_control_system reads a file, which is cheap.
 _MESSAGE = in_schema("""
     WITH made AS (
         SELECT payload, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS at
@@ -51,10 +52,10 @@ log = get_logger(__name__)
 
 
 class Relay:
-    """The handlers of the relayed topics, and the connection they share."""
+    """The handlers of the relayed topics, and the connection that they share."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError; connects to nothing yet."""
+        """Raises ConfigurationError. Opens no connection yet."""
         if settings.relay_url is None:
             raise ConfigurationError("OUTWAKE_RELAY_URL: is not set, and OUTWAKE_RELAY_TOPICS is")
         if settings.relay_credentials is not None:
@@ -68,7 +69,7 @@ class Relay:
         }
 
     async def publish(self, job: Job) -> None:
-        """One try. Raises HandBack, Retry or Permanent."""
+        """Try once. Raises HandBack, Retry or Permanent."""
         body, headers = await _message(job)
         subject = f"{self._prefix}.{job.row.topic}"
         try:
@@ -91,15 +92,15 @@ class Relay:
         log.debug("relayed", stream=ack.stream, seq=ack.seq, duplicate=bool(ack.duplicate))
 
     async def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         await self._jetstream.close()
 
 
 async def _message(job: Job) -> tuple[bytes, dict[str, str]]:
-    """Body and headers. Raises Fenced if the row is not this attempt's any more."""
+    """Body and headers. Raises Fenced if the row no longer belongs to this attempt."""
     row_id, attempt = job.token
     async with job.connection() as conn:
-        # Not prepared: a plan made while the outbox was empty would read all of it.
+        # Not prepared: a plan made while the outbox was empty would scan it completely.
         values = {"id": row_id, "attempt": attempt, "worker": job.worker_id}
         cursor = await conn.execute(_MESSAGE, values, prepare=False)
         found = await cursor.fetchone()

@@ -1,7 +1,7 @@
-"""Topic `sandbox.return`: gives a sandbox back.
+"""Topic `sandbox.return`: returns a sandbox.
 
-Its row was written in the transaction that ended the session's work, so it is owed whatever happened to
-the worker. It never gives up: it backs off, and its age is what monitoring alerts on.
+The row is written in the transaction that ends the session's work, so the return is scheduled even if the
+worker dies. The row is retried with backoff without end; monitoring alerts on its age.
 """
 
 from psycopg.types.json import Jsonb
@@ -22,9 +22,9 @@ log = get_logger(__name__)
 
 
 async def give_back(job: Job) -> None:
-    """Return the sandbox named in the payload, unless its session has taken it up again meanwhile.
+    """Return the sandbox named in the payload, unless its session has reused it meanwhile.
 
-    Giving it back twice does no harm.
+    A second return does no harm.
     """
     session_id, sandbox = job.payload.get("session_id"), job.payload["sandbox"]
     async with job.transaction() as conn:

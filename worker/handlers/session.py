@@ -1,16 +1,16 @@
 """Topic `session.run`: one turn of a session.
 
-1. Borrow a sandbox (worker/sandboxes/lending.py): with IP_ALLOCATOR_URL a real one, else a directory on this host.
-   From here on the end of the row, whoever brings it about, owes its return.
-2. Clone the repository there, check out the target branch, create the work branch.
-3. Run the agent; store each event it prints while it comes, fenced. The agent dies with this worker, and
-   at the latest when the lease it was last told of runs out.
+1. Borrow a sandbox (worker/sandboxes/lending.py). With IP_ALLOCATOR_URL it is a real one, else a directory
+   on this host. From now on the row's end, whatever its cause, schedules the sandbox's return.
+2. Clone the repository into it, check out the target branch, create the work branch.
+3. Run the agent and store each event when it is printed, fenced. The agent ends with this worker. It ends at
+   the latest when the last lease that its guardian knows of expires.
 4. Save the commits for the session's next turn.
-5. In one fenced transaction: the prompt's verdict, what the next turn goes on from, and the end of the row,
-   with all that follows from it.
+5. In one fenced transaction, store the prompt's outcome and the state for the next turn, and end the row.
 
-An agent that fails is a turn that was carried out: its prompt ends as failed, and nothing is retried. What
-hinders the work itself (no such repository, no network) fails the row, for good or until it is retried.
+If the agent fails, the turn was still carried out: its prompt ends as failed, and nothing is retried. If
+something prevents the work itself (no such repository, no network), the row fails, permanently or with a
+retry.
 """
 
 import asyncio
@@ -86,14 +86,14 @@ SET agent_session = coalesce(excluded.agent_session, m.agent_session),
 """)
 
 _GRACE = 5.0
-"""Seconds an agent has between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL for an agent."""
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What is to be done. Without a prompt only the work branch is prepared."""
+    """The work to do. Without a prompt only the work branch is prepared."""
 
     session_id: UUID
     prompt_id: UUID | None
@@ -108,15 +108,16 @@ class Turn:
 
     @property
     def run(self) -> UUID:
-        """What names the turn's directories."""
+        """The id that names the turn's directories."""
         return self.prompt_id or self.session_id
 
 
 @dataclass
 class Stage:
-    """Where a turn's work is done, and the agent that does it.
+    """The place of a turn's work, and the agent that does it.
 
-    command: starts the agent; made when there is a prompt. transcript: what to resume it from next time.
+    command: makes the command that starts the agent for a prompt. transcript: returns the transcript from
+    which the next turn resumes.
     """
 
     workspace: Workspace | RemoteWorkspace
@@ -125,11 +126,11 @@ class Stage:
 
 
 async def run_turn(job: Job) -> None:
-    """Carry out one turn. Raises Permanent or Retry when the work itself is hindered."""
+    """Carry out one turn. Raises Permanent or Retry when something prevents the work itself."""
     settings = load()
     turn = await _load(job)
     if turn is None:
-        return  # archived, or deleted from psql: there is nothing left to work for
+        return  # archived, or deleted from psql: there is nothing to do
     secrets = Secrets.of_environment() | settings.secrets
     try:
         credentials = load_credentials(settings.git_credentials, turn.user_id)
@@ -176,16 +177,16 @@ async def _load(job: Job) -> Turn | None:
             cursor = await conn.execute(
                 _LOAD,
                 (None if prompt_id is None else str(prompt_id), str(session_id)),
-                prepare=False,  # a plan made while the tables were empty would read all of them
+                prepare=False,  # a plan made while the tables were empty would scan them completely
             )
             row = await cursor.fetchone()
-    except DataError as error:  # a row from psql may name anything
+    except DataError as error:  # a row from psql may hold any payload
         raise Permanent(f"the payload names no session: {error}") from None
     return None if row is None else Turn(*row)
 
 
 def _names(turn: Turn, settings: Settings) -> tuple[str, str, str]:
-    """URL, target branch and work branch. The API has checked them; a row from psql nobody has."""
+    """URL, target branch and work branch. The API checks them, but a row from psql is unchecked."""
     try:
         url = clone_url(turn.repo, allow_file=settings.allow_file_repos)
         return url, check_branch(turn.target_branch), check_branch(turn.branch)
@@ -195,7 +196,7 @@ def _names(turn: Turn, settings: Settings) -> tuple[str, str, str]:
 
 @asynccontextmanager
 async def _on_this_host(job: Job, turn: Turn, settings: Settings) -> AsyncIterator[Stage]:
-    """The embedded form: the sandbox is a workspace directory, in which the agent runs."""
+    """The embedded form: the sandbox is a workspace directory, and the agent runs in it."""
     url, target, branch = _names(turn, settings)
     async with open_workspace(
         Path(settings.workspace_root).absolute(),
@@ -219,7 +220,7 @@ async def _on_this_host(job: Job, turn: Turn, settings: Settings) -> AsyncIterat
 async def _in_sandbox(
     job: Job, turn: Turn, settings: Settings, sandbox: Sandbox, used: bool, credentials: bytes | None
 ) -> AsyncIterator[Stage]:
-    """The production form: the work tree is in the sandbox, the agent here, and MCP between them."""
+    """The production form: the work tree is in the sandbox, the agent runs here and reaches it by MCP."""
     url, target, branch = _names(turn, settings)
     remote = Remote(url, settings.git_push, settings.allow_file_repos, credentials)
     item = sandbox["item"]
@@ -244,7 +245,7 @@ async def _in_sandbox(
 
 @dataclass
 class Said:
-    """What is to be remembered of what an agent printed."""
+    """The parts of an agent's output that are stored at the end of the turn."""
 
     session: str | None = None
     result: Event | None = None
@@ -292,7 +293,7 @@ async def _run_agent(
 
 
 async def _keep_alive(agent: Agent, lease: Lease) -> None:
-    """Tell the agent's guardian of each extension of the lease."""
+    """Pass each extension of the lease to the agent's guardian."""
     while True:
         agent.extend(_until(lease))
         await lease.extended()
@@ -303,7 +304,7 @@ def _until(lease: Lease) -> float:
 
 
 def _judge(ended: Exit, result: Event | None, settings: Settings, secrets: Secrets) -> tuple[str, str | None]:
-    """succeeded or failed, with the reason. Raises TransientError if the agent was not to blame."""
+    """succeeded or failed, with the reason. Raises TransientError if the agent was ended from outside."""
     log.info("agent_ended", code=ended.code, cause=ended.cause, left=ended.left)
     match ended.cause:
         case "timeout":
@@ -334,7 +335,7 @@ async def _conclude(
         await conn.execute(
             _JUDGE,
             (*verdict, Jsonb(result), turn.prompt_id),
-            prepare=False,  # as above
+            prepare=False,  # as in `_load`
         )
         if transcript or bundle or turn.agent_session or turn.bundle:
             await conn.execute(

@@ -1,9 +1,10 @@
-"""An HTTP client for URLs that users name: it reaches no address that a stranger must not reach.
+"""An HTTP client for URLs from users. It connects only to allowed addresses.
 
-1. The name is resolved here, once, and every address it has must be allowed; one that is not refuses all.
-2. The connection goes to an address that was checked, not to the name: what the DNS says a moment later
-   (rebinding) is not asked. The Host header, and the name that the certificate must have, stay the URL's.
-3. Redirects are not followed, proxies of the environment not used: both would lead elsewhere unchecked.
+1. The name is resolved here, once. If any of its addresses is not allowed, the request is refused.
+2. The connection goes to a checked address, not to the name, so a changed DNS answer (rebinding) has no
+   effect. The Host header and the certificate's expected name stay those of the URL.
+3. Redirects are not followed, and proxies of the environment are not used: both would lead to unchecked
+   addresses.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ class CallbackTransport(httpx.AsyncBaseTransport):
         pinned = httpx.Request(
             request.method,
             url.copy_with(host=str(addresses[0])),
-            headers=request.headers,  # Host among them, which was made from the URL
+            headers=request.headers,  # including Host, which was made from the URL
             stream=request.stream,
             extensions={**request.extensions, "sni_hostname": host},
         )
@@ -51,7 +52,7 @@ class CallbackTransport(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-# Reading the authorities' certificates takes longer than a delivery.
+# Loading the CA certificates takes longer than a delivery.
 tls_context = functools.cache(httpx.create_ssl_context)
 
 

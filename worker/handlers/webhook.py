@@ -1,10 +1,10 @@
-"""Topic `webhook.deliver`: posts an event to a session's callback_url, signed as Standard Webhooks has it.
+"""Topic `webhook.deliver`: posts an event to a session's callback_url, signed to Standard Webhooks.
 
-Any 2xx is success. Whatever else comes is tried again by backoff, or when a Retry-After says, until the row
-is dead; an operator may retry it then. 410 Gone means that nobody wants them any more: the session's
-callback_url is taken away. A URL that must not be called is dead at once.
+Any 2xx is success. Any other answer is retried, by backoff or after the Retry-After, until the row is dead.
+An operator may then retry the row. 410 Gone means that the receiver wants no more events: the session's
+callback_url is removed. A row whose URL is not allowed is dead at once.
 
-An error text tells the status, never what the answer said: a user must not read by it what lies behind a URL.
+An error text quotes the status, never the answer's body: a user must not use it to read what is behind a URL.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from outwake.worker.handlers.transport import CallbackTransport, Resolve
 
 TOPIC = "webhook.deliver"
 
-TIMEOUT = 15.0  # seconds, from the name's look-up to the answer's head
+TIMEOUT = 15.0  # seconds, from name resolution to the answer's head
 FIRST_PAUSE, LAST_PAUSE = 5.0, 3600.0  # seconds; 20 tries take 7 to 12 hours
 MAX_RETRY_AFTER = 3600  # seconds
 
@@ -39,7 +39,7 @@ log = get_logger(__name__)
 
 
 async def deliver(job: Job) -> None:
-    """One try. Raises Permanent or Retry."""
+    """Try once. Raises Permanent or Retry."""
     settings = load()
     payload = job.payload
     pause = backoff(FIRST_PAUSE, LAST_PAUSE, job.row.failures)
@@ -66,7 +66,7 @@ async def post(
     settings: Settings,
     resolve: Resolve | None = None,
 ) -> tuple[int, timedelta]:
-    """Send it once; return the status and what Retry-After says.
+    """Send the message once; return the status and the value of Retry-After.
 
     Raises CallbackError, httpx.HTTPError, TimeoutError, Retry if no secret is set.
     """
@@ -85,7 +85,7 @@ async def post(
     transport = CallbackTransport(parse_networks(settings.webhook_allow), resolve)
     async with (
         httpx.AsyncClient(transport=transport, timeout=TIMEOUT, trust_env=False) as client,
-        # The whole, too: one that sends a byte now and then would hold us for ever.
+        # A limit for the whole: a receiver that sends a byte now and then would hold us for ever.
         asyncio.timeout(TIMEOUT),
         client.stream("POST", url, content=body, headers=headers) as response,
     ):
@@ -93,14 +93,14 @@ async def post(
 
 
 def sign(keys: list[bytes], message_id: str, at: int, body: bytes) -> str:
-    """The webhook-signature: one `v1,` and base64 for each key."""
+    """The webhook-signature header: `v1,` and base64 for each key."""
     text = f"{message_id}.{at}.".encode() + body
     made = (hmac.digest(key, text, hashlib.sha256) for key in keys)
     return " ".join(f"v1,{base64.b64encode(signature).decode()}" for signature in made)
 
 
 def _retry_after(response: httpx.Response) -> timedelta:
-    """Its form in seconds; a date is rare enough to be ignored."""
+    """Retry-After in seconds. Its other form, a date, is rare and is ignored."""
     given = response.headers.get("retry-after", "")
     seconds = int(given) if re.fullmatch(r"[0-9]{1,9}", given) else 0
     return timedelta(seconds=min(seconds, MAX_RETRY_AFTER))

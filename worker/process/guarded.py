@@ -1,7 +1,7 @@
-"""A process that dies with its worker: started under the guardian (see `worker/process/guardian.py`).
+"""A process that ends with its worker, because it runs under the guardian (`worker/process/guardian.py`).
 
-Output is read from the pipe only when asked for, so a slow reader makes the process wait instead
-of filling our memory. Of stderr only the end is kept.
+Output is read from the pipe only on request, so a slow reader makes the process wait and does not fill our
+memory. Only the end of stderr is kept.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ INHERITED = ("PATH", "HOME", "LANG", "TERM")
 Cause = Literal["exited", "stop", "deadline", "worker", "signal", "timeout", "lost"]
 
 _GUARDIAN = Path(__file__).with_name("guardian.py")
-_watchers: set[asyncio.Task["Exit"]] = set()  # the loop itself holds tasks only weakly
+_watchers: set[asyncio.Task["Exit"]] = set()  # the event loop holds tasks only weakly
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Exit:
     """How a guarded process ended.
 
     code: the exit status, or minus the number of the signal that ended it.
-    cause: why; `exited` if it ended by itself, `lost` if somebody killed the guardian, `timeout` if
-        it ran longer than it may, else as in `worker/process/guardian.py`.
-    stderr: the last 64 KiB of it, without what Postgres refuses in text.
+    cause: `exited` if the process ended by itself, `lost` if somebody killed the guardian, `timeout` if it
+        ran longer than its timeout; otherwise a cause listed in `worker/process/guardian.py`.
+    stderr: the last 64 KiB, without characters that Postgres refuses in text.
     left: how many of its processes outlived SIGKILL, nearly always 0.
     """
 
@@ -59,7 +59,7 @@ class Guarded:
         self._timed_out = False
         self._reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[int] = self._loop.create_future()  # the process's id, or -errno
+        self._started: asyncio.Future[int] = self._loop.create_future()  # the process id, or -errno
         self._loop.add_reader(stderr, self._take_stderr)
         self._watcher = asyncio.create_task(self._watch())
         _watchers.add(self._watcher)
@@ -78,14 +78,14 @@ class Guarded:
         grace: float = 5.0,
         timeout: float | None = None,
     ) -> AsyncIterator[Self]:
-        """Run `argv` in `cwd`; on leaving, nothing of it is alive.
+        """Run `argv` in `cwd`; on leaving, none of its processes is alive.
 
-        env: added to an allow-list taken from ours (PATH, HOME, LANG, TERM); nothing else of our
+        env: added to an allow-list from our environment (PATH, HOME, LANG, TERM). Nothing else of our
             environment reaches the process.
-        deadline: when to end it unless `extend` is called before, on `time.monotonic()`'s clock.
-        grace: seconds from SIGTERM to SIGKILL, when nothing else is said. For a process that is
-            gone when a lease runs out, pass the lease's end less the grace as deadline.
-        timeout: seconds after which it is ended however often it is extended.
+        deadline: when to end the process unless `extend` is called before, on `time.monotonic()`'s clock.
+        grace: seconds from SIGTERM to SIGKILL, unless `stop` gives another value. If the process must be
+            gone when a lease runs out, pass the lease's end minus the grace as deadline.
+        timeout: seconds after which the process is ended, regardless of `extend`.
 
         Raises PermanentError if the command can't be run, TransientError if the system is short
         of processes, memory or files.
@@ -116,7 +116,7 @@ class Guarded:
                 stdin=theirs.fileno(),
                 stdout=stdout_end,
                 stderr=stderr_end,
-                start_new_session=True,  # Ctrl-C at a terminal is the worker's to handle
+                start_new_session=True,  # the worker handles Ctrl-C at a terminal
             )
             ours.setblocking(False)
             os.set_blocking(stdout, False)
@@ -135,18 +135,18 @@ class Guarded:
             os.close(stderr_end)
 
     def extend(self, deadline: float) -> None:
-        """Let it run until `deadline`, on `time.monotonic()`'s clock."""
+        """Let the process run until `deadline`, on `time.monotonic()`'s clock."""
         self._tell(f"deadline {deadline!r}")
 
     def stop(self, grace: float) -> None:
-        """Ask for its end: SIGTERM now, SIGKILL `grace` seconds later. May be called again."""
+        """Ask the process to end: SIGTERM now, SIGKILL `grace` seconds later. May be called again."""
         self._tell(f"stop {grace!r}")
 
     async def read(self, timeout: float | None = None) -> bytes | None:
-        """The next output, at most 64 KiB; b"" at its end; None if `timeout` seconds bring none."""
+        """The next output, at most 64 KiB; b"" at its end; None if nothing comes within `timeout` seconds."""
         await asyncio.sleep(0)  # a process that prints without pause must not starve the loop
         while True:
-            over = self._watcher.done()  # asked before reading: then the pipe holds all there is
+            over = self._watcher.done()  # checked before the read: if true, the pipe already holds all output
             try:
                 return os.read(self._stdout, CHUNK)
             except BlockingIOError:
@@ -156,11 +156,11 @@ class Guarded:
                 return None
 
     async def wait(self) -> Exit:
-        """How it ended. Read the output to its end first, else it may wait for you for ever."""
+        """How the process ended. Read the output to its end first, or a full pipe may block the process."""
         return await asyncio.shield(self._watcher)
 
     async def _readable(self, timeout: float | None) -> bool:
-        """Whether there may be more to read; False once `timeout` seconds have passed."""
+        """Whether there may be more to read; False after `timeout` seconds."""
         self._reader = self._loop.create_future()
         self._loop.add_reader(self._stdout, self._wake)
         try:
@@ -178,7 +178,7 @@ class Guarded:
             self._reader.set_result(None)
 
     def _tell(self, line: str) -> None:
-        # A guardian that is gone, or too busy ending the process to read, needs no more orders.
+        # The guardian may be gone, or too busy ending the process to read. It needs no more orders then.
         with contextlib.suppress(OSError):
             self._control.send(f"{line}\n".encode())
 
@@ -192,7 +192,7 @@ class Guarded:
             raise _refusal(command, OSError(-number, os.strerror(-number)))
 
     async def _watch(self) -> Exit:
-        """Follow the guardian to its end."""
+        """Follow the guardian until it ends."""
         report: list[bytes] = []
         try:
             async for word, *values in self._reports():
@@ -205,7 +205,7 @@ class Guarded:
             await self._process.wait()
         finally:
             self._control.close()
-            self._take_stderr()  # all that a pipe holds is one chunk
+            self._take_stderr()  # a pipe holds at most one chunk
             self._loop.remove_reader(self._stderr)
             os.close(self._stderr)
         stderr = self._tail.decode(errors="replace").replace("\0", "\ufffd")
@@ -225,7 +225,7 @@ class Guarded:
                     yield line.split()
 
     def _lose(self) -> None:
-        """The guardian is gone without a report: end what we can reach, the group."""
+        """The guardian ended without a report: kill what we can reach, which is the process group."""
         if not self._started.done():
             self._started.set_exception(TransientError("the guardian ended before it began"))
         elif self._started.result() > 0:
@@ -241,18 +241,18 @@ class Guarded:
 
     async def _close(self, grace: float) -> None:
         self.stop(grace)
-        os.close(self._stdout)  # nobody reads any more: don't let it hang on a full pipe
+        os.close(self._stdout)  # nobody reads any more, so the process must not hang on a full pipe
         try:
             await self.wait()
         except asyncio.CancelledError:
-            # We may not wait: the guardian takes the closed socket for our death and does the rest.
+            # We may not wait. The guardian takes the closed socket for our death and ends the process.
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
             raise
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a guarded process: an allow-list, then `given`. No secret of ours."""
+    """The environment of a guarded process: an allow-list, then `given`. It holds none of our secrets."""
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     return {"PATH": os.defpath, **inherited, **given}
 

@@ -1,29 +1,28 @@
 """The guardian: a small process that ends an agent when its worker can't.
 
-Run as `python -I -S guardian.py DEADLINE GRACE COMMAND [ARGUMENT...]` by `worker/process/guarded.py`, with
-one end of a socket pair as stdin. It imports only small modules, to start in milliseconds.
+`worker/process/guarded.py` runs it as `python -I -S guardian.py DEADLINE GRACE COMMAND [ARGUMENT...]`, with
+one end of a socket pair as stdin. It imports only small modules so that it starts in milliseconds.
 
 The protocol:
-1. The guardian makes itself the one to whom orphans of its tree fall (Linux: child subreaper), so
-   that a grandchild that left the group and the session is still found. It then starts the command
-   in a session and process group of its own, stdin from /dev/null, and says `started PID` or
-   `failed ERRNO`. Should the guardian itself be killed, the kernel kills the command (Linux) and
-   the worker kills the group.
-2. The worker may say `deadline T`: it holds its lease until T. T is absolute, on the monotonic
-   clock that all processes of a host share, so a message read late doesn't lengthen the lease.
-3. The tree is ended when the first of these happens, and that is the cause reported:
-   - `exited`: the command ended; what it left behind goes too.
-   - `stop`: the worker said `stop GRACE` (cancel, timeout, drain).
-   - `deadline`: the last T passed: the worker hangs, or is stopped, or lost its lease.
-   - `worker`: the socket closed: the worker died, by SIGKILL too. A process forked off the worker
-     may hold the socket open; the deadline covers that.
+1. On Linux the guardian becomes a child subreaper: orphans of its tree become its children. So it still finds
+   a grandchild that left the group and the session. It then starts the command in a session and process group
+   of its own, with stdin from /dev/null, and reports `started PID` or `failed ERRNO`. If the guardian is
+   killed, the kernel kills the command (Linux) and the worker kills the group.
+2. The worker may send `deadline T`: it holds its lease until T. T is absolute, on the monotonic clock that
+   all processes of a host share. So a message that is read late does not lengthen the lease.
+3. The guardian ends the tree when the first of these happens, and reports that cause:
+   - `exited`: the command ended; the processes it left behind are ended too.
+   - `stop`: the worker sent `stop GRACE` (cancel, timeout, drain).
+   - `deadline`: the last T passed: the worker hangs, is stopped, or lost its lease.
+   - `worker`: the socket closed: the worker died, possibly by SIGKILL. A process forked off the worker may
+     hold the socket open; the deadline covers that case.
    - `signal`: somebody sent the guardian SIGTERM, SIGINT or SIGHUP.
-4. Ending means SIGTERM to the whole tree, and SIGKILL once GRACE seconds have passed, again and
-   again until nothing is left: a process may fork while it is counted. No later message lengthens
-   the grace; a new `stop` or the loss of the worker may shorten it.
-5. The guardian says `ended CODE CAUSE LEFT` when no child is left: CODE is the command's exit
-   status, or minus the signal that ended it; LEFT counts processes that outlived SIGKILL for 10
-   seconds (they hang in the kernel, or run as another user), else 0.
+4. To end the tree, the guardian sends SIGTERM to all of it. After GRACE seconds it sends SIGKILL, and repeats
+   it until nothing is left, because a process may fork while it is counted. No later message lengthens the
+   grace. A new `stop` or the loss of the worker may shorten it.
+5. The guardian reports `ended CODE CAUSE LEFT` when no child is left. CODE is the command's exit status, or
+   minus the signal that ended it. LEFT counts processes that outlived SIGKILL for 10 seconds, because they
+   hang in the kernel or run as another user; it is 0 otherwise.
 """
 
 import contextlib
@@ -66,7 +65,7 @@ class Guardian:
         except OSError as error:
             say(f"failed {error.errno}")
             return
-        # The worker reads the output to its end, which we would hold back.
+        # The worker reads the output to its end, so we must not hold the pipe open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         say(f"started {self.pid}")
         poll = select.poll()
@@ -87,7 +86,7 @@ class Guardian:
         say(f"ended {int(code)} {self.cause or 'exited'} {len(self.members())}")
 
     def advance(self) -> bool:
-        """Do what is due; whether there is still something to wait for."""
+        """Do what is due; return whether there is still something to wait for."""
         if not self.reap():
             return False
         now = time.monotonic()
@@ -104,17 +103,17 @@ class Guardian:
         return True
 
     def pause(self) -> float | None:
-        """Milliseconds until something is due, None without a deadline."""
+        """Milliseconds until something is due; None without a deadline."""
         due = self.deadline if self.cause is None else self.kill_at
         if due == math.inf:
             return None
         return math.ceil(min(max(due - time.monotonic(), 0), 86_400) * 1000)
 
     def listen(self) -> bool:
-        """Obey the worker; False once it is gone."""
+        """Obey the worker; return False once it is gone."""
         try:
             data = os.read(CONTROL, 4096)
-        except ConnectionResetError:  # it died with words of ours unread
+        except ConnectionResetError:  # the worker died before it read all our messages
             data = b""
         if not data:
             self.end("worker", self.grace)
@@ -129,17 +128,17 @@ class Guardian:
         return True
 
     def end(self, cause: str, grace: float) -> None:
-        """Begin to end the tree, or shorten the grace of an end begun earlier."""
+        """Begin to end the tree. If that has begun already, only shorten the grace."""
         if self.cause is None:
             self.cause = cause
             self.kill(signal.SIGTERM)
             self.kill(signal.SIGCONT)  # a stopped process takes no SIGTERM
-        if cause in ("exited", "deadline"):  # both stay true: only the first time counts
+        if cause in ("exited", "deadline"):  # both stay true, so only the first time counts
             grace = grace if self.kill_at == math.inf else math.inf
         self.kill_at = min(self.kill_at, time.monotonic() + grace)
 
     def reap(self) -> bool:
-        """Bury dead children, orphans that fell to us too; whether anything is left."""
+        """Reap dead children, including adopted orphans; return whether any child is left."""
         try:
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -148,12 +147,12 @@ class Guardian:
                 if pid == self.pid:
                     self.code = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
-            # Where orphans don't fall to us the group may live on without its leader.
+            # On systems without a subreaper the group may live on without its leader.
             return not LINUX and self.group_lives()
 
     def kill(self, number: int) -> None:
         members = self.members()
-        # One call for the group: no member escapes by forking while we go from one to the next.
+        # One call signals the whole group, so no member escapes by forking while we loop.
         if self.pid in members.values() or (not LINUX and self.group_lives()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
@@ -163,7 +162,7 @@ class Guardian:
                     os.kill(pid, number)
 
     def members(self) -> dict[int, int]:
-        """Process group by process of all that live below us; empty where there is no /proc."""
+        """The live processes below us, each with its process group; empty on systems without /proc."""
         parents, groups = {}, {}
         for name in os.listdir("/proc") if LINUX else ():
             if not name.isdigit():
@@ -171,7 +170,7 @@ class Guardian:
             with contextlib.suppress(OSError):
                 with open(f"/proc/{name}/stat", "rb") as file:
                     stat = file.read()
-                # The command's name comes first, in parentheses, and may hold anything.
+                # The command's name comes first, in parentheses, and may hold any character.
                 state, parent, group = stat[stat.rindex(b")") + 2 :].split()[:3]
                 parents[int(name)] = int(parent)
                 if state not in (b"Z", b"X"):
@@ -185,15 +184,15 @@ class Guardian:
     def group_lives(self) -> bool:
         try:
             os.killpg(self.pid, 0)
-        except (ProcessLookupError, PermissionError):  # the latter on macOS, for zombies
+        except (ProcessLookupError, PermissionError):  # macOS raises the latter for zombies
             return False
         return True
 
 
 def spawn(command: list[str]) -> int:
-    """Start `command` as leader of a new session; raises OSError if it can't be executed."""
+    """Start `command` as leader of a new session. Raises OSError if it can't be executed."""
     guardian = os.getpid()
-    failure, failure_end = os.pipe()  # closed by a successful exec
+    failure, failure_end = os.pipe()  # a successful exec closes it
     pid = os.fork()
     if pid == 0:
         try:
@@ -202,11 +201,11 @@ def spawn(command: list[str]) -> int:
             if os.getppid() != guardian:
                 os._exit(1)
             os.dup2(os.open(os.devnull, os.O_RDONLY), CONTROL)
-            # Handlers don't survive exec, but ignored and blocked signals do.
+            # Exec resets handlers, but it keeps ignored and blocked signals.
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            os.execvp(command[0], command)  # noqa: S606 - no shell is what we want
+            os.execvp(command[0], command)  # noqa: S606 - we want no shell
         except OSError as error:
             os.write(failure_end, str(error.errno).encode())
         finally:
@@ -220,7 +219,7 @@ def spawn(command: list[str]) -> int:
 
 
 def say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody listens
+    with contextlib.suppress(OSError):  # the worker does not listen any more
         os.write(CONTROL, f"{line}\n".encode())
 
 
@@ -230,7 +229,7 @@ def prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    # Some event loops leave copies of our socket and pipes open: they would hide the end of each.
+    # Some event loops leave copies of our socket and pipes open, which would hide that the others closed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     Guardian(float(sys.argv[1]), float(sys.argv[2])).run(sys.argv[3:])

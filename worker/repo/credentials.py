@@ -2,8 +2,8 @@
 
     https://x-access-token:TOKEN@github.com
 
-OUTWAKE_GIT_CREDENTIALS names such a file, for everybody, or a directory with one file a user, named by
-the user's id in percent-encoding. They are read when they are needed, so that a rotated one counts.
+OUTWAKE_GIT_CREDENTIALS names such a file, for all users, or a directory with one file per user. A file's name
+is the user's id in percent-encoding. Each use reads the file again, so a rotated credential takes effect.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ LIMIT = 64 * 1024
 
 
 def load_credentials(path: Path | None, user_id: str) -> bytes | None:
-    """What to give the sandbox of this user's session; None if there is nothing for this user.
+    """The credentials for the sandbox of this user's session; None if this user has none.
 
-    Raises TransientError if the file can't be read: an operator can help.
+    Raises TransientError if the file can't be read, because an operator can correct that.
     """
     if path is None:
         return None
@@ -36,7 +36,7 @@ def load_credentials(path: Path | None, user_id: str) -> bytes | None:
 
 
 def secrets_in(credentials: bytes | None) -> list[str]:
-    """The passwords and tokens, to be hidden wherever they turn up."""
+    """The passwords and tokens, which must be hidden in all output."""
     found = []
     for line in (credentials or b"").decode(errors="replace").splitlines():
         user, _, password = urlsplit(line.strip()).netloc.rpartition("@")[0].partition(":")

@@ -1,10 +1,10 @@
-"""Run git so that it can't surprise us.
+"""Run git safely.
 
-Arguments are lists; what a user named was checked (`outwake/session/names.py`) and follows a `--` or a
-`refs/` prefix all the same. Git runs under the guardian: it dies with the worker, and after its
-timeout with all its children. It asks nobody for a password, runs no hook, and uses no transport
-but those allowed. An agent may have changed the repository's own configuration, which can name
-programs too: such a program runs as the agent does, in the same small environment.
+Arguments are passed as lists. Text from a user was checked (`outwake/session/names.py`) and still follows a
+`--` or a `refs/` prefix. Git runs under the guardian: it ends with the worker and after its timeout, together
+with all its children. It never asks for a password, runs no hook, and uses only the allowed transports. An
+agent may have changed the repository's own configuration, which can name programs; such a program runs with
+the agent's rights, in the same small environment.
 """
 
 import math
@@ -18,7 +18,7 @@ from outwake.worker.process.guarded import Guarded
 
 OUTPUT = 16 * 1024 * 1024
 
-# Said by git and ssh in the C locale. What is not here may be the network and is tried again.
+# Messages of git and ssh in the C locale. Any other message may be a network failure, which is retried.
 _PERMANENT = re.compile(
     r"repository '.*' not found|repository not found|does not appear to be a git repository"
     r"|could not be found|does not exist|not a git repository|access denied"
@@ -31,7 +31,7 @@ _PERMANENT = re.compile(
 
 
 class GitError(Exception):
-    """A git command ended with a status other than 0; `reason` is what it said, in short."""
+    """A git command ended with a status other than 0; `reason` is a short form of its message."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class GitError(Exception):
         self.reason = reason
 
     def explain(self, doing: str) -> SessionError:
-        """The error for the session: may trying again help?"""
+        """The error for the session: PermanentError if a retry can't help, else TransientError."""
         kind = PermanentError if _PERMANENT.search(self.reason) else TransientError
         return kind(f"{doing}: {self.reason}")
 
@@ -48,8 +48,8 @@ class GitError(Exception):
 class Git:
     """How git is run for one session.
 
-    env: for git, added to the allow-list of `worker/process/guarded.py`; a place for `GIT_SSH_COMMAND`.
-    timeout: seconds a command may take.
+    env: added to the allow-list of `worker/process/guarded.py`; it may set `GIT_SSH_COMMAND`.
+    timeout: seconds that one command may take.
     """
 
     env: Mapping[str, str]
@@ -58,7 +58,7 @@ class Git:
     async def __call__(self, *arguments: str, cwd: Path, transports: str = "") -> str:
         """Run git and return its output.
 
-        transports: those it may use, such as `https:ssh` (GIT_ALLOW_PROTOCOL); none by default.
+        transports: the allowed ones, such as `https:ssh` (GIT_ALLOW_PROTOCOL); none by default.
 
         Raises GitError, or TransientError after the timeout.
         """
@@ -69,7 +69,7 @@ class Git:
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_ASKPASS": "",
             "SSH_ASKPASS": "",
-            "GIT_CEILING_DIRECTORIES": str(cwd.parent),  # take no outer repository for this one
+            "GIT_CEILING_DIRECTORIES": str(cwd.parent),  # never use an outer repository
             "LC_ALL": "C",
         }
         options = (
@@ -97,7 +97,7 @@ class Git:
 
 
 def _reason(stderr: str) -> str:
-    """What git said in a line or two: its errors, or the last thing said."""
+    """Git's message in a line or two: its errors, or else its last lines."""
     lines = [line.strip() for line in stderr.replace("\r", "\n").split("\n") if line.strip()]
     marked = ("fatal:", "error:", "ERROR:", "remote:", "ssh:", "!")
     chosen = [line for line in lines if line.startswith(marked) or _PERMANENT.search(line)]

@@ -1,16 +1,16 @@
-"""A workspace in a borrowed sandbox, made and read by shell steps.
+"""A workspace in a borrowed sandbox. Shell steps make it and read it.
 
-    ~/outwake/repo              the clone, the work branch checked out
-    ~/outwake/git-credentials   mode 600, there only while a step needs it
+    ~/outwake/repo              the clone, with the work branch checked out
+    ~/outwake/git-credentials   mode 600, present only while a step needs it
 
 How the work of one turn reaches the next:
-1. Clone the repository, unless an earlier turn left its clone in this sandbox. Start from the commits that
-   were kept with the session, unless the repository's own work branch contains them; else from that; else
-   from the target branch.
-2. The agent works. No credentials are there meanwhile.
-3. `keep` commits what the agent left uncommitted. If pushing is wanted the branch is pushed, on condition
-   that the repository still has the commit seen in step 1. A branch that did not get there comes back as a
-   Git bundle, which is stored with the session: no work is lost with its sandbox.
+1. Clone the repository, unless an earlier turn left its clone in this sandbox. Start from the commits stored
+   with the session. If the repository's own work branch contains those commits, start from that branch. If
+   no commits are stored, start from the repository's work branch, or else from the target branch.
+2. The agent works. The sandbox holds no credentials during this time.
+3. `keep` commits what the agent left uncommitted. If pushing is enabled, it pushes the branch, on condition
+   that the repository still has the commit seen in step 1. If the branch was not pushed, `keep` returns the
+   commits as a Git bundle, which is stored with the session. So no work is lost with its sandbox.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from outwake.worker.repo.workspace import AUTHOR, COMMITS, Commit
 from outwake.worker.sandboxes.aio import Sandbox, StepError
 
 BUNDLE_LIMIT = 16 * 2**20
-_CHUNK = 96 * 1024  # bytes of a bundle that one step prints
+_CHUNK = 96 * 1024  # bytes of a bundle printed by one step
 _PUSH_AGAIN = (1.0, 5.0)
-_FORGET_TIMEOUT = 10.0  # when something has gone wrong already
+_FORGET_TIMEOUT = 10.0  # seconds; used when something has already gone wrong
 
 log = get_logger(__name__)
 
-# What every script begins with. $HOME is the sandbox's, and the scripts' arguments are $1, $2, …
+# Every script begins with this text. $HOME is the sandbox's. The scripts' arguments are $1, $2, …
 _GIT = """
 export LC_ALL=C GIT_TERMINAL_PROMPT=0 GIT_ASKPASS= SSH_ASKPASS= GIT_SSH_COMMAND='ssh -o BatchMode=yes'
 home=$HOME/outwake; repo=$home/repo; credentials=$home/git-credentials; bundle=$home/work.bundle
@@ -122,9 +122,9 @@ _SWEEP = 'rm -rf "$home"'
 class RemoteWorkspace:
     """The clone in a sandbox, made by `open_remote`.
 
-    path: of the work tree in the sandbox; branch: the work branch, checked out; base: the commit it
-    started from in this attempt.
-    bundle, problem: after `keep`: the commits that only we have, and why the branch was not pushed.
+    path: the work tree in the sandbox. branch: the work branch, checked out. base: the commit from which
+    the branch started in this attempt.
+    bundle, problem: set by `keep`: the commits that only we have, and why the branch was not pushed.
     """
 
     path: str
@@ -132,22 +132,22 @@ class RemoteWorkspace:
     base: str
     _sandbox: Sandbox
     _remote: "Remote"
-    _known: str  # the repository's commit of the work branch when we began, empty if it had none
+    _known: str  # the repository's commit of the work branch at the start, empty if it had none
     _target: str
     bundle: bytes | None = None
     problem: str | None = None
 
     async def commits(self) -> list[Commit]:
-        """The work branch's commits since `base`, oldest first, the last 1,000 at most."""
+        """The work branch's commits since `base`, oldest first; the last 1,000 at most."""
         lines = await self._run("list the commits", _LOG, str(COMMITS), self.base, self.branch)
-        # The sandbox mixes stderr in.
+        # The sandbox mixes stderr into the output, so the script marks its own lines.
         marked = (line.partition(" ") for line in lines.split("\n"))
         return [Commit(*rest.partition(" ")[::2]) for mark, _, rest in marked if mark == "="]
 
     async def keep(self) -> str:
-        """Save the work for the session's next turn; returns the work branch's commit.
+        """Save the work for the session's next turn and return the work branch's commit.
 
-        Raises SessionError if it can't be saved.
+        Raises SessionError if the work can't be saved.
         """
         arguments = (self.branch, self._known, self._target)
         head, ours = _pair(await self._run("save the work branch", _COMMIT, *arguments))
@@ -156,7 +156,7 @@ class RemoteWorkspace:
         return head
 
     async def _push(self) -> bool:
-        """Whether it got there; else `problem` says why. The agent's work is not done again for that."""
+        """Whether the branch was pushed; else `problem` says why. A failed push does not repeat the turn."""
         remote = self._remote
         for pause in (*_PUSH_AGAIN, None):
             try:
@@ -205,7 +205,7 @@ class RemoteWorkspace:
 
 @dataclass(frozen=True)
 class Remote:
-    """The repository as a sandbox reaches it. url: as passed by `outwake/session/names.py`."""
+    """The repository as a sandbox reaches it. url: accepted by `outwake/session/names.py`."""
 
     url: str
     push: bool = False
@@ -214,19 +214,19 @@ class Remote:
 
     @property
     def transports(self) -> str:
-        """Those that git may use there."""
+        """The transports that git may use for this repository."""
         return "https:ssh:file" if self.allow_file else "https:ssh"
 
     @asynccontextmanager
     async def credentials_in(self, sandbox: Sandbox, path: str) -> AsyncIterator[None]:
-        """The credentials are in the sandbox, in a file of mode 600, and are removed again.
+        """Put the credentials into the sandbox, in a file of mode 600; remove the file on leaving.
 
-        If this process dies the file stays until the sandbox is swept, before its next use or return.
+        If this process dies, the file stays until the sandbox is swept, before its next use or its return.
         """
         if self.credentials is None:
             yield
             return
-        # The directory is closed to others, whatever mode the sandbox gives a new file.
+        # The directory is closed to other users, whatever mode the sandbox gives a new file.
         await sandbox.write(f"{path.rpartition('/')[0]}/git-credentials", self.credentials)
         try:
             yield
@@ -248,7 +248,7 @@ async def open_remote(
 ) -> RemoteWorkspace:
     """Clone the repository in the sandbox and check out the work branch.
 
-    bundle: the commits kept by the session's last turn. used: whether that turn's clone is still there.
+    bundle: the commits stored by the session's last turn. used: whether that turn's clone is still there.
 
     Raises PermanentError (no such repository or branch, an empty repository, no access) or TransientError
     (the network, the sandbox, a full disk, a timeout).
@@ -284,12 +284,12 @@ async def open_remote(
 
 
 async def sweep(sandbox: Sandbox) -> None:
-    """Remove what we left in a sandbox that is given back."""
+    """Remove our files from a sandbox before it is returned."""
     await _run(sandbox, "sweep the sandbox", _SWEEP)
 
 
 def _pair(output: str) -> tuple[str, str]:
-    """The two words of its last line, the second perhaps empty; before it may be what stderr said."""
+    """The two words of the last line; the second may be empty. stderr's text may come before that line."""
     first, _, second = output.rpartition("\n")[2].partition(" ")
     if not re.fullmatch("[0-9a-f]{40,64}", first):
         raise TransientError("the sandbox did not answer a step as its script would")

@@ -1,20 +1,21 @@
-"""Where an agent works: a directory of its own for every attempt.
+"""Where an agent works: a separate directory for every attempt.
 
-    ROOT/SESSION/mirror.git       a bare repository with the session's work branch, kept
+    ROOT/SESSION/mirror.git       a bare repository that keeps the session's work branch
     ROOT/SESSION/RUN-ATTEMPT/     one attempt's clone, removed when the attempt ends
 
 How the work of one turn reaches the next:
-1. An attempt clones the repository and checks out the work branch. It starts from the mirror's if
-   an earlier turn left one there, unless the repository's own contains that; else from the
-   repository's; else from the target branch.
-2. The agent works. Attempts never share a directory: one that lost its lease and runs on does no
-   harm to its successor.
-3. `keep` commits what the agent left uncommitted and pushes the branch to the mirror, on condition
-   that the mirror still has the commit seen in step 1: of two attempts only one gets through.
-4. The directory is removed. One whose worker died is removed by the session's next attempt: the
-   living hold a lock on theirs, which the kernel drops with the process.
+1. An attempt clones the repository and checks out the work branch. It starts from the mirror's branch if
+   an earlier turn left one there. If the repository's own work branch contains that commit, it starts from
+   the repository's branch. If the mirror has no branch, it starts from the repository's work branch, or
+   else from the target branch.
+2. The agent works. Attempts never share a directory. So an attempt that lost its lease and still runs does
+   not harm its successor.
+3. `keep` commits what the agent left uncommitted and pushes the branch to the mirror, on condition that
+   the mirror still has the commit seen in step 1. So only one of two attempts succeeds.
+4. The attempt removes its directory. If its worker died, the session's next attempt removes it: a live
+   worker holds a lock on its directory, and the kernel drops that lock with the process.
 
-The repository itself is never pushed to. Turns of one session must find the same ROOT.
+Nothing is ever pushed to the repository itself. All turns of a session must use the same ROOT.
 """
 
 import asyncio
@@ -48,8 +49,8 @@ class Commit:
 class Workspace:
     """An attempt's clone, made by `open_workspace`.
 
-    path: the work tree; branch: the work branch, checked out; base: the commit it started from in
-    this attempt.
+    path: the work tree. branch: the work branch, checked out. base: the commit from which the branch
+    started in this attempt.
     """
 
     path: Path
@@ -57,12 +58,12 @@ class Workspace:
     base: str
     _git: Git
     _mirror: Path
-    _known: str  # the mirror's commit when we began, empty if it had none
+    _known: str  # the mirror's commit at the start, empty if it had none
 
     async def commits(self) -> list[Commit]:
-        """The work branch's commits since `base`, oldest first, the last 1,000 at most.
+        """The work branch's commits since `base`, oldest first; the last 1,000 at most.
 
-        Raises SessionError if there is no telling: the agent may have broken the repository.
+        Raises SessionError if git cannot list them: the agent may have broken the repository.
         """
         since = f"{self.base}..refs/heads/{self.branch}"
         options = (f"--max-count={COMMITS}", "--reverse", "--topo-order", "--no-show-signature")
@@ -73,11 +74,11 @@ class Workspace:
         return [Commit(*line.split(" ", 1)) for line in lines.split("\n") if line]
 
     async def keep(self) -> str:
-        """Save the work for the session's next turn; returns the work branch's commit.
+        """Save the work for the session's next turn and return the work branch's commit.
 
-        What lies uncommitted on the work branch is committed first, but not what Git ignores.
-        Raises TransientError if another attempt has saved its work meanwhile, SessionError if the
-        work can't be saved.
+        First commits what is uncommitted on the work branch, except files that Git ignores.
+        Raises TransientError if another attempt has saved its work meanwhile, SessionError if the work
+        can't be saved.
         """
         ref = f"refs/heads/{self.branch}"
         try:
@@ -105,7 +106,7 @@ class Workspace:
             raise
 
     async def _commit_rest(self) -> None:
-        # An agent killed inside git leaves its lock; nobody is alive to hold it.
+        # An agent that is killed inside git leaves git's lock; no process holds that lock any more.
         await asyncio.to_thread((self.path / ".git" / "index.lock").unlink, missing_ok=True)
         await self._run("add", "--all", "--", ".")
         if await self._run("status", "--porcelain", "--untracked-files=no"):
@@ -116,7 +117,7 @@ class Workspace:
 
 
 def attempt_directory(root: Path, session: UUID, run: UUID, attempt: int) -> Path:
-    """Where that attempt's directory is or will be."""
+    """The path of that attempt's directory, whether or not it exists."""
     return root / str(session) / f"{run}-{attempt}"
 
 
@@ -133,9 +134,9 @@ async def open_workspace(
     git: Git,
     allow_file: bool = False,
 ) -> AsyncIterator[Workspace]:
-    """Clone `url` for one attempt and check out the work branch; removed on leaving.
+    """Clone `url` for one attempt and check out the work branch; the clone is removed on leaving.
 
-    url, target_branch, branch: as passed by `outwake/session/names.py`.
+    url, target_branch, branch: accepted by `outwake/session/names.py`.
     allow_file: whether `url` may be a file:// URL.
 
     Raises PermanentError (no such repository or branch, an empty repository, no access) or
@@ -153,9 +154,9 @@ async def open_workspace(
 
 @asynccontextmanager
 async def own_directory(root: Path, session: UUID, run: UUID, attempt: int) -> AsyncIterator[Path]:
-    """A directory for one attempt, removed on leaving; those of the session's dead attempts go too.
+    """A directory for one attempt, removed on leaving. Also removes those of the session's dead attempts.
 
-    Raises TransientError if it can't be made.
+    Raises TransientError if the directory can't be made.
     """
     place = attempt_directory(root, session, run, attempt)
     try:
@@ -179,7 +180,7 @@ async def _clone(git: Git, url: str, path: Path, transports: str) -> None:
 
 
 async def _start(git: Git, path: Path, mirror: Path, target_branch: str, branch: str) -> tuple[str, str]:
-    """The commit to start from, and the mirror's commit, empty if it has none."""
+    """The commit to start from, and the mirror's commit, which is empty if the mirror has none."""
     try:
         heads = await _refs(git, path, "refs/remotes/origin/", target_branch, branch)
         if target_branch not in heads:
@@ -205,9 +206,9 @@ async def _start(git: Git, path: Path, mirror: Path, target_branch: str, branch:
 
 
 async def _make_mirror(git: Git, mirror: Path) -> None:
-    """Make the mirror, or finish one whose maker died."""
+    """Make the mirror, or finish one whose creator died."""
     await git("init", "--quiet", "--bare", "--template=", "--", str(mirror), cwd=mirror.parent)
-    # Housekeeping in the background would be ended with the push that started it.
+    # The push ends all its processes when it ends, so git must not run gc in the background.
     await git(f"--git-dir={mirror}", "config", "gc.autoDetach", "false", cwd=mirror.parent)
 
 
@@ -219,7 +220,7 @@ async def _check_out(git: Git, path: Path, branch: str, commit: str) -> None:
 
 
 async def _refs(git: Git, repository: Path, prefix: str, *names: str) -> dict[str, str]:
-    """Which of the branches are there, with their commits."""
+    """The branches that exist, with their commits."""
     lines = await git(
         *("for-each-ref", "--format=%(objectname) %(refname)"),
         *(prefix + name for name in names),
@@ -240,10 +241,10 @@ async def _contains(git: Git, path: Path, commit: str, ancestor: str) -> bool:
 
 
 def _claim(place: Path) -> int:
-    """Make the directory and lock it; returns the lock, to be closed when it is removed.
+    """Make the directory, lock it and return the lock. Close the lock when the directory is removed.
 
-    A directory can be removed between making and locking it, by one who took it for dead: then the
-    lock is on a directory without a name, and we begin again.
+    Another attempt may take the directory for dead and remove it before we lock it. The lock then belongs to
+    a directory without a name, and we start again.
     """
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     while True:
@@ -263,14 +264,14 @@ def _claim(place: Path) -> int:
 
 
 def _remove_all_dead(home: Path, own: Path) -> None:
-    """Remove what attempts of the same session left whose worker is dead."""
+    """Remove the directories of the same session's attempts whose worker is dead."""
     for place in home.iterdir():
         if place not in (own, home / "mirror.git"):
             remove_dead(place)
 
 
 def remove_dead(place: Path) -> None:
-    """Remove an attempt's directory, unless its worker lives: then that one removes it."""
+    """Remove an attempt's directory unless its worker lives; a live worker removes its own."""
     with suppress(OSError):  # locked, or gone
         lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -282,7 +283,7 @@ def remove_dead(place: Path) -> None:
 
 
 def _remove(place: Path, lock: int) -> None:
-    """Remove the directory and drop its lock; what can't be removed is left to the next attempt."""
+    """Remove the directory and drop its lock. The next attempt removes what can't be removed now."""
     try:
         shutil.rmtree(place)
     except FileNotFoundError:
@@ -299,7 +300,7 @@ def _remove(place: Path, lock: int) -> None:
 
 def _make_writable(place: Path) -> None:
     os.chmod(place, 0o700)
-    for parent, directories, _ in os.walk(place):  # top down: unlocked before it is entered
+    for parent, directories, _ in os.walk(place):  # top down: writable before it is entered
         for name in directories:
             path = Path(parent, name)
             if not path.is_symlink():

@@ -1,8 +1,8 @@
 """The HTTP API of an AIO sandbox: write a file, run a shell step.
 
-HTTP status 200 alone proves nothing there. A step has succeeded only if the answer says success, its
-status is completed and its exit code is 0; anything else is an error that names the step, never the
-command. Secrets go into files, not into commands.
+HTTP status 200 alone proves nothing in this API. A step has succeeded only if the answer reports success, its
+status is completed and its exit code is 0. Anything else is an error that names the step, never the command.
+Secrets are passed in files, not in commands.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ _CONNECT, _ANSWER = 10.0, 60.0
 _WAIT = 30  # seconds of one /v1/shell/wait
 _PAUSE = 0.05
 _KILL_TIMEOUT = 10.0
-_SAID = 1000  # characters of a failed step's output that its error shows
+_SAID = 1000  # characters of a failed step's output that its error quotes
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
-_SLACK = 10.0  # seconds the sandbox has to tell of its own timeout
+_SLACK = 10.0  # seconds that the sandbox has to report its own timeout
 
 
 class StepError(Exception):
@@ -49,16 +49,16 @@ class Sandbox:
     @classmethod
     @asynccontextmanager
     async def connect(cls, item: Any) -> AsyncIterator["Sandbox"]:
-        """The sandbox of an allocator's item. Raises PermanentError if the item names none."""
+        """Connect to the sandbox of an allocator's item. Raises PermanentError if the item names none."""
         url = item.get("api_url") if isinstance(item, dict) else None
         if not isinstance(url, str) or not url.startswith(("http://", "https://")):
             raise PermanentError("the allocator's item has no api_url")
-        # Not by a proxy, which is for the world outside: sandboxes lie inside.
+        # Without the environment's proxy, which serves external hosts: sandboxes are internal.
         async with httpx.AsyncClient(base_url=url, headers=trace.headers(), trust_env=False) as client:
             yield cls(client)
 
     async def write(self, path: str, content: bytes) -> None:
-        """Write a file. Raises TransientError or PermanentError if the sandbox doesn't say it did."""
+        """Write a file. Raises TransientError or PermanentError if the sandbox does not confirm it."""
         data = await self._call(
             "file/write",
             {"file": path, "content": base64.b64encode(content).decode(), "encoding": "base64"},
@@ -67,14 +67,14 @@ class Sandbox:
             raise TransientError("the sandbox wrote only a part of a file")
 
     async def run(self, step: str, script: str, *arguments: str, timeout: float = STEP_TIMEOUT) -> str:
-        """Run a shell script with `$1`, `$2` … and return its output, without the last line break.
+        """Run a shell script with arguments `$1`, `$2` …; return its output without the last line break.
 
         step: its name in errors. The arguments are quoted; the script must be our own text.
 
-        Raises StepError for an exit code other than 0, TransientError if it did not end within
-        `timeout` seconds or the sandbox can't be reached, PermanentError if it refuses.
+        Raises StepError for an exit code other than 0, TransientError if the script did not end within
+        `timeout` seconds or the sandbox can't be reached, PermanentError if the sandbox refuses.
         """
-        # An id of our own, so that a step whose answer never came can be killed too.
+        # We choose the id, so that a step can be killed even if its answer never came.
         shell = f"outwake-{uuid4()}"
         command = shlex.join(["sh", "-euc", script, "sh", *arguments])
         try:
@@ -99,21 +99,21 @@ class Sandbox:
             "shell/exec", {"id": shell, "command": command, "async_mode": False, "timeout": timeout}, timeout
         )
         shell = str(data.get("session_id") or shell)
-        # Quiet for long is not done: a clone says nothing.
+        # A step without output may still run: a clone prints nothing.
         while data.get("status") in ("running", "no_change_timeout"):
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             seconds = min(_WAIT, math.ceil(left))
             await self._call("shell/wait", {"id": shell, "seconds": seconds}, seconds)
-            await asyncio.sleep(_PAUSE)  # should it not wait at all
+            await asyncio.sleep(_PAUSE)  # in case the call returns at once
             data = await self._call("shell/view", {"id": shell})
         if data.get("status") != "completed":
             raise TransientError(f"{step}: the sandbox's shell ended as {data.get('status')}")
         return data
 
     async def _kill(self, shell: str) -> None:
-        """End what a step left running, if the sandbox still answers; the step has failed anyway."""
+        """Kill what a step left running, if the sandbox still answers. The step has failed anyway."""
         with suppress(TransientError, PermanentError, TimeoutError):
             async with asyncio.timeout(_KILL_TIMEOUT):
                 await self._call("shell/kill", {"id": shell})

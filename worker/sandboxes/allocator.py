@@ -1,7 +1,7 @@
 """The allocator of sandboxes, over HTTP (docs/sandbox.md).
 
-It knows no request id, so it can't be asked again what it answered: whoever asks it must not give up
-before it has answered. `worker/sandboxes/lending.py` sees to that.
+The allocator has no request ids, so its answer to an earlier request can't be asked for again. A caller must
+not give up before the answer comes; `worker/sandboxes/lending.py` ensures that.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from outwake.worker.sandboxes.directory import Allocator, LocalAllocator, Sandbo
 
 _NONE_FREE = (404, 503)
 _MARGIN = 30.0
-"""Seconds beyond `wait` within which the allocator answers, or never does."""
+"""Seconds beyond `wait` after which we assume that the allocator will never answer."""
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _SWEEP_TIMEOUT = 20.0
 _LOOKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -45,12 +45,12 @@ class HttpAllocator:
         self._keep = settings.sandbox_keep
 
     async def borrow(self, intent: UUID, session_id: UUID, run: UUID, attempt: int) -> Sandbox:
-        """Borrow a sandbox, waiting for one that long.
+        """Borrow a sandbox; wait up to `OUTWAKE_BORROW_WAIT` for one.
 
-        The ids are sent along, for whoever reads the allocator's log.
+        The ids are sent along for readers of the allocator's log.
 
-        Raises HandBack if none is free, TransientError or PermanentError if there is certainly none for
-        us, Unclear if there may be one: no answer, or none of the allocator's.
+        Raises HandBack if no sandbox is free, TransientError or PermanentError if the allocator certainly
+        lent us none, Unclear if it may have lent one: no answer, or an answer that is not the allocator's.
         """
         about = {"borrow_id": str(intent), "session_id": str(session_id), "run": str(run), "attempt": attempt}
         query: dict[str, str | float] = {"params": json.dumps(about)}
@@ -60,7 +60,7 @@ class HttpAllocator:
             async with self._client() as client:
                 limit = httpx.Timeout(self._wait + _MARGIN, connect=10.0)
                 response = await client.get("/ip/borrow", params=query, timeout=limit)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # it was not even asked
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # the request was not even sent
             raise TransientError(f"the allocator can't be reached: {type(error).__name__}") from error
         except httpx.HTTPError as error:
             raise Unclear(f"the allocator did not answer: {type(error).__name__}") from error
@@ -78,9 +78,9 @@ class HttpAllocator:
         raise kind(f"the allocator refused with status {response.status_code}: {_said(answer)}")
 
     async def give_back(self, sandbox: Sandbox) -> None:
-        """Sweep the sandbox and give it back; once more does no harm.
+        """Sweep the sandbox and return it. A second return does no harm.
 
-        Raises TransientError if the allocator did not take it.
+        Raises TransientError if the allocator did not accept the return.
         """
         await self._sweep(sandbox)
         body = {"item": sandbox["item"], "borrow_token": sandbox["borrow_token"]}
@@ -101,13 +101,13 @@ class HttpAllocator:
         )
 
     async def _sweep(self, sandbox: Sandbox) -> None:
-        """Remove what we left there. A sandbox that is broken is returned all the same."""
+        """Remove our files from the sandbox. A broken sandbox is returned all the same."""
         with suppress(TransientError, PermanentError, TimeoutError):
             async with asyncio.timeout(_SWEEP_TIMEOUT), Client.connect(sandbox["item"]) as client:
                 await sweep(client)
 
     async def _follow(self, client: httpx.AsyncClient, answer: dict[str, Any]) -> None:
-        """Look how the return went on in the background; one that takes long is the allocator's to end."""
+        """Check the progress of a return in the background. The allocator must finish one that takes long."""
         operation, status = answer.get("operation_id"), answer.get("status")
         for pause in _LOOKS:
             if operation is None or status == "succeeded":
@@ -126,7 +126,7 @@ class HttpAllocator:
 
 
 def allocator(settings: Settings) -> Allocator:
-    """The one that is configured: IP_ALLOCATOR_URL's, else this host's directories."""
+    """The configured allocator: IP_ALLOCATOR_URL's, else this host's directories."""
     if settings.ip_allocator_url is not None:
         return HttpAllocator(settings)
     return LocalAllocator(Path(settings.workspace_root))

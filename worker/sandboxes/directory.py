@@ -1,6 +1,6 @@
 """The embedded form of a sandbox: a workspace directory on this host.
 
-It is borrowed and given back by the same protocol as a real one (worker/handlers/session.py), so that the
+It is borrowed and returned by the same protocol as a real sandbox (worker/handlers/session.py), so the
 embedded form exercises what production relies on.
 """
 
@@ -13,35 +13,35 @@ from outwake.worker.errors import TransientError
 from outwake.worker.repo.workspace import attempt_directory, remove_dead
 
 Sandbox = dict[str, Any]
-"""What a session holds: {"item", "borrow_token"}, and "keep" in seconds if the next turn may have it."""
+"""What a session holds: {"item", "borrow_token"}; "keep", in seconds, if the next turn may reuse it."""
 
 
 class Allocator(Protocol):
-    """Where sandboxes come from."""
+    """The source of sandboxes."""
 
     async def borrow(self, intent: UUID, session_id: UUID, run: UUID, attempt: int) -> Sandbox:
-        """A sandbox for this attempt, asked for under the id `intent`.
+        """A sandbox for this attempt, requested under the id `intent`.
 
-        Raises HandBack if none is free, Unclear if there may be one, SessionError if there is none.
+        Raises HandBack if none is free, Unclear if one may have been lent, SessionError if none was lent.
         """
 
     async def give_back(self, sandbox: Sandbox) -> None:
-        """Give it back; once more does no harm. Raises TransientError if it was not taken."""
+        """Return the sandbox. A second return does no harm. Raises TransientError if it was not accepted."""
 
 
 class LocalAllocator:
-    """Names directories below `root`; a returned one that its worker left behind is removed."""
+    """Names directories below `root`. On return it removes a directory whose worker died."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     async def borrow(self, intent: UUID, session_id: UUID, run: UUID, attempt: int) -> Sandbox:
-        """The name of the attempt's directory, made when the workspace is opened."""
+        """The path of the attempt's directory, which is created when the workspace is opened."""
         place = attempt_directory(self._root, session_id, run, attempt)
         return {"item": {"workspace": str(place.absolute())}, "borrow_token": str(uuid4())}
 
     async def give_back(self, sandbox: Sandbox) -> None:
-        """Remove the directory if its worker died; the living remove their own."""
+        """Remove the directory if its worker died; a live worker removes its own."""
         item = sandbox["item"]
         if not isinstance(item, dict) or "workspace" not in item:
             raise TransientError("IP_ALLOCATOR_URL is not set, and this sandbox is an allocator's")

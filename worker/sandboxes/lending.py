@@ -1,18 +1,17 @@
-"""Borrow a sandbox for an attempt, so that a crash at any point leaks none that we could know of.
+"""Borrow a sandbox for an attempt. A crash leaks no sandbox, except in the window named below.
 
-1. Record the intent, in a fenced transaction. A sandbox that the turn before left for this one is taken
-   over instead, and that is all; one that an earlier attempt of this turn held is owed its return first
-   (attempts share no sandbox).
-2. Ask the allocator, in a task of its own that nobody cancels: whatever stops the handler, the answer is
-   awaited, for the allocator can't be asked what it answered.
-3. Record the answer in one transaction, fenced by the attempt: the session holds the sandbox, the intent
-   is deleted. From here on the end of the row, whoever brings it about, owes the return (trigger
-   session_follow).
-4. An answer that comes too late, as the attempt is fenced, cancelled or its session deleted, becomes a
-   row of topic sandbox.return in the transaction that deletes the intent.
+1. Record the intent, in a fenced transaction. If the previous turn left a sandbox for this one, take that
+   sandbox over instead and stop here. If an earlier attempt of this turn held a sandbox, its return is
+   recorded first, because attempts never share a sandbox.
+2. Ask the allocator, in a task that nobody cancels. Even if the handler is stopped, the task waits for the
+   answer, because the answer can't be asked for again.
+3. Record the answer in one transaction, fenced by the attempt: the session holds the sandbox and the intent
+   is deleted. From now on the row's end, whatever its cause, schedules the return (trigger session_follow).
+4. An answer comes too late if the attempt is fenced or cancelled, or if its session is deleted. It then
+   becomes a row of topic sandbox.return in the transaction that deletes the intent.
 
-The window that stays: the allocator has committed, and this process dies before step 3 or 4 has. The
-intent stays too, and the view sandbox_suspect shows it.
+One window remains: the allocator has committed, and this process dies before step 3 or 4 commits. The intent
+stays in that case, and the view sandbox_suspect shows it.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ log = get_logger(__name__)
 
 _BEGIN = in_schema("SELECT :schema.sandbox_begin(%s, %s, %s, %s)")
 _HOLD = in_schema("SELECT :schema.sandbox_hold(%s, %s, %s)")
-# The intent says whether this was done already, should an earlier answer have been lost.
+# If this is repeated because its answer was lost, the missing intent shows that it was already executed.
 _OWE = in_schema(
     "WITH ended AS (DELETE FROM :schema.sandbox_borrow WHERE id = %s RETURNING id)"
     " SELECT :schema.sandbox_owe(%s, %s) FROM ended"
@@ -40,13 +39,13 @@ _OWE = in_schema(
 _FORGET = in_schema("DELETE FROM :schema.sandbox_borrow WHERE id = %s")
 _NOTE = in_schema("UPDATE :schema.sandbox_borrow SET error = %s WHERE id = %s")
 
-_asking: set[asyncio.Task[Sandbox]] = set()  # the loop itself holds tasks only weakly
+_asking: set[asyncio.Task[Sandbox]] = set()  # the event loop holds tasks only weakly
 
 
 async def borrow(job: Job, session_id: UUID, run: UUID, allocator: Allocator) -> tuple[Sandbox, bool]:
-    """The sandbox that the session now holds, and whether an earlier turn has used it.
+    """Return the sandbox that the session now holds, and whether an earlier turn has used it.
 
-    run: what names the turn. Raises HandBack if none is free, SessionError if the allocator refuses,
+    run: the name of the turn. Raises HandBack if no sandbox is free, SessionError if the allocator refuses,
     Fenced or Cancelled.
     """
     intent = uuid4()
@@ -70,7 +69,7 @@ async def _never_abandon(asking: asyncio.Task[Sandbox]) -> Sandbox:
         except asyncio.CancelledError as error:
             stopped = error
     if stopped is not None:
-        asking.exception()  # it has been dealt with
+        asking.exception()  # marks the exception as retrieved; `_ask` has handled it
         raise stopped
     return asking.result()
 

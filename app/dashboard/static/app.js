@@ -1,19 +1,20 @@
-// What is live. Pages work without it: it asks the server for the same page again and takes over what
-// changed, so that all HTML is made in one place. An element says how in data-live, and has an id:
-//   replace  put the new one in its place, if it differs from what the server sent before
-//   append   add those children whose ids are not here yet
-//   keep     never touch it
+// Live updates. Pages work without this script. It requests the same page again and takes the parts that
+// changed, so that all HTML is made in one place. A live element has an id, and its data-live says how it is
+// updated:
+//   replace  replace the element, if the server's HTML of it has changed
+//   append   add the children whose ids are not here yet
+//   keep     never change the element
 "use strict";
 
-const PAUSE = 250; // ms between two requests for the same page, at least
-const BACKOFF = [1000, 15000]; // ms after a request that failed, first and last
+const PAUSE = 250; // least ms between two requests for the same page
+const BACKOFF = [1000, 15000]; // ms after a failed request, first and last
 const main = document.getElementById("main");
 const turns = document.getElementById("turns");
-const sent = new Map(); // id -> HTML as the server sent it
+const sent = new Map(); // id -> the server's HTML
 
 for (const element of document.querySelectorAll("[data-live=replace]")) sent.set(element.id, element.outerHTML);
 
-// Taking over
+// Merging
 
 function merge(page) {
   const stick = atEnd();
@@ -32,7 +33,7 @@ function merge(page) {
 function replace(old, fresh) {
   sent.set(fresh.id, fresh.outerHTML);
   const copy = document.importNode(fresh, true);
-  // Whoever types in it, or has it open, goes on.
+  // The user is typing in it: leave it, and replace it another time.
   if (old.contains(document.activeElement) && document.activeElement.matches("input, textarea, select")) return sent.delete(fresh.id);
   const open = [...old.querySelectorAll("details[open]")].map(place);
   const focus = old.contains(document.activeElement) ? place(document.activeElement) : null;
@@ -43,7 +44,7 @@ function replace(old, fresh) {
   if (window.scrollY !== scrolled) window.scrollTo(0, scrolled);
 }
 
-// Tells an element from its like in another version of the page.
+// A key that finds the same element in another version of the page.
 function place(element) {
   const owner = element.closest("[id]");
   return [owner?.id, element.tagName, element.getAttribute("href"), element.getAttribute("aria-label"), element.textContent.slice(0, 40)].join("|");
@@ -57,20 +58,20 @@ function append(old, fresh) {
   }
 }
 
-// Put a tool's result under its call, if the call is here.
+// Move a tool's result below its call, if the call is on the page.
 function file(result) {
   const call = result.closest(".attempt")?.querySelector(`[data-call="${CSS.escape(result.dataset.result)}"] > .slot:empty`);
   if (!call) return;
   const message = result.closest(".message");
   call.append(result);
-  if (!message.children.length) message.hidden = true; // its id stays: it has been seen
+  if (!message.children.length) message.hidden = true; // the element stays, so that append() finds its id
 }
 
-// Asking
+// Requests
 
 let asking = null;
 let again = false;
-let whole = false; // the whole conversation is wanted, not only what came since
+let whole = false; // request the whole conversation, not only what is new
 let failures = 0;
 
 function refresh() {
@@ -101,7 +102,7 @@ async function ask() {
 
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 
-// An attempt that was superseded moves: all is told anew.
+// A superseded attempt moves on the page, so the whole conversation is loaded again.
 function reload() {
   whole = true;
   refresh();
@@ -115,7 +116,7 @@ function retell(page) {
   for (const id of open) document.querySelector(`#${id} details`)?.setAttribute("open", "");
 }
 
-// Listening
+// Events
 
 let source = null;
 let address = null;
@@ -123,7 +124,7 @@ let address = null;
 function listen() {
   const element = document.querySelector("[data-events]");
   const wanted = document.hidden || !element ? null : element.dataset.events;
-  // A conversation's stream goes on by itself; that of a list is another when other sessions move.
+  // A conversation keeps its stream. A list needs a new one when the set of unfinished sessions changes.
   if (source && source.readyState !== EventSource.CLOSED && (wanted === address || (wanted && turns))) return;
   source?.close();
   source = null;
@@ -149,7 +150,7 @@ function say(text) {
   }
 }
 
-// A tab that nobody looks at keeps no connection: a browser has six for each server, in all its tabs.
+// A hidden tab keeps no connection: a browser has only six for each server, and all tabs share them.
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) refresh();
   listen();
@@ -157,7 +158,7 @@ document.addEventListener("visibilitychange", () => {
 const every = Number(main.dataset.refresh);
 if (every) setInterval(() => { if (!document.hidden && !asking) refresh(); }, every * 1000);
 
-// Acting: a form is sent from here, and its answer taken over, so that the place on the page stays.
+// Forms: the script sends a form and merges the answer, so that the page keeps its position.
 
 document.addEventListener("submit", async (event) => {
   const form = event.target;
@@ -173,10 +174,10 @@ document.addEventListener("submit", async (event) => {
     if (!answer.ok) throw new Error(page.querySelector(".problem")?.textContent ?? `Status ${answer.status}`);
     form.closest("details.confirm")?.removeAttribute("open");
     if ("clear" in form.dataset) form.reset();
-    // Whoever has gone on to something else meanwhile keeps the focus there.
+    // If the user has moved on to another element, the focus stays there.
     const stayed = form.contains(document.activeElement) || document.activeElement === document.body;
     if (stayed) document.activeElement.blur();
-    if (turns) refresh(); // the page it answered with tells results with their calls: those here would miss them
+    if (turns) refresh(); // the answer has results below their calls already, so the calls here would not get them
     else merge(page);
     if (stayed) ("clear" in form.dataset ? form.querySelector("textarea") : main).focus({ preventScroll: true });
   } catch (error) {
@@ -206,7 +207,7 @@ function tick() {
 }
 setInterval(tick, 1000);
 
-// Whoever reads the end stays there.
+// A page scrolled to its end stays at the end.
 const atEnd = () => turns && window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 120;
 const toEnd = () => window.scrollTo(0, document.documentElement.scrollHeight);
 
