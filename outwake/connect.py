@@ -1,7 +1,7 @@
 """Connections that notice when the other side has gone.
 
-A path that goes silent must be noticed within a lease, on both ends: here, so that the worker reconnects;
-on the server, so that a dead client's session and its locks do not stay for two hours, its default.
+Both ends must notice a silent path within a lease. The client then reconnects. The server then ends a dead
+client's session and frees its locks; by default it would keep them for two hours.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from psycopg.errors import error_from_result
 
 
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, shared: bool = False) -> str:
-    """`url` with keepalive and user timeout for `lease`; a pooler takes no server options.
+    """`url` with keepalive and user timeout for `lease`. `pooled`: a pooler accepts no server options.
 
-    `shared`: a user's code runs on the connection too, so it keeps the search_path of its role and database.
-    Otherwise nothing but our own queries runs on it. They name the schema, and nothing is found without one.
+    `shared`: a user's code also runs on the connection, so it keeps the search_path of its role and database.
+    Otherwise only our own queries run on it. They name the schema, so the search_path is pg_catalog alone.
     """
     seconds = lease.total_seconds()
-    # First probe after a third, then ten at most over the rest, so that silence is known before the
-    # lease is out. The kernel counts whole seconds, and refuses more than 127 probes.
+    # The first probe comes after a third of the lease, then at most ten over the rest, so that silence is
+    # noticed before the lease expires. The kernel counts whole seconds and refuses more than 127 probes.
     idle = max(1, int(seconds / 3))
     rest = max(1, int(seconds) - idle - 1)
     count = min(rest, 10)
     interval = rest // count
-    # jit is off: before PostgreSQL 18 a scan that is off, but is the only way, looks so expensive that each
-    # call would be compiled (sql/outbox/functions/claim.sql).
+    # jit is off. Before PostgreSQL 18 a disabled scan that is the only possible plan has a very high cost, so
+    # each call would be compiled (sql/outbox/functions/claim.sql).
     server = (
         f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
         f"-c tcp_keepalives_count={count} "
@@ -42,7 +42,7 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
     )
     if not shared:
         server += " -c search_path=pg_catalog"
-    own = conninfo_to_dict(url).get("options") or ""  # what the URL asks for stays
+    own = conninfo_to_dict(url).get("options") or ""  # options of the URL stay
     extra: dict[str, Any] = {} if pooled else {"options": f"{server} {own}"}
     return make_conninfo(
         url,
@@ -60,7 +60,7 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
 async def connect(
     url: str, name: str, lease: timedelta, *, pooled: bool = False
 ) -> psycopg.AsyncConnection[tuple[Any, ...]]:
-    """An autocommit connection. Through a pooler nothing is prepared: its server may be another each time."""
+    """An autocommit connection. With `pooled` nothing is prepared: the server may be another each time."""
     return await psycopg.AsyncConnection.connect(
         conninfo(url, name, lease, pooled=pooled),
         autocommit=True,
@@ -70,10 +70,10 @@ async def connect(
 
 @contextmanager
 def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
-    """Cut the connection if the block takes longer: what waits on it then fails with OperationalError.
+    """Break the connection if the block takes longer. What waits on it then fails with OperationalError.
 
-    A cancelled task would not do: psycopg asks the server to cancel and waits for its answer, which a
-    path gone silent never brings.
+    Cancelling the task is not enough: psycopg then asks the server to cancel and waits for its answer, which
+    never comes over a silent path.
     """
     timer = cut_after(conn, seconds)
     try:
@@ -83,21 +83,21 @@ def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None
 
 
 def cut_after(conn: psycopg.AsyncConnection[Any], seconds: float) -> asyncio.TimerHandle:
-    """What `bounded` sets and cancels."""
+    """The timer that `bounded` sets and cancels."""
     return asyncio.get_running_loop().call_later(seconds, cut, conn)
 
 
 def cut(conn: psycopg.AsyncConnection[Any]) -> None:
-    """Break the connection at once, without a word to the server: whoever waits on it is told."""
+    """Break the connection at once, without telling the server. What waits on it gets an error."""
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.pgconn.socket)) as peer:
         peer.shutdown(socket.SHUT_RDWR)
 
 
 async def answer(conn: psycopg.AsyncConnection[Any]) -> pq.abc.PGresult:
-    """What the server answers to the one statement that was sent by libpq itself. Raises psycopg.Error.
+    """The server's answer to the one statement that was sent through libpq directly. Raises psycopg.Error.
 
-    By psycopg's wait, which looks again now and then: uvloop does not call a reader whose connection was
-    reset, and what waits for that alone waits for ever.
+    Waits by psycopg's own wait, which also checks at intervals. uvloop does not call a reader whose
+    connection was reset, so a wait for the reader alone might never end.
     """
     result: pq.abc.PGresult
     (result,) = await conn.wait(generators.execute(conn.pgconn))
@@ -112,19 +112,19 @@ def checked(result: pq.abc.PGresult, conn: psycopg.AsyncConnection[Any]) -> pq.a
 
 
 Heard = Callable[[str, str], None]
-"""Is called with the channel and the payload of a notification."""
+"""Called with the channel and the payload of a notification."""
 
 
 async def hear(
     conn: psycopg.AsyncConnection[Any], heard: Heard, answered: Callable[[], None] = lambda: None
 ) -> None:
-    """Pass on what a LISTEN connection hears, until it breaks. `answered` is called when something was read:
-    to take the whole answer, if it is there, to a statement that was sent meanwhile by libpq itself.
+    """Pass on the notifications of a LISTEN connection until it breaks. `answered` is called after each read:
+    it must take the whole answer, if it has arrived, to a statement sent meanwhile through libpq directly.
 
-    psycopg's own notifies() wakes ten times a second to look at its clock: 0.4 s of CPU time in ten idle
-    minutes. Raises psycopg.OperationalError when the connection is broken, and what `heard` raises.
+    psycopg's own notifies() wakes ten times a second, which costs CPU time when idle. Raises
+    psycopg.OperationalError when the connection is broken, and the exceptions of `heard`.
     """
-    # What came before this is in psycopg's backlog, what comes from now on is read here.
+    # Earlier notifications are in psycopg's backlog; later ones are read below.
     async for notification in conn.notifies(timeout=0):
         heard(notification.channel, notification.payload)
     loop, server = asyncio.get_running_loop(), conn.pgconn
@@ -132,18 +132,18 @@ async def hear(
 
     def read() -> None:
         try:
-            for _ in range(2):  # an end that came with last words: uvloop may tell of both but once
+            for _ in range(2):  # uvloop may report a connection's last data and its end only once
                 server.consume_input()
-                # First: libpq does not come to what follows an answer before that has been taken.
+                # First: libpq does not reach what follows an answer before that answer has been taken.
                 answered()
                 while note := server.notifies():
                     heard(note.relname.decode(), note.extra.decode())
         except Exception as error:
-            loop.remove_reader(descriptor)  # it stays readable
+            loop.remove_reader(descriptor)  # the socket stays readable
             if not broken.done():
                 broken.set_exception(error)
 
-    # No task between the socket and who is told: a sleeping worker is on its way some 40 us sooner.
+    # No task between the socket and the receiver, so that a sleeping worker starts sooner.
     loop.add_reader(descriptor, read)
     try:
         await broken
@@ -154,15 +154,15 @@ async def hear(
 _OUTAGES = {
     "57P01",  # admin_shutdown
     "57P02",  # crash_shutdown
-    "57P03",  # cannot_connect_now: it starts up, shuts down or recovers
+    "57P03",  # cannot_connect_now: starting up, shutting down or recovering
     "53100",  # disk_full
     "25006",  # read_only_sql_transaction
 }
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether this says that the server itself is down or takes no writes, for anybody: then nobody
-    else can be rescuing our rows.
+    """Whether the error says that the server is down, or accepts no writes, for everybody. Then no other
+    worker can be rescuing our rows.
     """
     if isinstance(error, psycopg.Error) and error.sqlstate in _OUTAGES:
         return True
@@ -171,9 +171,9 @@ def is_outage(error: BaseException) -> bool:
 
 
 def will_not_pass(error: BaseException, mend: str) -> str | None:
-    """What an operator has to do before the statement can succeed, in one line; None if it may pass.
+    """What an operator must do before the statement can succeed, in one line; None if it may succeed later.
 
-    `mend`: what gives the right, if one is missing (`grant`).
+    `mend`: the statement that gives a missing right (`grant`).
     """
     said = str(error).partition("\n")[0]
     match error:
@@ -193,7 +193,7 @@ def grant(what: str, url: str) -> str:
 
 
 def _identifier(name: str) -> str:
-    """As SQL has it; a name that need not be quoted is not."""
+    """The name as SQL needs it, quoted only if necessary."""
     return name if re.fullmatch("[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""All errors, as one tree.
 
     OutwakeError
     ├── ConfigurationError   a setting is missing or wrong: correct it, then start again
@@ -7,7 +7,7 @@
     ├── WorkerEnded          this worker's lease was ended by a rescue: stop what runs, register anew
     └── Fenced               this attempt is no longer yours: undo nothing, write nothing, return
 
-What a handler raises to say how its attempt ended is another tree:
+A handler raises one of another tree to say how its attempt ended:
 
     Outcome
     ├── Retry(delay)         failed; try again after the delay, or by backoff

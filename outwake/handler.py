@@ -1,4 +1,4 @@
-"""Handlers: what a user writes to serve a topic.
+"""Handlers: code that serves a topic.
 
     from outwake import Handler, Job, Retry
 
@@ -38,7 +38,7 @@ class Lease(Protocol):
     """How long the worker may count on its rows."""
 
     def remaining(self) -> float:
-        """Seconds left; at most zero when the lease must be taken for lost."""
+        """Seconds left; zero or less when the lease must be assumed lost."""
 
     async def extended(self) -> None:
         """Return when the lease has been extended."""
@@ -53,9 +53,9 @@ class Job:
     lease: Lease
     connection: Callable[[], AbstractAsyncContextManager[Connection]] = field(repr=False)
     settled: bool = False
-    """Whether the handler has ended the row itself, by `complete`, and that has been committed."""
+    """Whether the handler has ended the row itself, by `complete`, and that is committed."""
     traceparent: str | None = None
-    """This attempt's place in the trace of the row, for what the handler calls and enqueues."""
+    """This attempt's span in the row's trace, for calls and rows that the handler makes."""
     _completing: bool = field(default=False, repr=False)
 
     @property
@@ -70,19 +70,19 @@ class Job:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
-        """A transaction that holds a lock on the row: a rescue comes wholly before it or wholly after.
+        """A transaction that holds a lock on the row: a rescue comes wholly before it or wholly after it.
 
-        Raises Fenced if the row is not this attempt's any more, Cancelled if a cancel was requested.
+        Raises Fenced if the row no longer belongs to this attempt, Cancelled if a cancel was requested.
         """
         self._completing = False
         async with self.connection() as conn, conn.transaction():
             if await fence(conn, self.worker_id, self.token):
                 raise Cancelled("a cancel was requested")
             yield conn
-        self.settled = self._completing  # only now has it been committed
+        self.settled = self._completing  # only now is it committed
 
     async def complete(self, conn: Connection) -> None:
-        """End the row as done in the caller's transaction, so that its effects and its end are one commit."""
+        """End the row as done in the caller's transaction, so that its end and its effects are one commit."""
         if not await complete(conn, self.worker_id, [self.token]):
             raise Fenced(*self.token)
         self._completing = True
@@ -95,18 +95,18 @@ Run = Callable[[Job], Awaitable[None] | None]
 class Handler:
     """Serves one topic. `run` returns when the work is done; a plain function runs in a thread.
 
-    It may raise Retry, Permanent or HandBack (outwake.errors); any other exception is a failure that is
-    retried by backoff. `timeout` is for one attempt; the topic table can override it.
+    It may raise Retry, Permanent or HandBack (outwake.errors). Any other exception is a failure, which is
+    retried with backoff. `timeout` limits one attempt; the topic table can override it.
     """
 
     topic: str
     run: Run
     timeout: timedelta | None = None
     line: Line = "outbox"
-    """The tables that it needs. Where a database lacks them, a worker does not serve the topic."""
+    """The tables that it needs. If a database lacks them, a worker does not serve the topic."""
     built_in: bool = False
-    """It runs queries of Outwake's alone: on its connections no name is looked up in the search_path of the
-    role, where others may be able to create functions and operators."""
+    """It runs only Outwake's own queries. Its connections do not use the role's search_path, because others
+    may be able to create functions and operators there."""
 
     @cached_property
     def blocking(self) -> bool:
@@ -117,7 +117,7 @@ class Handler:
 def installed_handlers() -> dict[str, Handler]:
     """The handlers of the entry point group `outwake.handlers`, by topic.
 
-    Raises ConfigurationError if an entry point does not load, is no Handler, or serves another's topic.
+    Raises ConfigurationError if an entry point does not load, is not a Handler, or serves another's topic.
     """
     found: dict[str, Handler] = {}
     for entry in entry_points(group="outwake.handlers"):

@@ -1,4 +1,4 @@
-"""Which lines of migrations (sql/) a database has: that of the outbox always, that of sessions perhaps."""
+"""Which lines of migrations (sql/) a database has: always the outbox, optionally the sessions."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _HAS_SESSIONS = in_schema("SELECT to_regclass(':schema.session') IS NOT NULL")
 
 
 async def has_sessions(conn: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the tables of sessions are there: `migrate --only outbox` makes none. Raises psycopg.Error."""
+    """Whether the session tables exist: `migrate --only outbox` makes none. Raises psycopg.Error."""
     cursor = await conn.execute(_HAS_SESSIONS, prepare=False)
     row = await cursor.fetchone()
     return row is not None and bool(row[0])

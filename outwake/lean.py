@@ -1,6 +1,4 @@
-"""A process that is lean: libraries without what they take along where they find it, but do not need, and a
-garbage collector that looks seldom.
-"""
+"""Reduce memory and CPU time: import libraries without optional dependencies, collect garbage rarely."""
 
 import gc
 import sys
@@ -10,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Let imports in the block fail for these modules, unless they are loaded already."""
+    """Make imports of these modules fail inside the block, unless the modules are already loaded."""
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: as if not installed
     try:
@@ -21,6 +19,6 @@ def without(*names: str) -> Iterator[None]:
 
 
 def collect_seldom() -> None:
-    """Once all that stays is there: it is never looked at again, and the rest 50,000 objects later."""
+    """Call this once, when all long-lived objects exist: they are never scanned again, and others rarely."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -1,17 +1,19 @@
-"""Brings a database to this code's schema, and says whether a database and this code fit.
+"""Migrates a database to this code's schema, and checks whether a database and this code fit.
 
-1. Take an advisory lock, so that two replicas may start at once: the second waits, then has nothing to do.
-2. Refuse a schema that is not ours alone: whoever may create in it could make our functions call theirs.
-3. Refuse a ledger that differs. The table `migration` keeps the hash of every file that was applied. If a
-   numbered file was applied in another form, the tables are not what this code takes them for.
-4. Apply nothing if the database is newer: older functions must not replace those of a newer version.
-5. Apply each numbered file that is missing in a transaction of its own, its row in the ledger first. A
-   failure or a kill leaves the database between two files, never inside one.
-6. Apply the functions that have changed in one transaction, and grant the roles what they may do.
-7. With each commit call the workers, who look whether the schema still fits.
+1. Take an advisory lock, so that two replicas may start at once: the second waits, then finds nothing to do.
+2. Refuse a schema that is not ours alone: others who may create objects in it could make our functions
+   call theirs.
+3. Refuse a ledger that differs. The table `migration` holds the hash of every applied file. If a numbered
+   file was applied in another form, the tables are not those that this code expects.
+4. Apply nothing if the database is newer, because older functions must not replace newer ones.
+5. Apply each missing numbered file in a transaction of its own, and insert its ledger row first. After a
+   failure or a kill the database is between two files, never inside one.
+6. Apply the changed functions in one transaction, and grant the roles their rights.
+7. Notify the workers in each commit; each worker then checks whether the schema still fits.
 
-Code of one version works on the schema of the version before, and on that of the version after unless a file
-of that says that older code must stop. So a rolling upgrade may migrate first or last (docs/releases.md).
+Code of one version works on the schema of the version before. It also works on the schema of the version
+after, unless a file of that version says that older code must stop. So a rolling upgrade may migrate first or
+last (docs/releases.md).
 """
 
 import asyncio
@@ -33,11 +35,11 @@ Connection = psycopg.AsyncConnection[Any]
 Fit = Literal["current", "older", "newer"]
 
 _LOCK_TIMEOUT = 0.5
-"""Seconds that a transaction waits for a table, and everybody else behind it. Less than the server's
-deadlock_timeout of 1 s: where two wait for each other it is we who let go, and try again."""
+"""Seconds that a transaction waits for a table lock; everybody else waits behind it. The value is less than
+the server's deadlock_timeout of 1 s: in a deadlock the migration gives up and retries."""
 _LOCK_TRIES = 120
 _LOCK_PAUSE = 1.0
-"""Seconds at most, by chance: a busy worker comes again and again as well."""
+"""The longest pause in seconds. The pause is random, because a busy worker retries as well."""
 
 _LEDGER: LiteralString = """
 CREATE TABLE IF NOT EXISTS :schema.migration (
@@ -66,10 +68,10 @@ ON CONFLICT (name) DO UPDATE
 SET sha256 = excluded.sha256, version = excluded.version, applied_at = excluded.applied_at;
 """
 
-# Names that are not written with the schema are ours, and nothing of a temporary schema comes before them.
+# Unqualified names in the files belong to our schema; a temporary schema must not come first.
 _PATH: LiteralString = "SET LOCAL search_path = :schema, pg_temp;\n"
 
-# In a transaction of another tool, what comes behind it is to find its own names again.
+# Inside another tool's transaction, the SQL that follows ours needs the tool's own search_path again.
 _KEEP_PATH: LiteralString = (
     "SELECT pg_catalog.set_config(':schema.path', pg_catalog.current_setting('search_path'), true);"
 )
@@ -77,7 +79,7 @@ _RESTORE_PATH: LiteralString = (
     "SELECT pg_catalog.set_config('search_path', pg_catalog.current_setting(':schema.path'), true);"
 )
 
-# As outbox_wake does, which is not there yet before the first file: each worker looks what the schema is now.
+# The same as outbox_wake, which does not exist before the first file. Each worker then checks the schema.
 _CALL: LiteralString = "NOTIFY :schema_wake, '*@0';\n"
 
 
@@ -96,13 +98,13 @@ class Applied:
 
 @dataclass(frozen=True)
 class Step:
-    """A file, and what the database has of it."""
+    """A file, and its state in the database."""
 
     line: Line
     name: str
     kind: Literal["numbered", "repeatable"]
     state: Literal["applied", "missing", "changed", "newer"]
-    """changed: applied in another form. newer: by a newer version, in a form that this code does not know."""
+    """changed: applied in another form. newer: applied by a newer version, in a form unknown to this code."""
     breaking: bool
     applied_at: datetime | None
 
@@ -115,15 +117,16 @@ async def migrate(
     schema: Schema = SCHEMA,
     warn: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Bring the database at `url` to this code's schema; call `tell` with each file's name first.
+    """Migrate the database at `url` to this code's schema; call `tell` with each file's name first.
 
-    `only` leaves the other line out; `outbox` alone is enough for a worker with handlers of its own. `warn`
-    is told what an operator has to do by hand. Returns the names applied, none if the schema was up to date.
+    `only` leaves the other line out; `outbox` alone is enough for a worker with its own handlers. `warn` is
+    called with texts about what an operator must do by hand. Returns the names of the applied files; the list
+    is empty if the schema was up to date.
 
-    The connection must be direct or a pooler's session: the lock belongs to the session.
+    The connection must be direct or a pooler's session, because the lock belongs to the session.
 
-    Raises SchemaError if the schema is not ours alone, differs, or cannot be changed now; psycopg.Error if
-    the database cannot be reached.
+    Raises SchemaError if the schema is not ours alone, differs, or cannot be changed now;
+    psycopg.Error if the database cannot be reached.
     """
     applied: list[str] = []
     async with await _connect(url) as conn:
@@ -143,7 +146,7 @@ async def migrate(
 
 
 async def plan(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[Step]:
-    """Every file and its state in the database at `url`, in the order in which they are applied."""
+    """Every file and its state in the database at `url`, in the order of application."""
     async with await _connect(url) as conn:
         known = await _ledger(conn, schema)
     lines = _chosen(only)
@@ -154,7 +157,7 @@ async def plan(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -
 
 
 async def pending(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[str]:
-    """The names of what `migrate` would apply to the database at `url`. Raises SchemaError as it does."""
+    """The names of the files that `migrate` would apply to the database at `url`. Raises SchemaError."""
     batches = _applicable(await _known(url, schema), _chosen(only))
     return [file.name for batch in batches for file in batch]
 
@@ -162,10 +165,10 @@ async def pending(url: str, *, only: Line | None = None, schema: Schema = SCHEMA
 async def print_sql(
     url: str | None, *, only: Line | None = None, schema: Schema = SCHEMA, transaction: bool = True
 ) -> str:
-    """SQL for what the database at `url` lacks, the ledger included; without a url, for all of it.
+    """The SQL that the database at `url` lacks, including the ledger; without a url, all of it.
 
-    The text is one transaction, from BEGIN to COMMIT, unless the tool that runs it has a transaction of its
-    own. Raises SchemaError as `migrate` does.
+    The text is one transaction, from BEGIN to COMMIT. With `transaction=False` it has neither, for a tool
+    that has a transaction of its own. Raises SchemaError as `migrate` does.
     """
     known = {} if url is None else await _known(url, schema)
     batches = _applicable(known, _chosen(only))
@@ -180,7 +183,7 @@ async def print_sql(
 
 
 def uninstall_sql(schema: Schema = SCHEMA) -> str:
-    """SQL that removes the schema with all rows in it, and then the roles, which belong to the cluster."""
+    """SQL that removes the schema with all its rows, and then the roles, which belong to the cluster."""
     roles = ("producer", "worker", "monitor", "reader", "operator")
     drops = [
         f"DROP SCHEMA IF EXISTS {schema.name} CASCADE;",
@@ -191,9 +194,9 @@ def uninstall_sql(schema: Schema = SCHEMA) -> str:
 
 
 async def check_schema(conn: Connection, lines: Sequence[Line] = ("outbox",)) -> Fit:
-    """Whether these lines of the database are this code's, or older or newer ones that it works on.
+    """Whether these lines of the database are this code's, or older or newer ones that it works with.
 
-    Raises SchemaError if it does not work on them.
+    Raises SchemaError if it does not work with them.
     """
     known = await _ledger(conn, SCHEMA)
     _refuse_changed(known, lines)
@@ -218,7 +221,7 @@ async def has_line(conn: Connection, line: Line) -> bool:
 
 
 async def _connect(url: str) -> Connection:
-    """In the schema public others may have made functions and operators that fit a query better."""
+    """Connect with search_path pg_catalog: others may define functions in public that fit a query better."""
     conn = await psycopg.AsyncConnection.connect(url, autocommit=True)
     await conn.execute("SET search_path = pg_catalog")
     return conn
@@ -228,7 +231,7 @@ def _chosen(only: Line | None) -> tuple[Line, ...]:
     return LINES if only is None else (only,)
 
 
-# The owner of a schema may create in it. So it has to be who owns the functions, or be above all rights.
+# A schema's owner may create objects in it. So the owner must own the functions too, or be a superuser.
 _FOREIGN: LiteralString = """
 SELECT
     o.rolname,
@@ -280,7 +283,7 @@ async def _refuse_foreign(conn: Connection, schema: Schema) -> None:
 
 
 async def _ledger(conn: Connection, schema: Schema) -> dict[str, Applied]:
-    """What was applied, by name; nothing in a database without our schema. Raises SchemaError."""
+    """The applied files, by name; empty in a database without our schema. Raises SchemaError."""
     cursor = await conn.execute(schema.sql("SELECT to_regclass(':schema.migration') IS NOT NULL"))
     row = await cursor.fetchone()
     if row is None or not row[0]:
@@ -305,7 +308,7 @@ def _number(known: dict[str, Applied], line: str) -> int:
 
 
 def _newest(line: str) -> int:
-    """The number of the last numbered file that this code knows."""
+    """The number of the last numbered file known to this code."""
     return max(
         (file.number for known in LINES if known == line for file in files(known) if file.number), default=0
     )
@@ -324,7 +327,7 @@ def _refuse_changed(known: dict[str, Applied], lines: Sequence[Line]) -> None:
 
 
 def _is_newer(known: dict[str, Applied], lines: Sequence[Line]) -> bool:
-    """Step 4: whether files that this code does not know were applied, or functions of a newer version."""
+    """Step 4: whether the database has files unknown to this code, or functions of a newer version."""
     ours = _release(version("outwake"))
     for row in known.values():
         if row.line in lines:
@@ -345,7 +348,7 @@ def _refuse_breaking(known: dict[str, Applied], lines: Sequence[Line]) -> None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """The numbers of a version, so that 1.10.0 comes after 1.9.0; what follows them does not count."""
+    """The numbers of a version, so that 1.10.0 comes after 1.9.0; a suffix is ignored."""
     numbers: list[int] = []
     for part in text.split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -356,14 +359,14 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 async def _known(url: str, schema: Schema) -> dict[str, Applied]:
-    """What was applied, after step 2. Raises SchemaError."""
+    """The applied files, after step 2. Raises SchemaError."""
     async with await _connect(url) as conn:
         await _refuse_foreign(conn, schema)
         return await _ledger(conn, schema)
 
 
 def _applicable(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
-    """What is to be applied, after steps 3 and 4. Raises SchemaError."""
+    """The files to apply, after steps 3 and 4. Raises SchemaError."""
     _refuse_changed(known, lines)
     if _is_newer(known, lines):
         _refuse_breaking(known, lines)
@@ -391,7 +394,7 @@ def _step(file: File, row: Applied | None) -> Step:
 
 
 def _batches(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
-    """Steps 5 and 6: each numbered file that is missing alone, then all functions that differ together."""
+    """Steps 5 and 6: each missing numbered file alone, then all changed functions together."""
     numbered = [
         [file] for line in lines for file in files(line) if file.number and file.number > _number(known, line)
     ]
@@ -405,7 +408,7 @@ def _batches(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File
 
 
 async def _run(conn: Connection, script: str) -> None:
-    """In one transaction. It never waits for a table for long, because everybody else would wait behind it.
+    """Run the script in one transaction. It waits only briefly for a table, because others wait behind it.
 
     Raises SchemaError if others keep a table locked.
     """
@@ -427,7 +430,7 @@ def _create(schema: Schema) -> str:
 
 
 def _script(batch: list[File], schema: Schema) -> str:
-    """One transaction's SQL."""
+    """The SQL of one transaction."""
     parts = [schema.sql(_PATH), schema.sql(_CALL)]
     for file in batch:
         parts.append(_record(file, schema))

@@ -1,6 +1,7 @@
-"""Deletes what is past its retention, page by page: each is a transaction of its own, so that no lock is
-held for long. After each it rests for as long as that took, so that half of a core is left to others.
-For the built-in topic `outbox.prune` and for `outwake prune`.
+"""Deletes data past its retention, page by page, for the topic `outbox.prune` and for `outwake prune`.
+
+Each page is a transaction of its own, so that no lock is held for long. After each page the code sleeps for
+as long as the page took, so that it uses at most half of the time.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]
 
 @dataclass
 class Pruned:
-    """How many rows of outbox were deleted, and how many of all other tables."""
+    """The number of deleted rows of outbox, and of all other tables together."""
 
     rows: int = 0
     others: int = 0
@@ -40,10 +41,10 @@ async def prune(
     settings: Settings,
     tell: Callable[[Pruned, float | None], None] = lambda pruned, done: None,
 ) -> Pruned:
-    """Delete until nothing is left to delete. `tell` is called after each page with what was deleted so
-    far, and which part of outbox has been looked at (0 to 1), then None.
+    """Delete until nothing is left to delete. After each page `tell` is called with the totals so far and
+    with the part of outbox that was scanned (0 to 1), or None while other tables are pruned.
 
-    Raises psycopg.Error; what was deleted until then stays so.
+    Raises psycopg.Error; earlier pages stay deleted.
     """
     now = datetime.now(UTC)
     finished_before = now - timedelta(seconds=settings.retention)

@@ -1,14 +1,14 @@
-"""The schema in the database that holds everything of Outwake's, and what is named after it.
+"""The database schema that holds everything of Outwake's, and the names that derive from it.
 
-Nothing outside of the schema is created, altered or commented on. Its name is OUTWAKE_SCHEMA, by default
-`outwake`, and it is one for the whole process. Notification channels, advisory locks, settings and roles
-belong to a database or to a cluster, so their names derive from the schema's: two installations in one
-database do not hear each other.
+Nothing outside of the schema is created, altered or commented on. OUTWAKE_SCHEMA names it, by default
+`outwake`, and a process has one. Notification channels, advisory locks, settings and roles belong to a
+database or a cluster, so their names derive from the schema's. So two installations in one database do not
+hear each other.
 
-SQL texts, here and in sql/, hold placeholders, and `Schema.sql` fills them in:
+SQL texts, here and in sql/, hold placeholders, which `Schema.sql` fills in:
 
     :schema           the name, also as the first part of another: ':schema_wake', ':schema.user_id'
-    :lock_presence    the first integer of an advisory lock; the second says of whom or of what
+    :lock_presence    the first integer of an advisory lock; the second says whose lock it is
 """
 
 import os
@@ -26,17 +26,17 @@ LOCKS = {
     "presence": 1,  # a worker's LISTEN connection; second integer: worker.presence
     "key": 2,  # an ordering_key
     "topic": 3,  # a topic's limit
-    "migrate": 4,  # whoever migrates
+    "migrate": 4,  # a migration
     "watch": 5,  # a process that streams sessions
     "sleepers": 6,  # the sequence outbox_sleepers
     "user": 7,  # a user's sessions, counted
 }
-"""What is locked; the number is the last digit of the advisory lock's first integer."""
+"""The purpose of a lock; the number is the last digit of the advisory lock's first integer."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A schema by its name. Raises ConfigurationError if the name would have to be quoted, or is not ours."""
+    """A schema, by its name. Raises ConfigurationError if the name needs quotes or is not allowed for us."""
 
     name: str
 
@@ -56,7 +56,7 @@ class Schema:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a schema of ours may be called so. Raises ConfigurationError."""
+    """Return `name` if our schema may have this name. Raises ConfigurationError."""
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
             "OUTWAKE_SCHEMA: must be lower-case letters, digits and underscores, at most 40, no digit first"
@@ -67,8 +67,8 @@ def check_name(name: str) -> str:
 
 
 def _configured() -> Schema:
-    """A name that cannot be one is refused by `load` and by `migrate`, in one line. Here, where an import
-    would fail with a traceback, it becomes a name that no database has.
+    """The schema of OUTWAKE_SCHEMA. `load` and `migrate` refuse an invalid name in one line. Here, where an
+    error would be a traceback at import, it becomes a name that no database has.
     """
     try:
         return Schema(os.environ.get("OUTWAKE_SCHEMA") or "outwake")
@@ -77,7 +77,7 @@ def _configured() -> Schema:
 
 
 SCHEMA = _configured()
-"""This process's."""
+"""The schema of this process."""
 
 
 def in_schema(text: LiteralString) -> LiteralString:

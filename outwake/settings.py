@@ -1,6 +1,6 @@
-"""Settings, read from the environment. docs/configuration.md lists them all, made from this class.
+"""Settings, read from the environment. docs/configuration.md lists them all and is generated from this class.
 
-A setting that repr leaves out is secret: NAME_FILE may name a file that holds it, in place of NAME, and no
+A setting with `repr=False` is secret. NAME_FILE may name a file that holds it, in place of NAME, and no
 message repeats it.
 """
 
@@ -36,13 +36,13 @@ def _variable(name: str) -> str:
 
 
 def variables(field: FieldInfo) -> tuple[str, ...]:
-    """What a setting is read from: the first variable that is set, or, if it is secret, its _FILE."""
+    """The variables from which a setting is read; the first that is set counts. A secret may use a _FILE."""
     name = field.alias or ""
     return (_OURS + name, name) if name in _OWN_FIRST else (name,)
 
 
 def is_secret(field: FieldInfo) -> bool:
-    """Whether a setting may be given by file, and is never repeated."""
+    """Whether a setting may be given by file, and must never be repeated."""
     return not field.repr
 
 
@@ -57,12 +57,12 @@ class _Environment(PydanticBaseSettingsSource):
         return found
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Part of the interface, and used by the sources of pydantic-settings only."""
+        """Part of the interface; only pydantic-settings' own sources use it."""
         raise NotImplementedError
 
 
 def _given(field: FieldInfo) -> tuple[str, str] | None:
-    """The variable that gives a setting, and the value. A secret that is empty counts as not set."""
+    """The variable that gives a setting, and its value. An empty secret counts as not set."""
     for name in variables(field):
         text = os.environ.get(name)
         if not is_secret(field):
@@ -80,7 +80,7 @@ def _given(field: FieldInfo) -> tuple[str, str] | None:
 
 @lru_cache
 def _content(variable: str, path: str) -> str:
-    """What a file holds, without one newline at its end. Read once: each job asks for the settings.
+    """The content of a file without one newline at its end. Read once, because each job loads the settings.
 
     Raises ConfigurationError, which repeats neither content nor path: the path may be a secret by mistake.
     """
@@ -338,12 +338,12 @@ class Settings(BaseSettings):
 
     @property
     def pooled(self) -> bool:
-        """Whether DATABASE_URL is taken for a pooler, through which nothing may be prepared."""
+        """Whether DATABASE_URL is assumed to lead to a pooler, through which nothing may be prepared."""
         return self.listen_database_url not in (None, self.database_url)
 
     @property
     def secrets(self) -> list[str]:
-        """What must not be shown of what is set here, wherever it came from: for `worker/secrets.py`."""
+        """The secret values of these settings, which must not be shown: for `worker/secrets.py`."""
         texts = (self.oidc_client_secret, self.webhook_secret, self.relay_url)
         words = [word for text in texts if text is not None for word in text.get_secret_value().split()]
         passwords = [conninfo_to_dict(url).get("password") for url in (self.database_url, self.listen_url)]
@@ -371,12 +371,12 @@ def load() -> Settings:
 
 
 def has_database() -> bool:
-    """Whether the environment names a database, rightly or not."""
+    """Whether the environment names a database, valid or not."""
     return _given(Settings.model_fields["database_url"]) is not None
 
 
 def _refused(alias: str, problem: str) -> ConfigurationError:
-    """What names the variable that was set, and shows its value if that is no secret."""
+    """An error that names the variable that was set, and shows its value unless it is secret."""
     [field] = [field for field in Settings.model_fields.values() if field.alias == alias]
     if (given := _given(field)) is None:
         return ConfigurationError(f"{alias}: is not set")

@@ -1,6 +1,6 @@
-"""The URL of a database, as people write it and as libpq takes it.
+"""The URL of a database, in the forms that people write and in libpq's.
 
-It may hold a password, so no error of this module repeats any of it. libpq's own errors do.
+It may hold a password, so no error of this module repeats any part of it. libpq's own errors do.
 """
 
 import re
@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 _ANY_URL = re.compile(r"\s*[^\s=]*://")
 _SCHEME = re.compile(r"postgres(?:ql)?(?:\+\w+)?://", re.IGNORECASE | re.ASCII)
-# As libpq splits it: user and password end at the first @ before a slash, so they may hold a ?.
+# As libpq splits it: user and password end at the first @ before a slash, so they may contain a ?.
 _PARTS = re.compile(r"(?P<user>[^/@]*@)?(?P<host>[^/?]*)(?P<path>[^?]*)(?P<query>.*)")
 _SSL = re.compile(r"(?<=[?&])ssl=([^&]*)")
 _SSL_MODES = {"true": "require", "false": "disable"}
@@ -19,9 +19,9 @@ _ESCAPED = "in a password, % is written %25, @ %40, : %3A, / %2F, a space %20"
 
 
 def libpq_url(text: str) -> str:
-    """The URL of a database as libpq has it, from one as SQLAlchemy or a hosting service writes it.
+    """Convert a database URL from SQLAlchemy's or a hosting service's form to libpq's.
 
-    `postgresql+asyncpg://h/x?ssl=require` is `postgresql://h/x?sslmode=require`. libpq's other form,
+    `postgresql+asyncpg://h/x?ssl=require` becomes `postgresql://h/x?sslmode=require`. libpq's other form,
     `host=h dbname=x`, stays as it is. Raises ValueError.
     """
     if "\0" in text:
@@ -34,7 +34,7 @@ def libpq_url(text: str) -> str:
         raise ValueError("must begin with postgresql://")
     parts = _PARTS.fullmatch(text[scheme.end() :])
     assert parts is not None  # each part may be empty
-    # libpq would take a part of the password for a host's or a database's name, and its errors show those.
+    # libpq would take a part of the password for a host or database name, and its errors show those.
     if "@" in parts["host"] + parts["path"]:
         raise ValueError(f"has one @ too many; {_ESCAPED}")
     query = _SSL.sub(lambda found: f"sslmode={_SSL_MODES.get(found[1], found[1])}", parts["query"])
@@ -42,7 +42,7 @@ def libpq_url(text: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError unless libpq understands what `libpq_url` returned."""
+    """Raise ValueError unless libpq understands the result of `libpq_url`."""
     try:
         found = conninfo_to_dict(url)
     except psycopg.Error as error:

@@ -1,4 +1,4 @@
-"""The `outwake` command: set up the database, serve the API, look, and an operator's hand on the outbox."""
+"""The `outwake` command: set up the database, serve the API, inspect and change the outbox."""
 
 import argparse
 import asyncio
@@ -28,14 +28,15 @@ _OPERATIONS: dict[str, tuple[str, LiteralString]] = {
 _WAKE = in_schema("SELECT :schema.outbox_wake()")
 _ROLES = {"status": "monitor", "top": "monitor", "prune": "worker", "wake": "operator"}
 _ROLES.update(dict.fromkeys(_OPERATIONS, "operator"))
-"""Who may give a command; the others take the owner of the schema."""
+"""The role that a command needs; the others need the owner of the schema."""
 _EXTRAS = ("api", "worker")
-"""The commands with an extra of their name; the others need `cli`."""
+"""The commands with an extra of the same name; the others need `cli`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exit status 0 on success, 1 if there was nothing to do, no database, or (status)
-    it is not ready, 2 on a usage error, a setting that is wrong, a package or a right that is missing.
+    """Run the command. The exit status is 0 on success. It is 1 if there was nothing to do, if the database
+    cannot be reached, or (status) if it is not ready. It is 2 on a usage error, a wrong setting, a missing
+    package or a missing right.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "outwake").partition(".")[0]
-        if missing == "outwake":  # a fault of ours
+        if missing == "outwake":  # our own fault
             raise
         command = words[0] if words and not words[0].startswith("-") else "outwake"
         extra = command if command in _EXTRAS else "cli"
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"outwake: the command {command} needs {missing}: pip install 'outwake[{extra}]'", file=sys.stderr
         )
         sys.exit(2)
-    except BrokenPipeError:  # whoever read standard output has gone: `outwake migrate --print | head`
+    except BrokenPipeError:  # the reader of standard output has gone: `outwake migrate --print | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except psycopg.errors.InsufficientPrivilege as error:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _mend(command: str) -> str:
-    """What gives the right that a command lacks."""
+    """The statement or advice that gives the right that a command lacks."""
     from outwake.connect import grant
     from outwake.settings import load
 
@@ -84,7 +85,7 @@ def _mend(command: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What it says, without what looks like a password: a server's message may quote what it was sent."""
+    """The error's first line, without passwords: a server's message may quote what was sent to it."""
     from outwake.telemetry.log import redact_text
 
     lines = redact_text(str(error).strip()).splitlines()
@@ -150,9 +151,9 @@ def _seconds(text: str) -> float:
 
 
 def _run(words: list[str]) -> int:
-    """Each command imports what it needs, so that none needs what another does."""
-    if words[:1] == ["worker"]:  # all that follows is the worker's, --help too
-        # By name, as the API below: this library depends on neither.
+    """Each command imports only what it needs, so that no command needs another's packages."""
+    if words[:1] == ["worker"]:  # all other words are the worker's, including --help
+        # Imported by name, like the API below, because this library depends on neither.
         importlib.import_module("outwake.worker.cli").main(words[1:])
     arguments = _parser().parse_args(words)
     from outwake.settings import load

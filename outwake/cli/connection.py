@@ -10,6 +10,6 @@ from outwake.settings import Settings
 
 
 async def open_connection(settings: Settings) -> psycopg.AsyncConnection[Any]:
-    """In autocommit. Only our own queries run on it. Raises psycopg.Error."""
+    """A connection in autocommit. Only our own queries run on it. Raises psycopg.Error."""
     lease = timedelta(seconds=settings.lease)
     return await connect(settings.database_url, "outwake cli", lease, pooled=settings.pooled)

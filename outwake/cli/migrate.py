@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     settings = load()
     log.configure(level=settings.log_level)
-    url = settings.listen_url  # its lock belongs to a session, which a pooler may not give
+    url = settings.listen_url  # the lock belongs to a session, which a pooler may not keep
     if arguments.print:
         _print(asyncio.run(print_sql(url, only=arguments.only, transaction=not arguments.no_transaction)))
     elif arguments.list:
@@ -49,13 +49,13 @@ def uninstall() -> int:
 
 
 def _print(sql: str) -> None:
-    """As it stands; nothing, not even a line, if nothing is missing."""
+    """Print the SQL; print nothing, not even a line, if nothing is missing."""
     if sql:
         print(sql.removesuffix("\n"))
 
 
 def _check_schema() -> None:
-    """Without the other settings, which `load` checks: OUTWAKE_SCHEMA may be no name."""
+    """Check OUTWAKE_SCHEMA alone. `load` would also check the other settings, which are not needed here."""
     check_name(os.environ.get("OUTWAKE_SCHEMA") or SCHEMA.name)
 
 
@@ -71,7 +71,7 @@ def _list(url: str, only: Line | None, *, json: bool) -> None:
 
 
 def _older_code(step: dict[str, Any]) -> str:
-    """What code of the version before does beside a step; functions never stop it."""
+    """What the previous version's code must do beside a step; functions never stop it."""
     if step["kind"] != "numbered":
         return ""
     return "must stop" if step["breaking"] else "goes on"
@@ -88,7 +88,7 @@ def _dry_run(url: str, only: Line | None) -> None:
 def _migrate(url: str, only: Line | None) -> None:
     lines = [line for line in LINES if only in (None, line)]
     everything = [file for line in lines for file in files(line)]
-    # In the order in which they are applied: the functions last.
+    # The order of application: the functions come last.
     names = [file.name for file in sorted(everything, key=lambda file: file.number is None)]
     with progress() as tell:
 
@@ -104,7 +104,7 @@ def _migrate(url: str, only: Line | None) -> None:
 
 
 def _number(steps: list[Step], line: Line) -> int:
-    """How many numbered files of the line the database has."""
+    """The number of numbered files of the line that the database has."""
     return sum(step.line == line and step.kind == "numbered" and step.state != "missing" for step in steps)
 
 

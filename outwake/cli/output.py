@@ -1,7 +1,7 @@
 """Tables for people, JSON for programs.
 
-What comes from the database may have been written by anybody, an agent too: control characters, which a
-terminal would obey, are made visible before they are printed.
+Text from the database may come from anybody, including an agent. So control characters, which a terminal
+would obey, are made visible before they are printed.
 """
 
 import json
@@ -17,19 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 _KEPT = "\n\t"
-_PLAIN_WIDTH = 200  # columns, where no terminal says how wide it is
+_PLAIN_WIDTH = 200  # columns, if there is no terminal
 
 Record = dict[str, Any]
 
 
 def console() -> Console:
-    """Standard output; without colours, and wide, when it is no terminal."""
+    """Standard output; without colours, and wide, if it is not a terminal."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def clean(text: str) -> str:
-    """The text with every control character but newline and tab shown as what it is."""
+    """The text with every control character except newline and tab shown in escaped form."""
     return "".join(
         char if char in _KEPT or (char >= " " and not "\x7f" <= char <= "\x9f") else f"\\x{ord(char):02x}"
         for char in text
@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Record], *, right: Sequence[str] = ()) -> Table:
-    """One line a row; what a row does not have stays empty."""
+    """A table with one line a row; a missing value stays empty."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         made.add_column(name.replace("_", " "), justify="right" if name in right else "left", overflow="fold")
@@ -85,7 +85,7 @@ _STYLES = {
 
 
 def duration(value: timedelta) -> str:
-    """As few words as say it: 3.2 s, 4 min 10 s, 5 h 2 min, 3 d 4 h."""
+    """A short text for a duration: 3.2 s, 4 min 10 s, 5 h 2 min, 3 d 4 h."""
     seconds = value.total_seconds()
     sign, seconds = ("-" if seconds < 0 else ""), abs(seconds)
     if seconds < 10:

@@ -1,4 +1,4 @@
-"""Progress of long work, where somebody looks: a bar on a terminal's stderr, nothing elsewhere."""
+"""Progress of long work: a bar if stderr is a terminal, nothing otherwise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 Tell = Callable[[str, float | None], None]
-"""What is being done, and which part of all is done, 0 to 1; None: that cannot be known."""
+"""Called with the current step and the part of the work that is done, 0 to 1; None if that is unknown."""
 
 
 @contextmanager

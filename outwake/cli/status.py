@@ -35,7 +35,7 @@ _QUERIES = {
         FROM :schema.worker_running
         ORDER BY started_at LIMIT %(shown)s
     """),
-    # What is scheduled for later, or about to be claimed, waits for nothing.
+    # A row that is scheduled for later, or about to be claimed, waits for nothing.
     "waiting": in_schema("""
         SELECT id, topic, reason, waited, due_at, failures, detail, last_error, session_id
         FROM :schema.outbox_waiting
@@ -52,7 +52,7 @@ _READY = in_schema(
 
 
 async def status(settings: Settings, *, json: bool) -> int:
-    """Show everything once. Returns 0 if outbox_ready says so, else 1."""
+    """Show everything once. Returns 0 if outbox_ready says ready, else 1."""
     async with _connection(settings) as conn:
         found = await _look(conn, settings)
     if json:
@@ -63,7 +63,7 @@ async def status(settings: Settings, *, json: bool) -> int:
 
 
 async def top(settings: Settings, *, every: float, json: bool) -> int:
-    """Show it live until interrupted: on a terminal in place, as JSON one object a line."""
+    """Show everything until interrupted: on a terminal in place, as JSON one object a line."""
     if not json and not sys.stdout.isatty():
         return await status(settings, json=False)
     async with _connection(settings) as conn:

@@ -19,8 +19,8 @@ _WIDTH = 200  # characters of a tool's input or result
 
 
 async def tail(settings: Settings, session_id: UUID, *, after: int, json: bool, until_completed: bool) -> int:
-    """Print until interrupted, or until the session has nothing left to run. Returns 1 if there is no
-    such session.
+    """Print until interrupted, or until the session has nothing left to run. Returns 1 if the session does
+    not exist.
     """
     out = console()
     while True:
@@ -64,7 +64,7 @@ def _lines(kind: str, event: dict[str, Any]) -> Iterator[Text]:
 
 
 def _says(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What an event says, as (style, text): the forms that the Claude Code CLI prints, else its JSON."""
+    """An event's content as (style, text): the Claude Code CLI's forms, else the event's JSON."""
     content = body["message"].get("content") if isinstance(body.get("message"), dict) else None
     if isinstance(content, str):
         yield "", content

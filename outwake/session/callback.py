@@ -1,8 +1,9 @@
-"""Where webhooks may go, and what signs them. The API checks a URL when it is named, the worker every time
-it delivers, and then the addresses that the name has.
+"""Where webhooks may go, and the keys that sign them. The API checks a URL when a user gives it. The worker
+checks it again at every delivery, together with the addresses of the name.
 
-An address is allowed if it is public unicast, or in a network of OUTWAKE_WEBHOOK_ALLOW. What embeds an
-IPv4 address (mapped, NAT64) counts as that one; 6to4 and Teredo, which hide where a packet ends, never pass.
+An address is allowed if it is public unicast, or in a network of OUTWAKE_WEBHOOK_ALLOW. An address that
+embeds an IPv4 address (mapped, NAT64) counts as that address. 6to4 and Teredo addresses never pass, because
+they hide where a packet ends.
 """
 
 import base64
@@ -28,7 +29,7 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 _NAT64 = IPv6Network("64:ff9b::/96")
 _UNICAST = IPv6Network("2000::/3")
 _HIDING = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))
-# Public by their number only: a cloud's host agent (168.63.129.16), 6to4 relays.
+# Not public despite their numbers: a cloud's host agent (168.63.129.16), 6to4 relays.
 _NOT_PUBLIC = (IPv4Network("168.63.129.16/32"), IPv4Network("192.88.99.0/24"))
 
 
@@ -42,7 +43,7 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 
 def parse_secrets(text: str) -> list[bytes]:
-    """The keys of `whsec_…` secrets, separated by spaces. Raises ValueError, which repeats none of them."""
+    """The keys of `whsec_…` secrets, separated by spaces. Raises ValueError without quoting any of them."""
     keys = []
     for secret in text.split():
         try:
@@ -58,9 +59,9 @@ def parse_secrets(text: str) -> list[bytes]:
 
 
 def check_callback(url: str, allowed: tuple[Network, ...]) -> str:
-    """Return `url` if a webhook may be sent to it as far as can be told without asking the DNS.
+    """Return `url` if a webhook may be sent to it, as far as this is known without the DNS.
 
-    https, or http where a network is allowed. Raises CallbackError.
+    https, or http if any network is allowed. Raises CallbackError.
     """
     if len(url) > URL_LENGTH:
         raise CallbackError(f"the callback URL is longer than {URL_LENGTH} characters")
@@ -90,7 +91,7 @@ def _check_host(host: str, allowed: tuple[Network, ...]) -> None:
         labels = host.removesuffix(".").split(".")
         if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
             raise CallbackError("the callback URL's host is not a name") from None
-        # 2130706433, 0x7f.1, 0177.0.0.1: addresses to a resolver, though not to a reader.
+        # 2130706433, 0x7f.1, 0177.0.0.1: a resolver reads these as addresses.
         if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1], re.IGNORECASE):
             raise CallbackError("the callback URL's host is not a name") from None
         if (labels[-1].lower() == "localhost" or len(labels) == 1) and not allowed:
@@ -106,7 +107,7 @@ def check_address(address: Address, allowed: tuple[Network, ...]) -> None:
 
 
 def is_listed(address: Address, allowed: tuple[Network, ...]) -> bool:
-    """Whether the address lies in one of these networks, so that plain http will do."""
+    """Whether the address is in one of these networks, so that plain http is allowed."""
     real = _embedded(address)
     return any(real in network for network in allowed if network.version == real.version)
 

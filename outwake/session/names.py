@@ -1,10 +1,10 @@
-"""Check what a user names: a repository, a branch, a title, topics.
+"""Check the names that a user gives: a repository, a branch, a title, topics.
 
-Everything here is an allow-list. A name that passes can be given to git as an argument: it never
-starts with a dash, never names another program (`ext::`), and holds no control character. Which
-host a repository lies on is not our business: git servers live inside networks.
+Every check is an allow-list. A checked name can be an argument of git: it never starts with a dash, never
+names another program (`ext::`), and holds no control character. The repository's host is not restricted,
+because git servers are often in internal networks.
 
-A refused value is not repeated in the message: it may hold a password.
+An error message does not repeat the refused value, because it may hold a password.
 """
 
 import re
@@ -18,13 +18,13 @@ _GITHUB = re.compile(r"(?P<owner>[A-Za-z0-9][A-Za-z0-9_-]{0,38})/(?P<name>[A-Za-
 _USER = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _HOST = r"(?:[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\])"
 _PORT = r"(?::(?P<port>[0-9]{1,5}))?"
-# Percent escapes may not spell a control character: git decodes them before it uses the path.
+# Percent escapes must not spell a control character: git decodes them before it uses the path.
 _PATH = r"(?:[A-Za-z0-9._~/+=,@:()-]|%(?![01]|7[Ff])[0-9A-Fa-f]{2})+"
 _HTTPS = re.compile(rf"https://{_HOST}{_PORT}/{_PATH}")
 _SSH = re.compile(rf"ssh://(?:{_USER}@)?{_HOST}{_PORT}/{_PATH}")
 _SCP = re.compile(rf"{_USER}@{_HOST}:(?!-){_PATH}")
 _FILE = re.compile(rf"file:///{_PATH}")
-# user@ and user:password@ in https, user:password@ elsewhere.
+# In https: user@ and user:password@. Elsewhere: user:password@.
 _CREDENTIALS = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@|[^/@]*:[^/@]*@", re.IGNORECASE)
 
 _BRANCH = re.compile(r"[A-Za-z0-9._/+@#=,()-]+")
@@ -32,7 +32,7 @@ _TOPIC = re.compile(r"(?=.{1,100}$)[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 
 
 class InvalidNameError(ValueError):
-    """What a user named can't be used; the message says why, in words for that user."""
+    """A user's name for something can't be used; the message says why, in words for that user."""
 
 
 def check_repo(repo: str, *, allow_file: bool = False) -> str:
@@ -66,7 +66,7 @@ def check_repo(repo: str, *, allow_file: bool = False) -> str:
 
 
 def clone_url(repo: str, *, allow_file: bool = False) -> str:
-    """Return what to give `git clone` for `repo`; raises InvalidNameError as `check_repo` does."""
+    """Return the argument of `git clone` for `repo`. Raises InvalidNameError as `check_repo` does."""
     check_repo(repo, allow_file=allow_file)
     if _GITHUB.fullmatch(repo):
         return f"https://github.com/{repo.removesuffix('.git')}.git"
@@ -74,9 +74,9 @@ def clone_url(repo: str, *, allow_file: bool = False) -> str:
 
 
 def check_branch(branch: str) -> str:
-    """Return `branch` if git takes it as a branch name; raises InvalidNameError.
+    """Return `branch` if git accepts it as a branch name. Raises InvalidNameError.
 
-    The rules of git-check-ref-format(1), on ASCII letters, digits and `._/+@#=,()-` only.
+    The rules of git-check-ref-format(1), limited to ASCII letters, digits and `._/+@#=,()-`.
     """
     if not branch:
         raise InvalidNameError("the branch is empty")
@@ -101,21 +101,21 @@ def check_branch(branch: str) -> str:
 
 
 def check_title(title: str) -> str:
-    """Return `title` if it is one line, at most 200 characters; raises InvalidNameError."""
+    """Return `title` if it is one line of at most 200 characters. Raises InvalidNameError."""
     if not title.strip():
         raise InvalidNameError("the title is empty")
     if len(title) > TITLE_LENGTH:
         raise InvalidNameError(f"the title is longer than {TITLE_LENGTH} characters")
-    # Cc: controls; Cs: lone surrogates, which Postgres refuses; Zl, Zp: line and paragraph ends.
+    # Cc: controls. Cs: lone surrogates, which Postgres refuses. Zl, Zp: line and paragraph separators.
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in title):
         raise InvalidNameError("the title must not contain control characters or line breaks")
     return title
 
 
 def check_topics(text: str) -> tuple[str, ...]:
-    """The topics of a list with commas, each once; raises InvalidNameError.
+    """The topics of a comma-separated list, each once. Raises InvalidNameError.
 
-    A topic as outbox.topic has it that is a NATS subject too: no dot at its end, no two in a row.
+    A topic must be valid for outbox.topic and as a NATS subject: no dot at its end, no two in a row.
     """
     topics = [word.strip() for word in text.split(",") if word.strip()]
     for topic in topics:

@@ -1,8 +1,8 @@
 """API tokens, for machines: `outwake_` and 256 random bits in base64url, shown once.
 
-What is stored is their SHA-256. A slow, salted hash protects what people can remember, by making each guess
-dear; 256 random bits cannot be guessed, so it would only make each request slow. And by a plain hash a
-token is found through an index, whose timing tells a guesser about the hash, not about the token.
+The database stores their SHA-256. A slow, salted hash protects passwords that people can remember, because it
+makes each guess expensive. Nobody can guess 256 random bits, so a slow hash would only slow down requests. A
+plain hash also lets an index find the token; its timing reveals something about the hash, not the token.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ def is_token(text: str) -> bool:
 
 
 def hash_of(token: str) -> bytes:
-    """What is stored of a token."""
+    """The hash of a token, which the database stores."""
     return hashlib.sha256(token.encode("ascii")).digest()
 
 
 def check_user(user_id: str) -> str:
-    """Return `user_id` if a session may be owned under it: 1 to 255 printable characters.
+    """Return `user_id` if it may own a session: 1 to 255 printable characters.
 
     Raises ValueError.
     """
@@ -59,7 +59,7 @@ async def create(
     operator: bool = False,
     valid_for: timedelta | None = None,
 ) -> tuple[UUID, str]:
-    """Store a new token; return its id and the token itself, which nobody can get again."""
+    """Store a new token; return its id and the token itself, which cannot be retrieved later."""
     token = PREFIX + secrets.token_urlsafe(32)
     values = (check_user(user_id), name, operator, hash_of(token), valid_for)
     cursor = await conn.execute(_CREATE, values)
@@ -69,6 +69,6 @@ async def create(
 
 
 async def revoke(conn: psycopg.AsyncConnection[Any], token_id: UUID) -> bool:
-    """Revoke a token; False if there is none of this id that is still in use."""
+    """Revoke a token; return False if no valid token has this id."""
     cursor = await conn.execute(_REVOKE, (token_id,))
     return cursor.rowcount == 1

@@ -1,9 +1,9 @@
-"""Follow a session: each message once and in order, and its status when it changes, without polling.
+"""Follow a session: each message once and in order, and each change of its status, without polling.
 
-To begin is to park (worker/engine/parking.py tells why nothing is missed), here for one session:
-1. LISTEN, under a presence of this connection; a watch under that presence, committed.
-2. Note who writes to sessions and messages now; read.
-3. Until those have ended look again, backing off to a second; read once more.
+To start is to park, for one session (worker/engine/parking.py explains why nothing is missed):
+1. LISTEN, and take the presence of this connection. Commit a watch under that presence.
+2. Record which transactions write to sessions and messages now. Read.
+3. Check again, with a backoff up to a second, until those transactions have ended. Read once more.
 4. Read whenever a notification names the session. A new connection starts at 1, from the last seq read.
 """
 
@@ -50,16 +50,16 @@ Record = dict[str, Any]
 
 
 class NoSession(LookupError):
-    """There is no such session."""
+    """The session does not exist."""
 
 
 async def follow(
     settings: Settings, session_id: UUID, after: int = 0
 ) -> AsyncGenerator[tuple[str, Record], None]:
-    """Yield ("message", row of message) for each seq above `after`, and ("status", state) first and
-    whenever it changed, with all messages before it sent. For ever, until the connection breaks.
+    """Yield ("message", row of message) for each seq above `after`. Yield ("status", state) at the start and
+    after each change, once all earlier messages were yielded. Runs until the connection breaks.
 
-    Raises NoSession; psycopg.OperationalError when a connection breaks: go on from the last seq.
+    Raises NoSession; psycopg.OperationalError when a connection breaks: continue from the last seq.
     """
     lease = timedelta(seconds=settings.lease)
     listener = await connect(settings.listen_url, "outwake tail listener", lease)
@@ -82,7 +82,7 @@ async def follow(
         try:
             while True:
                 news.clear()
-                state = await _state(conn, session_id)  # before the messages: those it tells of are read
+                state = await _state(conn, session_id)  # first, so that the messages it refers to are read
                 while rows := await _messages(conn, session_id, after):
                     for row in rows:
                         yield "message", row
@@ -93,7 +93,7 @@ async def follow(
                 await news.wait()
                 for task in tasks:
                     if task.done():
-                        task.result()  # raises what ended it
+                        task.result()  # raises the error that ended the task
         finally:
             for task in tasks:
                 task.cancel()
@@ -106,7 +106,7 @@ async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: as
     def heard(_channel: str, payload: str) -> None:
         try:
             ours = UUID(payload) == session_id
-        except ValueError:  # a newer version may say more: then it may be about this session
+        except ValueError:  # a newer version may send more, perhaps about this session
             ours = True
         if ours:
             news.set()
@@ -115,7 +115,7 @@ async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: as
 
 
 async def _settle(settings: Settings, news: asyncio.Event) -> None:
-    """Steps 2 and 3, on a connection of its own: reading goes on meanwhile."""
+    """Steps 2 and 3, on a separate connection, so that reading continues meanwhile."""
     lease = timedelta(seconds=settings.lease)
     pause = _LOOK_FIRST
     waits_for: set[str] | None = None

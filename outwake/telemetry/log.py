@@ -1,15 +1,14 @@
 """Logs: one JSON object a line on stderr, or readable text when stderr is a terminal.
 
-`event` is a word in snake_case that a person can search for and a test can wait for; everything else
-is a field. What `about` gives (`session_id`, `outbox_id`, `attempt`), and fields bound with
-`structlog.contextvars`, are on every line of the job, in threads that asyncio or anyio started for it
-as well.
+`event` is a word in snake_case that a person can search for and a test can wait for. Everything else is a
+field. Every line of a job carries the fields of `about` (`session_id`, `outbox_id`, `attempt`) and the fields
+bound with `structlog.contextvars`, also in threads that asyncio or anyio started for the job.
 
-The standard library's loggers (uvicorn, psycopg) come out the same way, with the event `stdlib_log`
-and their text as `message`. Start uvicorn with `log_config=None`, or it takes its lines back.
+The standard library's loggers (uvicorn, psycopg) are written in the same form, with the event `stdlib_log`
+and their text as `message`. Start uvicorn with `log_config=None`, or it writes its own lines.
 
-Secrets are removed last, from everything: by the name of a field, and inside texts where they look
-like one. That is a net, not a licence: don't log them.
+Secrets are removed last, from every line: by a field's name, and inside texts by their form. This is a second
+safeguard: do not log secrets.
 """
 
 import logging
@@ -22,7 +21,7 @@ from typing import Any, TextIO, cast
 
 from outwake.lean import without
 
-with without("rich", "greenlet"):  # for tracebacks in colours, and greenlets: 2 MB of a worker
+with without("rich", "greenlet"):  # for coloured tracebacks and greenlets: memory that a worker saves
     import structlog
     from structlog.contextvars import bound_contextvars as bound_contextvars
     from structlog.typing import EventDict, Processor
@@ -33,11 +32,11 @@ _SECRET_NAME = re.compile(
     r"token|authorization|password|passwd|secret|api[_-]?key|private[_-]?key|cookie|credential",
     re.IGNORECASE,
 )
-_COUNT_NAME = re.compile(r"tokens$", re.IGNORECASE)  # of a language model: a number, no secret
+_COUNT_NAME = re.compile(r"tokens$", re.IGNORECASE)  # a language model's token counts are not secret
 
-# What goes before a secret in a text is kept, the rest up to its end is not.
+# `kept` is the text before a secret, which stays; the rest of the match is hidden.
 _SECRET_TEXTS = [
-    re.compile(r"(?P<kept>\bhttps?://)[^\s/?#@]+(?=@)", re.IGNORECASE),  # a token can be the user
+    re.compile(r"(?P<kept>\bhttps?://)[^\s/?#@]+(?=@)", re.IGNORECASE),  # the user may be a token
     re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]*://[^\s/?#:@]*:)[^\s/?#@]+(?=@)", re.IGNORECASE),
     re.compile(r"(?P<kept>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(
@@ -47,26 +46,26 @@ _SECRET_TEXTS = [
     ),
 ]
 
-# One of these is in whatever those find.
+# Every text that one of those matches contains one of these.
 _SUSPECT = re.compile(r"://|bearer|basic|token|passw|secret|key", re.IGNORECASE)
 
 
 def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
-    """A logger whose lines carry `module=name`. May be made before `configure` is called."""
+    """A logger whose lines carry `module=name`. It may be made before `configure` is called."""
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(module=name))
 
 
 about: ContextVar[Callable[[], Mapping[str, Any]] | None] = ContextVar("about", default=None)
-"""What gives the fields that every line of this context carries. It is asked when a line is written;
-structlog's bind_contextvars takes 1.5 us for three fields, also where none is.
+"""Returns the fields that every line of this context carries. It is called only when a line is written, so it
+costs less than structlog's bind_contextvars.
 """
 
 _level = logging.INFO
 
 
 def writes(level: int) -> bool:
-    """Whether lines of this level are written. One that is not takes structlog 2 to 4 us: worth to be asked
-    first where it stands for every row or request.
+    """Whether lines of this level are written. Check this first in code that runs for every row or request,
+    because structlog takes time for a suppressed line too.
     """
     return level >= _level
 
@@ -116,12 +115,12 @@ def configure(*, level: str = "INFO", stream: TextIO | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=number, force=True)
     logging.captureWarnings(capture=True)
-    for chatty in ("httpx", "httpcore"):  # a line and more for each request, headers included
+    for chatty in ("httpx", "httpcore"):  # they write lines for each request, including headers
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
 
 
 def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """Replace what looks like a secret, at any depth."""
+    """Replace everything that looks like a secret, at any depth."""
     return {name: _redact_field(name, value) for name, value in event.items()}
 
 
@@ -146,12 +145,12 @@ def _redact_value(value: Any) -> Any:
         return [_redact_value(part) for part in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return redact_text(str(value))  # what JSON can't hold: exceptions, paths, UUIDs, times
+    return redact_text(str(value))  # types that JSON can't hold: exceptions, paths, UUIDs, times
 
 
 def redact_text(text: str) -> str:
     """The text without passwords in URLs, bearer tokens and `token=…` pairs."""
-    if not _SUSPECT.search(text):  # most texts: 60 us less of 90 that a line took
+    if not _SUSPECT.search(text):  # most texts: one fast search spares the others
         return text
     for pattern in _SECRET_TEXTS:
         text = pattern.sub(rf"\g<kept>{HIDDEN}", text)

@@ -1,8 +1,8 @@
-"""Metrics that come from the database, for whoever is scraped: every process shows the same numbers, so
-take their maximum, not their sum.
+"""Metrics from the database. Every process that is scraped shows the same numbers, so take their maximum, not
+their sum.
 
-Queries at a scrape, none in between. They read partial indexes only: their cost grows with the rows that
-wait, not with those that are done (a test compares the pages read).
+Queries run only at a scrape. They read partial indexes only, so their cost grows with the waiting rows, not
+with the finished ones (a test compares the pages read).
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,7 +54,7 @@ async def database_metrics(conn: psycopg.AsyncConnection[Any]) -> list[Metric]:
 
 
 def unreachable() -> list[Metric]:
-    """What takes the place of `database_metrics` when the database does not answer."""
+    """The metrics that replace `database_metrics` when the database does not answer."""
     return [_up(0)]
 
 
@@ -115,5 +115,5 @@ class _Once(Collector):
 
 
 def render(*sources: Iterable[Metric]) -> bytes:
-    """Families as Prometheus' text format; send them as CONTENT_TYPE."""
+    """Families in Prometheus' text format; send them as CONTENT_TYPE."""
     return generate_latest(_Once(family for source in sources for family in source))

@@ -1,4 +1,4 @@
-"""Whether work gets done: a worker is present, and no row has been due for too long."""
+"""Whether work is done: a worker is present, and no row has been due for too long."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +14,7 @@ _READY = in_schema("SELECT ready, stuck, workers, oldest_due, topic, reason FROM
 
 @dataclass(frozen=True)
 class Readiness:
-    """The answer of outbox_ready (sql/outbox/functions/ready.sql). `reason` is None when `ready`. `stuck`: a
+    """The answer of outbox_ready (sql/outbox/functions/ready.sql). `reason` is None if `ready`. `stuck`: a
     row has been due for too long."""
 
     ready: bool

@@ -1,20 +1,21 @@
-"""Tells somebody when a row has been due for too long, without a poller and without Prometheus.
+"""Reports a row that has been due for too long, without a poller and without Prometheus.
 
-It runs in the API, which takes sessions whether or not a worker is there, and in each worker, which sees
-rows of topics that nobody serves:
+It runs in the API, which accepts sessions even without a worker, and in each worker, which sees rows of
+topics that nobody serves:
 
-1. Whenever work may have come (a session was created, rows were claimed), one timer is set to the moment at
-   which that work could be stuck, unless one is set for sooner. No query.
-2. When it fires, one query reports what is stuck now (outbox_stuck_report in
-   sql/outbox/functions/ready.sql): a log line `stuck` for each topic, and a POST to OUTWAKE_STUCK_WEBHOOK if
-   that is set. A topic is reported by one process only, and again after REPEAT; once nothing of it is stuck
-   any more, `unstuck` is said. While somebody holds an old snapshot the query may read for seconds, past all
-   rows claimed since: it comes again after SHARE times as long, and nobody waits for it.
-3. The same look tells the next moment at which something could be stuck. None: no timer, silence. A process
-   that starts begins with such a look, so that one with nothing to do never asks again.
+1. When work may have come (a session was created, rows were claimed), set one timer to the moment at which
+   that work could be stuck, unless an earlier timer is set. This needs no query.
+2. When the timer fires, one query reports what is stuck now (outbox_stuck_report in
+   sql/outbox/functions/ready.sql). Each topic gives a log line `stuck`, and a POST to OUTWAKE_STUCK_WEBHOOK
+   if that is set. Only one process reports a topic, and it repeats the report after REPEAT. When nothing of
+   the topic is stuck any more, `unstuck` is reported. While somebody holds an old snapshot, the query may
+   take seconds, because it reads past all rows claimed since. So the next query comes no sooner than SHARE
+   times that time later, and nobody waits for it.
+3. The same scan returns the next moment at which something could be stuck. If there is none, no timer is set.
+   A process starts with such a scan. So a process with nothing to do scans once and never again.
 
-A row that is typed into psql while no worker runs, and no API takes requests, sets no timer; the next
-look finds it, and SQL, metrics and readiness show it all the time.
+A row that is inserted by psql, while no worker runs and no API takes requests, sets no timer. The next scan
+finds it. SQL, metrics and readiness show it all the time.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 
-with without("rich", "click"):  # for its own command line: 4 MB of a worker
+with without("rich", "click"):  # for its own command line: memory that a worker saves
     import httpx
 
 log = get_logger(__name__)
@@ -40,9 +41,9 @@ log = get_logger(__name__)
 REPEAT = timedelta(minutes=15)
 SHARE = 20
 FIRST = 1.0
-"""Seconds for which a process that starts waits for its first look."""
+"""Seconds that a starting process waits for its first scan."""
 _WEBHOOK_TIMEOUT = 10.0
-_LONGEST = 120.0  # seconds of a look; on a path gone silent it would never end
+_LONGEST = 120.0  # seconds for a scan, which would never end on a silent path
 
 _REPORT = in_schema(
     "SELECT stuck, topic, id, waited, reason, detail FROM :schema.outbox_stuck_report(%s, %s)"
@@ -53,7 +54,7 @@ Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]
 
 
 class StuckWatch:
-    """One timer and what it does. `connect` gives a connection in autocommit for a moment."""
+    """The timer and its scan. `connect` returns a connection in autocommit, for a short time."""
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._after = settings.stuck_after
@@ -70,7 +71,7 @@ class StuckWatch:
         self._arm(self._after)
 
     async def close(self) -> None:
-        """Forget the timer; end a look under way."""
+        """Cancel the timer and end a running scan."""
         if self._timer is not None:
             self._timer.cancel()
         for task in self._telling:
@@ -78,7 +79,7 @@ class StuckWatch:
         tasks = set(self._telling)
         if self._looking is not None:
             if self._conn is not None:
-                cut(self._conn)  # cancelled, psycopg would ask the server to cancel too, and wait
+                cut(self._conn)  # a cancelled psycopg would ask the server to cancel too, and wait
             else:
                 self._looking.cancel()
             tasks.add(self._looking)
@@ -105,14 +106,14 @@ class StuckWatch:
                 self._conn = conn
                 with bounded(conn, _LONGEST):
                     await self.look(conn)
-        except Exception as error:  # the database is away: whoever needs it says so louder
+        except Exception as error:  # the database is away: others report that at a higher level
             log.info("stuck_look_failed", error=str(error).strip())
             self._arm(self._after)
         finally:
             self._conn = None
 
     async def first_look(self, conn: psycopg.AsyncConnection[Any]) -> None:
-        """A look by a process that starts, given up to the background if it takes long."""
+        """The scan of a starting process, which moves to the background if it takes long."""
         try:
             async with asyncio.timeout(FIRST):
                 await self.look(conn)
@@ -126,7 +127,7 @@ class StuckWatch:
         after = timedelta(seconds=self._after)
         cursor = await conn.execute(_REPORT, (after, REPEAT))
         for report in await cursor.fetchall():
-            task = asyncio.create_task(self._tell(*report))  # a slow webhook holds nobody up
+            task = asyncio.create_task(self._tell(*report))  # a slow webhook delays nobody
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
         cursor = await conn.execute(_DEADLINE, (after,))
@@ -134,7 +135,7 @@ class StuckWatch:
         deadline: timedelta | None = row[0] if row else None
         self._not_before = loop.time() + (loop.time() - began) * SHARE
         if deadline is not None:
-            # What is stuck already stays a deadline that has passed: look again, but not at once.
+            # What is stuck already has a deadline in the past: scan again, but not at once.
             seconds = deadline.total_seconds()
             self._arm(seconds if seconds > 0 else self._after)
 
@@ -164,5 +165,5 @@ class StuckWatch:
             async with httpx.AsyncClient(timeout=_WEBHOOK_TIMEOUT) as client:
                 answer = await client.post(self._webhook, json=body)
                 answer.raise_for_status()
-        except httpx.HTTPError as error:  # its URL may hold a token: name the kind of error only
+        except httpx.HTTPError as error:  # the URL may hold a token, so log only the kind of error
             log.error("stuck_webhook_failed", topic=topic, error=type(error).__name__)

@@ -1,13 +1,13 @@
-"""Traces: one from the request that caused a row to the attempts that served it, and what they call.
+"""Traces: one trace from the request that caused a row to the attempts that served it, and what they call.
 
 1. The API takes the W3C `traceparent` of a request, or begins a trace, and stores it in outbox.traceparent.
-2. Each attempt at that row is a span below it. `job.traceparent`, and `headers()` for outgoing requests,
-   name that span; a row that the handler enqueues carries it on.
-3. Log lines within a span have its `trace_id`.
+2. Each attempt at that row is a span below it. `job.traceparent`, and `headers()` for outgoing requests, name
+   that span. A row that the handler enqueues continues the trace.
+3. Log lines within a span carry its `trace_id`.
 
-Spans are exported only if the standard variables say so (OTEL_EXPORTER_OTLP_ENDPOINT and the like, read by
-OpenTelemetry's own SDK, the extra `otel`). Without them the traceparent is handed on all the same, as it
-came, so that a trace is not torn where Outwake stands in the middle.
+Spans are exported only if the standard variables ask for it (OTEL_EXPORTER_OTLP_ENDPOINT and others, which
+OpenTelemetry's SDK reads; extra `otel`). Without them the traceparent is passed on unchanged, so Outwake does
+not break a trace.
 """
 
 import os
@@ -74,7 +74,7 @@ def exporting() -> bool:
 
 
 def shutdown() -> None:
-    """Send what has not been sent yet."""
+    """Export the remaining spans."""
     global _provider
     if _provider is not None:
         _provider.shutdown()
@@ -82,35 +82,35 @@ def shutdown() -> None:
 
 
 def current() -> str | None:
-    """The traceparent of the span we are in."""
+    """The traceparent of the current span."""
     return _current.get()
 
 
 def headers() -> dict[str, str]:
-    """What an outgoing HTTP request carries, so that it belongs to this trace."""
+    """The headers that make an outgoing HTTP request part of this trace."""
     here = _current.get()
     return {} if here is None else {"traceparent": here}
 
 
 def valid(traceparent: str | None) -> str | None:
-    """The same if it is well-formed; by the W3C's rules one that is not is as good as none."""
+    """The same traceparent if it is well-formed, else None: the W3C's rules say to ignore a malformed one."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
 def log_fields(traceparent: str | None) -> dict[str, str]:
-    """What a log line outside of the span carries to belong to it."""
+    """The fields that make a log line outside of the span part of its trace."""
     return {"trace_id": traceparent.split("-")[1]} if traceparent else {}
 
 
 class Span:
-    """A span being made, or, where none are exported, only its place in the trace."""
+    """A span in progress; if none is exported, only its place in the trace."""
 
     def __init__(self, traceparent: str | None, span: Any = None) -> None:
         self.traceparent = traceparent
         self._span = span
 
     def name(self, name: str) -> None:
-        """Give it another name."""
+        """Rename the span."""
         if self._span is not None:
             self._span.update_name(name)
 
@@ -122,7 +122,7 @@ class Span:
                     self._span.set_attribute(key.replace("__", "."), value)
 
     def fail(self, reason: str) -> None:
-        """Mark it as an error."""
+        """Mark the span as an error."""
         if self._span is not None:
             from opentelemetry.trace import Status, StatusCode
 
@@ -138,7 +138,7 @@ def span(
     *,
     not_errors: tuple[type[Exception], ...] = (),
 ) -> Iterator[Span]:
-    """A span below `parent`, a traceparent; what runs inside finds it by `current`."""
+    """A span below `parent`, a traceparent. Code inside the block finds it by `current`."""
     parent = valid(parent)
     if _provider is None:
         with _inside(parent):
