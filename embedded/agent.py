@@ -1,6 +1,6 @@
 """The scripted agent: it prints what a coding agent prints, changes a file and commits it.
 
-Run it as `python -P -m embedded.agent PROMPT` in a Git work tree. -P is necessary because a repository may
+Run it as `python -P -m outwake.embedded.agent PROMPT` in a Git work tree. -P is necessary because a repository may
 hold a directory that is also called `embedded`. The agent is not a model, and its first words say so.
 
 It obeys the directives among the prompt's words, in order, before it makes the change. A bad value gives one
@@ -218,7 +218,7 @@ def start_child(code: str) -> None:
 
 def main() -> int:
     if len(sys.argv) != 2:
-        print("usage: python -P -m embedded.agent PROMPT", file=sys.stderr)
+        print("usage: python -P -m outwake.embedded.agent PROMPT", file=sys.stderr)
         return 2
     return Script(sys.argv[1]).run()
 

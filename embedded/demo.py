@@ -21,7 +21,7 @@ _TIMEOUT = 60.0  # seconds without an event
 
 def main() -> None:
     """Run the demo. Exit status 0 if the session was completed and its prompt succeeded."""
-    parser = argparse.ArgumentParser(prog="python -m embedded.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m outwake.embedded.demo", description=__doc__)
     parser.add_argument("--state", type=Path, default=Path(".state"), help="directory to work in")
     arguments = parser.parse_args()
     try:

@@ -454,7 +454,7 @@ async def test_tls_is_not_given_up_for_a_server_without(database: str, connect: 
 
 
 async def test_a_worker_that_relays_nothing_does_not_load_the_client(database: str) -> None:
-    code = "import sys, worker.cli, worker.loop; sys.exit('nats' in sys.modules)"
+    code = "import sys, outwake.worker.cli, outwake.worker.engine.worker; sys.exit('nats' in sys.modules)"
     async with running(sys.executable, "-c", code) as process:
         assert await process.ended() == 0
 
