@@ -1,7 +1,7 @@
 """The scripted agent: it prints what a coding agent prints, changes a file and commits it.
 
-Run it as `python -P -m outwake.embedded.agent PROMPT` in a Git work tree. -P is necessary because a repository may
-hold a directory that is also called `embedded`. The agent is not a model, and its first words say so.
+Run it as `python -P -m outwake.embedded.agent PROMPT` in a Git work tree. -P is necessary because a
+repository may hold a directory that is also called `outwake`. The agent is not a model, and says so first.
 
 It obeys the directives among the prompt's words, in order, before it makes the change. A bad value gives one
 line on stderr and status 2:
