@@ -16,8 +16,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from outwake._migrate import migrate
 from outwake.embedded.postgres import EmbeddedPostgres
-from outwake.migrate import migrate
 from outwake.schema import SCHEMA
 
 DATABASE = "outwake"

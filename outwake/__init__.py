@@ -11,7 +11,7 @@ except ImportError as error:  # it finds no libpq. The commands say so in one li
         raise AttributeError(name)
 
 else:
-    from outwake.claim import (
+    from outwake._claim import (
         Claimed,
         claim,
         complete,
@@ -22,7 +22,8 @@ else:
         register,
         renew,
     )
-    from outwake.enqueue import enqueue, enqueue_many
+    from outwake._enqueue import enqueue, enqueue_many
+    from outwake._migrate import migrate
     from outwake.errors import (
         Cancelled,
         ConfigurationError,
@@ -37,7 +38,6 @@ else:
         WorkerEnded,
     )
     from outwake.handler import Handler, Job
-    from outwake.migrate import migrate
 
 __all__ = [
     "Cancelled",

@@ -27,7 +27,7 @@ from uuid import UUID
 
 import psycopg
 
-from outwake.claim import Claimed, complete, fence
+from outwake._claim import Claimed, complete, fence
 from outwake.errors import Cancelled, ConfigurationError, Fenced
 from outwake.sql import Line
 

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a migrated database. Nobody may be connected to it while it is cloned."""
-    from outwake.migrate import migrate
+    from outwake._migrate import migrate
 
     with new_database(server) as name:
         asyncio.run(migrate(with_database(server, name)))

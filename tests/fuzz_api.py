@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psycopg
 
-from outwake.migrate import migrate
+from outwake._migrate import migrate
 from outwake.session import token
 from tests.support.database import new_database
 from tests.support.hand import Hand

@@ -7,6 +7,7 @@ import psycopg
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outwake._migrate import check_schema
 from outwake.app.api.answer import json_response
 from outwake.app.api.body import read_query
 from outwake.app.api.models import Health, Ready, ReadyQuery
@@ -14,7 +15,6 @@ from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
 from outwake.errors import SchemaError
-from outwake.migrate import check_schema
 from outwake.sql import LINES
 from outwake.telemetry.ready import outbox_ready
 

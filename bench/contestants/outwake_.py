@@ -8,7 +8,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 from outwake import Handler, Job, enqueue
-from outwake.migrate import migrate
+from outwake._migrate import migrate
 from outwake.schema import in_schema
 
 INSERT = in_schema("INSERT INTO :schema.outbox (topic) VALUES (%s) RETURNING id")

@@ -7,10 +7,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from outwake._migrate import Step, migrate, pending, plan, print_sql, uninstall_sql
 from outwake.cli.output import as_json, console, table
 from outwake.cli.progress import progress
 from outwake.errors import ConfigurationError
-from outwake.migrate import Step, migrate, pending, plan, print_sql, uninstall_sql
 from outwake.schema import SCHEMA, check_name
 from outwake.settings import has_database, load
 from outwake.sql import LINES, Line, files

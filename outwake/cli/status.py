@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from outwake._migrate import check_schema
 from outwake.cli.connection import open_connection
 from outwake.cli.output import Record, as_json, clean, console, table
 from outwake.errors import SchemaError
-from outwake.migrate import check_schema
 from outwake.schema import in_schema
 from outwake.settings import Settings
 

@@ -10,7 +10,7 @@ from typing import Any
 from playwright.async_api import Browser, Page
 from psycopg import AsyncConnection
 
-from outwake.migrate import migrate
+from outwake._migrate import migrate
 from outwake.telemetry.log import configure
 from tests.browser.chromium import chromium
 from tests.browser.scene import INIT, make_scene, say

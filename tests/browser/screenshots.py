@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.async_api import Browser
 from psycopg import AsyncConnection, sql
 
-from outwake.migrate import migrate
+from outwake._migrate import migrate
 from tests.browser.chromium import chromium
 from tests.browser.scene import make_scene
 from tests.support.api import serving

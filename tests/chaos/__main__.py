@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import psycopg
 
+from outwake._migrate import migrate
 from outwake.embedded.postgres import EmbeddedPostgres, free_port
-from outwake.migrate import migrate
 from tests.chaos import history
 from tests.chaos.broken import BREAKS, break_rule
 from tests.chaos.check import Record, check, excused, rescue_times

@@ -23,9 +23,9 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.orm import Session
 
 from outwake import SchemaError, claim, complete, fail, hand_back, migrate, register
+from outwake._migrate import print_sql
 from outwake.embedded.demo import make_repository
 from outwake.embedded.postgres import EmbeddedPostgres
-from outwake.migrate import print_sql
 from outwake.sql import LINES, files
 from tests.conftest import Connect
 from tests.integration.test_docs import EXAMPLE, blocks, install

@@ -8,7 +8,7 @@ import pytest
 from psycopg import errors
 
 from outwake import Cancelled, Handler, Job, register
-from outwake.claim import reconnect
+from outwake._claim import reconnect
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.worker.engine.worker import Worker

@@ -10,7 +10,7 @@ from psycopg import errors
 from psycopg.rows import dict_row
 
 import outwake
-from outwake.claim import reconnect
+from outwake._claim import reconnect
 from outwake.worker.engine.claims import Claims
 from tests.conftest import Connect
 from tests.support.steps import (

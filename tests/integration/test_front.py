@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from psycopg import AsyncConnection
 
-from outwake.claim import Level, complete_and_claim, hand_back
+from outwake._claim import Level, complete_and_claim, hand_back
 from outwake.worker.engine import cursor as front
 from outwake.worker.engine.background import Scout
 from outwake.worker.engine.cursor import Look

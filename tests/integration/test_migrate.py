@@ -14,7 +14,7 @@ from psycopg import sql
 
 import outwake
 from outwake import SchemaError, migrate
-from outwake.migrate import check_schema, plan, print_sql
+from outwake._migrate import check_schema, plan, print_sql
 from outwake.schema import SCHEMA
 from outwake.sql import LINES, File, Line, files
 from tests.conftest import Connect
@@ -24,7 +24,7 @@ from tests.support.process import ROOT
 from tests.support.schema import describe
 from tests.support.steps import Connection, add, claim, column, new_worker, one
 
-MODULE = sys.modules["outwake.migrate"]  # the package exports the function of that name
+MODULE = sys.modules["outwake._migrate"]  # the package exports the function of that name
 NAMES = [file.name for line in LINES for file in files(line)]
 GOES_ON = "-- code of the version before: goes on\n"
 MUST_STOP = "-- code of the version before: must stop\n"
@@ -97,7 +97,7 @@ KILLED = """
 import asyncio, sys
 from outwake import migrate
 from outwake.sql import File, files
-module = sys.modules["outwake.migrate"]
+module = sys.modules["outwake._migrate"]
 slow = File("outbox", 2, "outbox/0002_next", "CREATE TABLE half (); SELECT pg_sleep(600)")
 module.files = lambda line: (*files(line), slow) if line == "outbox" else files(line)
 asyncio.run(migrate(sys.argv[1]))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from psycopg import errors as pg
 
+from outwake._migrate import migrate
 from outwake.app.database import Database
 from outwake.embedded.postgres import EmbeddedPostgres
-from outwake.migrate import migrate
 from tests.conftest import Connect
 from tests.support.api import Api, serving, until
 from tests.support.database import set_search_path

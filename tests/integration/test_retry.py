@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from outwake import HandBack, Job, Permanent, Retry, enqueue
-from outwake.claim import clean
+from outwake._claim import clean
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,

@@ -17,9 +17,9 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from outwake import Duplicate, enqueue, enqueue_many
+from outwake._enqueue import OnDuplicate
+from outwake._migrate import migrate
 from outwake.embedded.demo import make_repository
-from outwake.enqueue import OnDuplicate
-from outwake.migrate import migrate
 from outwake.schema import Schema
 from tests.conftest import Connect
 from tests.support.api import serving

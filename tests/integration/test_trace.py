@@ -10,7 +10,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from outwake.enqueue import enqueue
+from outwake._enqueue import enqueue
 from outwake.errors import ConfigurationError
 from outwake.settings import Settings
 from outwake.telemetry import trace

@@ -12,11 +12,11 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from outwake.claim import Claimed
+from outwake._claim import Claimed
+from outwake._migrate import migrate
 from outwake.embedded.demo import make_repository
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.handler import Job
-from outwake.migrate import migrate
 from outwake.worker.engine.lease import Lease
 from outwake.worker.messages import Messages
 from tests.support.database import set_search_path

@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 
-from outwake.migrate import migrate
+from outwake._migrate import migrate
 from outwake.schema import SCHEMA
 
 _QUERY = """

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from outwake import Claimed
-from outwake.claim import Level
+from outwake._claim import Level
 from outwake.worker.engine import cursor as module
 from outwake.worker.engine.cursor import NEAR, SOON, Front, Look, Seen
 

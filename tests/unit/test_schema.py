@@ -97,7 +97,7 @@ def test_the_numbers_of_the_default_stay() -> None:
 CODE = """
 from outwake.app.live import listen as hub
 from outwake.app.api import sessions
-from outwake.claim import _FENCE
+from outwake._claim import _FENCE
 from outwake.worker.engine import claims as claims
 from outwake.worker.engine import listen
 print(_FENCE, listen.WAKE, listen._PRESENCE, hub.CHANNEL, hub.LOCK, claims._COMPLETE, sep="\\n")
@@ -133,7 +133,7 @@ _OBJECT = re.compile(
 def _ours() -> dict[str, set[str]]:
     """The names of our objects, by what they are."""
     found: dict[str, set[str]] = {}
-    for path in [*(ROOT / "sql").rglob("*.sql"), ROOT / "outwake/migrate.py"]:  # that makes the ledger
+    for path in [*(ROOT / "sql").rglob("*.sql"), ROOT / "outwake/_migrate.py"]:  # that makes the ledger
         for kind, name in _OBJECT.findall(re.sub(r"--.*", "", path.read_text())):
             found.setdefault(kind, set()).add(name)
     return found

@@ -21,7 +21,7 @@ ROOMS = ("app", "worker", "sql", "embedded")  # folders of the root, linked belo
 
 
 def _room(name: str) -> str:
-    """`outwake.worker.engine.worker` is in the room `worker`, `outwake.claim` in `outwake`."""
+    """`outwake.worker.engine.worker` is in the room `worker`, `outwake._claim` in `outwake`."""
     top, _, rest = name.partition(".")
     below = rest.partition(".")[0]
     return below if top == "outwake" and below in ROOMS else top
@@ -137,7 +137,7 @@ def test_every_sql_file_is_applied() -> None:
 
 def test_the_library_needs_psycopg_alone() -> None:
     """What `import outwake` loads of others: so an application that enqueues installs no more."""
-    code = "import sys, outwake, outwake.enqueue; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, outwake, outwake._enqueue; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     others = set(done.stdout.split()) - sys.stdlib_module_names - {"outwake"}
     assert {name for name in others if not name.startswith("_")} <= PSYCOPG

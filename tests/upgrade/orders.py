@@ -109,7 +109,7 @@ async def must_stop(ground: Ground, old: Code, breaking: Code) -> None:
 
 
 def fit(code: Code, schema_of: Code) -> str:
-    """What `code` has to say of the schema that `schema_of` made, as outwake/migrate.py has it."""
+    """What `code` has to say of the schema that `schema_of` made, as outwake/_migrate.py has it."""
     ours, theirs = _files(code), _files(schema_of)
     unknown = theirs.keys() - ours.keys()
     changed = {name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]}

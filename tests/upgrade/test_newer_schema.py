@@ -10,7 +10,7 @@ _MIGRATED = """
 INSERT INTO migration (name, line, number, sha256, breaking, version)
 VALUES ('outbox/9001_next', 'outbox', 9001, '', %s, '7.0.0')
 """
-_CALL = "NOTIFY outwake_wake, '*@0'"  # as outwake/migrate.py does
+_CALL = "NOTIFY outwake_wake, '*@0'"  # as outwake/_migrate.py does
 
 
 @pytest.mark.parametrize("breaking", [False, True])

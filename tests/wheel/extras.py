@@ -10,7 +10,7 @@ from tests.wheel.report import Report
 
 _LIGHT = """
 import json, sys
-import outwake, outwake.enqueue
+import outwake, outwake._enqueue
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

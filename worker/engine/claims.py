@@ -14,7 +14,7 @@ import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
-from outwake.claim import CLAIMED, Claimed, Level, arrays, as_ended
+from outwake._claim import CLAIMED, Claimed, Level, arrays, as_ended
 from outwake.connect import answer, checked
 from outwake.handler import Connection
 from outwake.schema import in_schema

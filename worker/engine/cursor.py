@@ -44,7 +44,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from outwake.claim import Claimed, Level
+from outwake._claim import Claimed, Level
 from outwake.telemetry.log import get_logger
 
 log = get_logger(__name__)

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from uuid import UUID
 
-from outwake.claim import fail, hand_back
+from outwake._claim import fail, hand_back
 from outwake.errors import Fenced
 from outwake.handler import Connection
 from outwake.schema import in_schema

@@ -32,11 +32,11 @@ from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
-from outwake.claim import Claimed, reconnect, register, renew
+from outwake._claim import Claimed, reconnect, register, renew
+from outwake._migrate import Fit, check_schema, has_line
 from outwake.connect import bounded, connect, conninfo, cut_after, grant, is_outage, will_not_pass
 from outwake.errors import SchemaError, WorkerEnded
 from outwake.handler import Connection, Handler, Job
-from outwake.migrate import Fit, check_schema, has_line
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.telemetry.log import debugging, get_logger

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-from outwake.enqueue import enqueue
+from outwake._enqueue import enqueue
 from outwake.handler import Handler, Job
 from outwake.installed import has_sessions
 from outwake.prune import prune
