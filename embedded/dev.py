@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from outwake.embedded.demo import SEED_QUERY, make_repository
@@ -15,7 +16,10 @@ _STATE = Path(".state")
 
 def main() -> None:
     """Run until SIGINT or SIGTERM."""
-    asyncio.run(_dev())
+    try:
+        asyncio.run(_dev())
+    except RuntimeError as error:
+        sys.exit(f"dev: {error}")
 
 
 async def _dev() -> None:

@@ -102,6 +102,7 @@ class Part:
         self._process = process
         self._log = log
         self._seen: dict[str, dict[str, Any]] = {}
+        self._last = ""
         self._news = asyncio.Condition()
         self._reader = asyncio.create_task(self._read())
 
@@ -110,7 +111,9 @@ class Part:
         async with asyncio.timeout(_READY_TIMEOUT), self._news:
             await self._news.wait_for(lambda: name in self._seen or self._reader.done())
         if name not in self._seen:
-            raise RuntimeError(f"the {self._name} did not start; its log is {self._log}")
+            raise RuntimeError(
+                f"the {self._name} did not start; its log, {self._log}, ends with: {self._last}"
+            )
         return self._seen[name]
 
     async def _read(self) -> None:
@@ -118,6 +121,7 @@ class Part:
         with self._log.open("wb") as log:
             async for line in self._process.stderr:
                 log.write(line)
+                self._last = line.decode(errors="replace").strip()
                 log.flush()
                 await self._note(line)
         async with self._news:

@@ -137,11 +137,15 @@ async def migrate(
         known = await _ledger(conn, schema)
         await _run(conn, _create(schema))
         await _refuse_foreign(conn, schema)  # a new schema has the rights that ALTER DEFAULT PRIVILEGES says
-        for batch in _applicable(known, _chosen(only)):
+        lines = _chosen(only)
+        for batch in _applicable(known, lines):
             for file in batch:
                 tell(file.name)
             await _run(conn, _script(batch, schema))
             applied += [file.name for file in batch]
+        if not applied and not _is_newer(known, lines):
+            # A role may have been created since; if one is missing still, the operator is told again.
+            await _run(conn, schema.sql("SELECT :schema.grant_roles()"))
     return applied
 
 

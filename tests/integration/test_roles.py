@@ -454,7 +454,8 @@ async def test_a_worker_without_rights_says_so_once(roles: Roles, database: str)
             assert await worker.ended() == 2
         lines = [line for line in worker.stderr if not line.startswith("{")]
         assert set(lines) == {
-            f"worker: its database role may not run a worker: GRANT outwake_worker TO {role.name}"
+            f"worker: its database role may not run a worker: GRANT outwake_worker TO {role.name}; if it is a"
+            " member, SELECT outwake.grant_roles() as the owner"
         }
         assert len(lines) <= 1 + len(arguments)
 
@@ -466,6 +467,7 @@ async def test_a_worker_whose_right_was_taken_says_which(worker_role: Role, conn
     async with running("worker", env={"DATABASE_URL": worker_role.url}) as worker:
         assert await worker.ended() == 2
     said = f"worker: permission denied for table worker: GRANT outwake_worker TO {worker_role.name}"
+    said += "; if it is a member, SELECT outwake.grant_roles() as the owner"
     assert worker.stderr[-1] == said
 
 

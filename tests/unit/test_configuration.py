@@ -45,7 +45,7 @@ bytes. A wrong value is one line on stderr and exit status 2.
 BELOW = """
 In a URL, the characters `% @ : /` and a space of a password are written `%25 %40 %3A %2F %20`. What libpq
 cannot read is refused, with exit status 2. It is not repeated: libpq's own messages show the password. A
-database that does not answer is exit status 1.
+database that does not answer is exit status 1 of a command; workers and API go on trying.
 
 ## Secrets
 

@@ -206,7 +206,8 @@ class Worker:
                             raise SchemaError(reason) from error
                         delay = _RETRY_FIRST if self.connected else min(delay * 2, longest)
                         await self._disconnected(error, delay)
-                        if self.draining and self._full_stop and not self._running:
+                        nothing_left = self._full_stop or not self._ended
+                        if self.draining and nothing_left and not self._running:
                             log.warning("stopped_disconnected", unsettled=len(self._ended))
                             return
             finally:
@@ -292,7 +293,8 @@ class Worker:
             raise SchemaError(f"its database role may not run a worker: {self._grant()}")
 
     def _grant(self) -> str:
-        return grant(_ROLE, self._settings.database_url)
+        again = in_schema("SELECT :schema.grant_roles()")
+        return f"{grant(_ROLE, self._settings.database_url)}; if it is a member, {again} as the owner"
 
     async def _disconnected(self, error: Exception, delay: float) -> None:
         # A terminated session does not prove that the server is down. The next refusal does.

@@ -126,7 +126,7 @@ SELECT
     END AS state,
     r.rows AS running, w.concurrency, w.topics, w.started_at,
     statement_timestamp() - w.started_at AS up,
-    w.lease_until - statement_timestamp() AS lease_left,
+    CASE WHEN r.rows > 0 THEN w.lease_until - statement_timestamp() END AS lease_left,
     p.id IS NOT NULL AS present,
     w.ended_at, w.end_reason
 FROM worker AS w
