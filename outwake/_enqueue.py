@@ -109,6 +109,8 @@ async def enqueue(
         values["unique_key"] = unique_key
     if (trace_context := traceparent or trace.current()) is not None:
         values["traceparent"] = trace_context
+    if on_duplicate not in ("reject", "keep", "replace"):
+        raise ValueError(f"on_duplicate is reject, keep or replace, not {on_duplicate!r}")
     statement = _insert(tuple(values), None if unique_key is None else on_duplicate)
     parameters = tuple(values.values())
     if on_duplicate == "replace" and unique_key is not None:

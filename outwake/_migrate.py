@@ -34,6 +34,14 @@ from outwake.sql import LINES, OLDEST, File, Line, files
 Connection = psycopg.AsyncConnection[Any]
 Fit = Literal["current", "older", "newer"]
 
+_SETTINGS: tuple[LiteralString, ...] = (
+    "search_path = pg_catalog",  # others may define functions in public that fit a query better
+    "DateStyle = ISO",  # psycopg reads no other
+    "statement_timeout = 0",  # the second of two replicas waits for the first
+    "lock_timeout = 0",
+    "idle_in_transaction_session_timeout = 0",
+)
+
 _LOCK_TIMEOUT = 0.5
 """Seconds that a transaction waits for a table lock; everybody else waits behind it. The value is less than
 the server's deadlock_timeout of 1 s: in a deadlock the migration gives up and retries."""
@@ -135,7 +143,7 @@ async def migrate(
         await conn.execute("SELECT pg_advisory_lock(%s, 0)", (schema.lock("migrate"),))
         await _refuse_foreign(conn, schema)
         known = await _ledger(conn, schema)
-        await _run(conn, _create(schema))
+        await _run(conn, _create(schema, exists=await _exists(conn, schema)))
         await _refuse_foreign(conn, schema)  # a new schema has the rights that ALTER DEFAULT PRIVILEGES says
         lines = _chosen(only)
         for batch in _applicable(known, lines):
@@ -225,9 +233,10 @@ async def has_line(conn: Connection, line: Line) -> bool:
 
 
 async def _connect(url: str) -> Connection:
-    """Connect with search_path pg_catalog: others may define functions in public that fit a query better."""
-    conn = await psycopg.AsyncConnection.connect(url, autocommit=True)
-    await conn.execute("SET search_path = pg_catalog")
+    """Connect with settings that hold, whatever the role and the database have set."""
+    conn = await psycopg.AsyncConnection.connect(url, autocommit=True, client_encoding="UTF8")
+    for setting in _SETTINGS:
+        await conn.execute(f"SET {setting}")
     return conn
 
 
@@ -429,8 +438,15 @@ async def _run(conn: Connection, script: str) -> None:
     )
 
 
-def _create(schema: Schema) -> str:
-    return schema.sql("CREATE SCHEMA IF NOT EXISTS :schema;" + _LEDGER)
+async def _exists(conn: Connection, schema: Schema) -> bool:
+    cursor = await conn.execute("SELECT to_regnamespace(%s) IS NOT NULL", (schema.name,))
+    row = await cursor.fetchone()
+    return row is not None and bool(row[0])
+
+
+def _create(schema: Schema, *, exists: bool = False) -> str:
+    """A schema that exists is not created again: that would need the right to, even so."""
+    return schema.sql(_LEDGER if exists else "CREATE SCHEMA IF NOT EXISTS :schema;" + _LEDGER)
 
 
 def _script(batch: list[File], schema: Schema) -> str:

@@ -38,7 +38,8 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
         f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
         f"-c tcp_keepalives_count={count} "
         f"-c tcp_user_timeout={int(seconds * 1000)} "
-        "-c jit=off"
+        "-c jit=off "
+        "-c DateStyle=ISO -c IntervalStyle=postgres"  # psycopg reads no others
     )
     if not shared:
         server += " -c search_path=pg_catalog"
@@ -47,6 +48,7 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
     return make_conninfo(
         url,
         application_name=name,
+        client_encoding="UTF8",
         connect_timeout=max(2, int(seconds)),
         keepalives=1,
         keepalives_idle=idle,

@@ -25,7 +25,9 @@ CREATE DOMAIN attempt_limit AS integer
 CREATE DOMAIN running_worker AS uuid
     CONSTRAINT outbox_running_has_worker CHECK (VALUE IS NOT NULL);
 CREATE DOMAIN finite_time AS timestamptz
-    CONSTRAINT outbox_available_is_finite CHECK (isfinite(VALUE));
+    -- Finite, and a year that every client can read in every time zone.
+    CONSTRAINT outbox_available_is_finite
+        CHECK (VALUE >= '0002-01-01 00:00:00+00' AND VALUE < '9999-01-01 00:00:00+00');
 
 
 CREATE TABLE outbox (

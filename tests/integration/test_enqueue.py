@@ -156,3 +156,11 @@ async def test_each_argument_of_the_function_is_its_column(names: list[str], con
     found = await (await conn.execute(f"{CALL}, {nulls})".encode(), {"topic": "t"})).fetchone()
     assert found is not None
     assert await row(conn, found[0]) == DEFAULTS
+
+
+@pytest.mark.parametrize("at", ["0044-03-15 BC", "0001-06-01", "9999-06-01", "294276-01-01", "infinity"])
+async def test_a_time_that_a_client_cannot_read_is_refused(at: str, connect: Connect) -> None:
+    """A worker could not read the row that it claimed, nor the others of the same claim."""
+    conn = await connect()
+    with pytest.raises(psycopg.errors.CheckViolation, match="outbox_available_is_finite"):
+        await conn.execute("INSERT INTO outbox (topic, available_at) VALUES ('t', %s::timestamptz)", (at,))

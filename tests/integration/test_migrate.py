@@ -2,11 +2,13 @@
 
 import asyncio
 import re
+import secrets
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -15,6 +17,7 @@ from psycopg import sql
 import outwake
 from outwake import SchemaError, migrate
 from outwake._migrate import check_schema, plan, print_sql
+from outwake.connect import connect as connect_as_we_do
 from outwake.schema import SCHEMA
 from outwake.sql import LINES, File, Line, files
 from tests.conftest import Connect
@@ -22,6 +25,7 @@ from tests.support.api import serving
 from tests.support.frozen import frozen
 from tests.support.process import ROOT
 from tests.support.schema import describe
+from tests.support.server import with_database
 from tests.support.steps import Connection, add, claim, column, new_worker, one
 
 MODULE = sys.modules["outwake._migrate"]  # the package exports the function of that name
@@ -80,6 +84,51 @@ async def test_second_run_changes_nothing(connect: Connect, database: str) -> No
     before = await describe(conn)
     assert await migrate(database) == []
     assert await describe(conn) == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "DateStyle = 'SQL, DMY'",
+        "IntervalStyle = 'sql_standard'",
+        "TimeZone = 'Pacific/Apia'",
+        "default_transaction_isolation = 'repeatable read'",
+        "lock_timeout = '50ms'",
+        "statement_timeout = '2s'",
+    ],
+)
+async def test_settings_of_the_database_do_no_harm(
+    setting: str, connect: Connect, empty_database: str, server: str
+) -> None:
+    """While another replica migrates for longer than the role may wait."""
+    name = empty_database.rpartition("/")[2]
+    admin = await connect(server)
+    await admin.execute(f"ALTER DATABASE {name} SET {setting}".encode())
+    holder = await connect(empty_database)
+    await holder.execute("SELECT pg_advisory_lock(%s, 0)", (SCHEMA.lock("migrate"),))
+    migrating = asyncio.create_task(migrate(empty_database))
+    while await one(admin, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 0:
+        assert not migrating.done(), migrating.result()
+        await asyncio.sleep(0.01)
+    await holder.execute("SELECT pg_sleep(0.1), pg_advisory_unlock(%s, 0)", (SCHEMA.lock("migrate"),))
+    assert sorted(await migrating) == sorted(NAMES)
+    conn = await connect_as_we_do(empty_database, "test", timedelta(seconds=6))
+    async with conn:
+        assert await check_schema(conn, LINES) == "current"
+
+
+async def test_a_database_without_an_encoding_is_migrated_and_accepted(server: str) -> None:
+    name = "test_ascii_" + secrets.token_hex(8)
+    url = with_database(server, name)
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'".encode())
+        try:
+            assert sorted(await migrate(url)) == sorted(NAMES)
+            assert await migrate(url) == []
+            async with await connect_as_we_do(url, "test", timedelta(seconds=6)) as conn:
+                assert await check_schema(conn, LINES) == "current"
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 async def test_a_file_that_fails_leaves_nothing_of_itself(

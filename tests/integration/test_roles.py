@@ -168,6 +168,23 @@ async def test_outwakes_own_topics_cannot_be_granted(producer: Connection, conne
         await refused(producer, "INSERT INTO outwake.outbox (topic) VALUES (%s)", topic)
 
 
+@pytest.mark.parametrize(
+    ("column", "key"),
+    [
+        ("ordering_key", "session:01a20d6f-b9ed-7cd7-aa73-2da96ebd401b"),
+        ("ordering_key", "webhook:01a20d6f-b9ed-7cd7-aa73-2da96ebd401b"),
+        ("unique_key", "outbox.prune"),
+    ],
+)
+async def test_a_producer_holds_up_no_session_and_no_housekeeping(
+    producer: Connection, column: str, key: str
+) -> None:
+    """By a row of its own topic with their key."""
+    statement = f"INSERT INTO outwake.outbox (topic, {column}) VALUES ('a', %s)"
+    await refused(producer, statement, key, match="row-level security")
+    await refused(producer, f"SELECT outwake.enqueue('a', {column} => %s)", key, match="row-level security")
+
+
 async def test_a_producer_sets_its_columns_alone(producer: Connection, connect: Connect) -> None:
     """Those of `enqueue`. A new column of outbox is the workers' unless this list says otherwise."""
     owner = await connect()

@@ -104,7 +104,10 @@ BEGIN
         -- on_duplicate => 'replace'
         GRANT UPDATE (payload, priority, available_at, traceparent) ON outbox TO :schema_producer;
         PERFORM outbox_policy('producer_inserts', 'outbox', ':schema_producer', 'INSERT', NULL,
-            'CASE WHEN ' || may_enqueue || ' THEN true ELSE :schema.producer_refused(current_user, topic::text) END');
+            'CASE WHEN ' || may_enqueue || ' THEN true ELSE :schema.producer_refused(current_user, topic::text) END'
+            -- Nor keys of sessions and of housekeeping, which a row with such a key would hold up.
+            || ' AND coalesce(ordering_key::text !~ ''^(session|webhook):'', true)'
+            || ' AND unique_key::text IS DISTINCT FROM ''outbox.prune''');
         PERFORM outbox_policy('producer_sees', 'outbox', ':schema_producer', 'SELECT', may_enqueue);
         PERFORM outbox_policy('producer_replaces', 'outbox', ':schema_producer', 'UPDATE',
             'unique_key IS NOT NULL AND state = ''ready'' AND ' || may_enqueue);
