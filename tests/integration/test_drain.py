@@ -173,3 +173,26 @@ async def test_health(connect: Connect, database: str, handlers: Path, server: s
 async def test_check_without_a_port() -> None:
     status, said = await check(None)
     assert (status, len(said)) == (2, 1)
+
+
+async def test_a_row_that_cannot_be_read_does_not_keep_a_worker_from_leaving(
+    connect: Connect, database: str, handlers: Path
+) -> None:
+    """1. A claim takes a row of the year 44 BC. 2. W reconnects, and gives it back. 3. SIGTERM: W leaves."""
+    psql = await connect()
+    await psql.execute("ALTER DOMAIN finite_time DROP CONSTRAINT outbox_available_is_finite")
+    async with command(database, handlers, OUTWAKE_DRAIN_GRACE="60") as worker:
+        await worker.event("parked")
+        await psql.execute("INSERT INTO outbox (topic, available_at) VALUES ('noop', '0044-03-15 BC')")
+        await worker.event("claim_lost")
+        worker.send(signal.SIGTERM)
+        await worker.event("draining")
+        assert await worker.ended() == 0
+
+
+async def test_a_worker_without_a_database_and_without_work_leaves_at_once(handlers: Path) -> None:
+    """It does not wait for the grace, which is longer than this test may take."""
+    async with command("postgresql://127.0.0.1:1/x", handlers, OUTWAKE_DRAIN_GRACE="600") as worker:
+        await worker.event("disconnected")
+        worker.send(signal.SIGTERM)
+        assert await worker.ended() == 0
