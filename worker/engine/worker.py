@@ -682,8 +682,8 @@ class Worker:
         self, answer: Answer, completed: list[Outcome], look: Look, asked_at: float, took: float
     ) -> int:
         """Read a claim's answer and start its rows. Returns how many rows came."""
-        self._arriving = 0  # also if they cannot be read: a reconnect gives them back
         rows, refused = answer.read()
+        self._arriving = 0
         self._front.looked(look, rows, asked_at, asked_at + took)
         if completed:
             self._completed(completed, refused)
@@ -693,9 +693,9 @@ class Worker:
 
     async def _have_read(self) -> None:
         """Wait until all claimed rows are in `_running`."""
-        if (reading := self._reading) is not None:
+        if self._reading is not None:
+            await self._reading
             self._reading = None
-            await reading
 
     def _start(self, rows: list[Claimed], asked_at: float) -> None:
         """Start the handlers of claimed rows. `_count` does what need not be done before that."""
