@@ -227,11 +227,6 @@ async def check_schema(conn: Connection, lines: Sequence[Line] = ("outbox",)) ->
     return "older" if _batches(known, lines) else "current"
 
 
-async def has_line(conn: Connection, line: Line) -> bool:
-    """Whether the database has the tables of this line."""
-    return _number(await _ledger(conn, SCHEMA), line) > 0
-
-
 async def _connect(url: str) -> Connection:
     """Connect with settings that hold, whatever the role and the database have set."""
     conn = await psycopg.AsyncConnection.connect(url, autocommit=True, client_encoding="UTF8")

@@ -33,10 +33,11 @@ from psycopg_pool import AsyncConnectionPool
 from pydantic_core import from_json
 
 from outwake._claim import Claimed, reconnect, register, renew
-from outwake._migrate import Fit, check_schema, has_line
+from outwake._migrate import Fit, check_schema
 from outwake.connect import bounded, connect, conninfo, cut_after, grant, is_outage, will_not_pass
 from outwake.errors import SchemaError, WorkerEnded
 from outwake.handler import Connection, Handler, Job
+from outwake.installed import has_sessions
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.telemetry.log import debugging, get_logger
@@ -272,7 +273,7 @@ class Worker:
         """
         await self._check_role()
         needed = sorted({handler.line for handler in self._handlers.values()})
-        if "session" in needed and len(needed) > 1 and not await has_line(self._control, "session"):
+        if "session" in needed and len(needed) > 1 and not await has_sessions(self._control):
             self._handlers = {t: h for t, h in self._handlers.items() if h.line != "session"}
             self._topics = deque(sorted(self._handlers))
             self._stats.topics = sorted(self._handlers)
