@@ -1,4 +1,4 @@
-"""Migrates a database to this code's schema, and checks whether a database and this code fit.
+"""Migrates a database to this code's schema.
 
 1. Take an advisory lock, so that two replicas may start at once: the second waits, then finds nothing to do.
 2. Refuse a schema that is not ours alone: others who may create objects in it could make our functions
@@ -11,28 +11,48 @@
 6. Apply the changed functions in one transaction, and grant the roles their rights.
 7. Notify the workers in each commit; each worker then checks whether the schema still fits.
 
-Code of one version works on the schema of the version before. It also works on the schema of the version
-after, unless a file of that version says that older code must stop. So a rolling upgrade may migrate first or
-last (docs/releases.md).
+outwake/_ledger.py reads what was applied, and knows what fits this code.
 """
 
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import version
-from typing import Any, Literal, LiteralString
+from typing import LiteralString
 
 import psycopg
-from psycopg.rows import args_row
 
+from outwake import sql
+from outwake._ledger import (
+    LEDGER,
+    Connection,
+    Fit,
+    Known,
+    Step,
+    check_schema,
+    is_newer,
+    missing,
+    read_ledger,
+    record,
+    refuse_breaking,
+    refuse_changed,
+    step,
+    unknown,
+)
 from outwake.errors import SchemaError
 from outwake.schema import SCHEMA, Schema
-from outwake.sql import LINES, OLDEST, File, Line, files
+from outwake.sql import LINES, File, Line
 
-Connection = psycopg.AsyncConnection[Any]
-Fit = Literal["current", "older", "newer"]
+__all__ = [
+    "Fit",
+    "Step",
+    "check_schema",
+    "migrate",
+    "pending",
+    "plan",
+    "print_sql",
+    "uninstall_sql",
+]
 
 _SETTINGS: tuple[LiteralString, ...] = (
     "search_path = pg_catalog",  # others may define functions in public that fit a query better
@@ -49,33 +69,6 @@ _LOCK_TRIES = 120
 _LOCK_PAUSE = 1.0
 """The longest pause in seconds. The pause is random, because a busy worker retries as well."""
 
-_LEDGER: LiteralString = """
-CREATE TABLE IF NOT EXISTS :schema.migration (
-    name       text PRIMARY KEY,
-    line       text NOT NULL,
-    number     integer,
-    sha256     text NOT NULL,
-    breaking   boolean NOT NULL DEFAULT false,
-    version    text NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
-);
-COMMENT ON TABLE :schema.migration IS 'The ledger: the files of Outwake''s sql/ that were applied.';
-COMMENT ON COLUMN :schema.migration.name IS 'The file: line/NNNN_words, or line/words if it is repeatable.';
-COMMENT ON COLUMN :schema.migration.line IS 'outbox or session.';
-COMMENT ON COLUMN :schema.migration.number IS 'Of a numbered file; the greatest is the version of a line.';
-COMMENT ON COLUMN :schema.migration.sha256 IS 'Of the file as it was applied last.';
-COMMENT ON COLUMN :schema.migration.breaking IS 'Whether code of the version before must stop.';
-COMMENT ON COLUMN :schema.migration.version IS 'The version of Outwake that applied it.';
-COMMENT ON COLUMN :schema.migration.applied_at IS 'When it was applied last.';
-"""
-
-_RECORD: LiteralString = """
-INSERT INTO :schema.migration (name, line, number, sha256, breaking, version)
-VALUES ('{name}', '{line}', {number}, '{sha256}', {breaking}, '{version}')
-ON CONFLICT (name) DO UPDATE
-SET sha256 = excluded.sha256, version = excluded.version, applied_at = excluded.applied_at;
-"""
-
 # Unqualified names in the files belong to our schema; a temporary schema must not come first.
 _PATH: LiteralString = "SET LOCAL search_path = :schema, pg_temp;\n"
 
@@ -89,32 +82,6 @@ _RESTORE_PATH: LiteralString = (
 
 # The same as outbox_wake, which does not exist before the first file. Each worker then checks the schema.
 _CALL: LiteralString = "NOTIFY :schema_wake, '*@0';\n"
-
-
-@dataclass(frozen=True)
-class Applied:
-    """A row of the ledger."""
-
-    name: str
-    line: str
-    number: int | None
-    sha256: str
-    breaking: bool
-    version: str
-    applied_at: datetime
-
-
-@dataclass(frozen=True)
-class Step:
-    """A file, and its state in the database."""
-
-    line: Line
-    name: str
-    kind: Literal["numbered", "repeatable"]
-    state: Literal["applied", "missing", "changed", "newer"]
-    """changed: applied in another form. newer: applied by a newer version, in a form unknown to this code."""
-    breaking: bool
-    applied_at: datetime | None
 
 
 async def migrate(
@@ -142,7 +109,7 @@ async def migrate(
         await conn.execute("SET client_min_messages = warning")
         await conn.execute("SELECT pg_advisory_lock(%s, 0)", (schema.lock("migrate"),))
         await _refuse_foreign(conn, schema)
-        known = await _ledger(conn, schema)
+        known = await read_ledger(conn, schema)
         await _run(conn, _create(schema, exists=await _exists(conn, schema)))
         await _refuse_foreign(conn, schema)  # a new schema has the rights that ALTER DEFAULT PRIVILEGES says
         lines = _chosen(only)
@@ -151,7 +118,7 @@ async def migrate(
                 tell(file.name)
             await _run(conn, _script(batch, schema))
             applied += [file.name for file in batch]
-        if not applied and not _is_newer(known, lines):
+        if not applied and not is_newer(known, lines):
             # A role may have been created since; if one is missing still, the operator is told again.
             await _run(conn, schema.sql("SELECT :schema.grant_roles()"))
     return applied
@@ -160,12 +127,12 @@ async def migrate(
 async def plan(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[Step]:
     """Every file and its state in the database at `url`, in the order of application."""
     async with await _connect(url) as conn:
-        known = await _ledger(conn, schema)
+        known = await read_ledger(conn, schema)
     lines = _chosen(only)
-    steps = [_step(file, known.get(file.name)) for line in lines for file in files(line)]
-    ours = {step.name for step in steps}
-    steps += [_unknown(row) for row in known.values() if row.line in lines and row.name not in ours]
-    return sorted(steps, key=lambda step: step.kind)
+    steps = [step(file, known.get(file.name)) for line in lines for file in sql.files(line)]
+    ours = {found.name for found in steps}
+    steps += [unknown(row) for row in known.values() if row.line in lines and row.name not in ours]
+    return sorted(steps, key=lambda found: found.kind)
 
 
 async def pending(url: str, *, only: Line | None = None, schema: Schema = SCHEMA) -> list[str]:
@@ -203,28 +170,6 @@ def uninstall_sql(schema: Schema = SCHEMA) -> str:
         *(f"-- DROP ROLE IF EXISTS {schema.name}_{role};" for role in roles),
     ]
     return "\n".join(drops)
-
-
-async def check_schema(conn: Connection, lines: Sequence[Line] = ("outbox",)) -> Fit:
-    """Whether these lines of the database are this code's, or older or newer ones that it works with.
-
-    Raises SchemaError if it does not work with them.
-    """
-    known = await _ledger(conn, SCHEMA)
-    _refuse_changed(known, lines)
-    for line in lines:
-        have = _number(known, line)
-        if have == 0:
-            raise SchemaError(f"schema {SCHEMA.name} has no {line} tables: run `outwake migrate`")
-        if have < OLDEST[line]:
-            raise SchemaError(
-                f"schema {SCHEMA.name}: the {line} tables are at {have}, this code needs {OLDEST[line]}:"
-                " run `outwake migrate`"
-            )
-    if _is_newer(known, lines):
-        _refuse_breaking(known, lines)
-        return "newer"
-    return "older" if _batches(known, lines) else "current"
 
 
 async def _connect(url: str) -> Connection:
@@ -290,129 +235,20 @@ async def _refuse_foreign(conn: Connection, schema: Schema) -> None:
         )
 
 
-async def _ledger(conn: Connection, schema: Schema) -> dict[str, Applied]:
-    """The applied files, by name; empty in a database without our schema. Raises SchemaError."""
-    cursor = await conn.execute(schema.sql("SELECT to_regclass(':schema.migration') IS NOT NULL"))
-    row = await cursor.fetchone()
-    if row is None or not row[0]:
-        return {}
-    async with conn.cursor(row_factory=args_row(Applied)) as reader:
-        try:
-            await reader.execute(
-                schema.sql(
-                    "SELECT name, line, number, sha256, breaking, version, applied_at FROM :schema.migration"
-                    " ORDER BY line, number NULLS LAST, name"
-                )
-            )
-        except psycopg.errors.UndefinedColumn:
-            raise SchemaError(
-                f"the table {schema.name}.migration is not Outwake's: name another schema by OUTWAKE_SCHEMA"
-            ) from None
-        return {applied.name: applied async for applied in reader}
-
-
-def _number(known: dict[str, Applied], line: str) -> int:
-    return max((row.number for row in known.values() if row.line == line and row.number), default=0)
-
-
-def _newest(line: str) -> int:
-    """The number of the last numbered file known to this code."""
-    return max(
-        (file.number for known in LINES if known == line for file in files(known) if file.number), default=0
-    )
-
-
-def _refuse_changed(known: dict[str, Applied], lines: Sequence[Line]) -> None:
-    """Step 3. Raises SchemaError."""
-    for line in lines:
-        for file in files(line):
-            row = known.get(file.name)
-            if file.number is not None and row is not None and row.sha256 != file.sha256:
-                raise SchemaError(
-                    f"{file.name} was applied in another form, by version {row.version}: this database is"
-                    " of a development version. Save its data, run `outwake uninstall`, migrate anew"
-                )
-
-
-def _is_newer(known: dict[str, Applied], lines: Sequence[Line]) -> bool:
-    """Step 4: whether the database has files unknown to this code, or functions of a newer version."""
-    ours = _release(version("outwake"))
-    for row in known.values():
-        if row.line in lines:
-            if (row.number or 0) > _newest(row.line):
-                return True
-            if row.number is None and _release(row.version) > ours:
-                return True
-    return False
-
-
-def _refuse_breaking(known: dict[str, Applied], lines: Sequence[Line]) -> None:
-    for row in known.values():
-        if row.line in lines and row.breaking and (row.number or 0) > _newest(row.line):
-            raise SchemaError(
-                f"the database has {row.name}, of version {row.version}, beside which this code,"
-                f" {version('outwake')}, may not run: upgrade outwake"
-            )
-
-
-def _release(text: str) -> tuple[int, ...]:
-    """The numbers of a version, so that 1.10.0 comes after 1.9.0; a suffix is ignored."""
-    numbers: list[int] = []
-    for part in text.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
-
-
-async def _known(url: str, schema: Schema) -> dict[str, Applied]:
+async def _known(url: str, schema: Schema) -> Known:
     """The applied files, after step 2. Raises SchemaError."""
     async with await _connect(url) as conn:
         await _refuse_foreign(conn, schema)
-        return await _ledger(conn, schema)
+        return await read_ledger(conn, schema)
 
 
-def _applicable(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
+def _applicable(known: Known, lines: Sequence[Line]) -> list[list[File]]:
     """The files to apply, after steps 3 and 4. Raises SchemaError."""
-    _refuse_changed(known, lines)
-    if _is_newer(known, lines):
-        _refuse_breaking(known, lines)
+    refuse_changed(known, lines)
+    if is_newer(known, lines):
+        refuse_breaking(known, lines)
         return []
-    return _batches(known, lines)
-
-
-def _unknown(row: Applied) -> Step:
-    kind: Literal["numbered", "repeatable"] = "repeatable" if row.number is None else "numbered"
-    line: Line = "session" if row.line == "session" else "outbox"
-    return Step(line, row.name, kind, "newer", row.breaking, row.applied_at)
-
-
-def _step(file: File, row: Applied | None) -> Step:
-    state: Literal["applied", "missing", "changed", "newer"]
-    if row is None:
-        state = "missing"
-    elif row.sha256 == file.sha256:
-        state = "applied"
-    else:
-        newer = file.number is None and _release(row.version) > _release(version("outwake"))
-        state = "newer" if newer else "changed"
-    kind: Literal["numbered", "repeatable"] = "repeatable" if file.number is None else "numbered"
-    return Step(file.line, file.name, kind, state, file.breaking, None if row is None else row.applied_at)
-
-
-def _batches(known: dict[str, Applied], lines: Sequence[Line]) -> list[list[File]]:
-    """Steps 5 and 6: each missing numbered file alone, then all changed functions together."""
-    numbered = [
-        [file] for line in lines for file in files(line) if file.number and file.number > _number(known, line)
-    ]
-    functions = [
-        file
-        for line in lines
-        for file in files(line)
-        if file.number is None and _step(file, known.get(file.name)).state != "applied"
-    ]
-    return [*numbered, functions] if functions else numbered
+    return missing(known, lines)
 
 
 async def _run(conn: Connection, script: str) -> None:
@@ -441,26 +277,15 @@ async def _exists(conn: Connection, schema: Schema) -> bool:
 
 def _create(schema: Schema, *, exists: bool = False) -> str:
     """A schema that exists is not created again: that would need the right to, even so."""
-    return schema.sql(_LEDGER if exists else "CREATE SCHEMA IF NOT EXISTS :schema;" + _LEDGER)
+    return schema.sql(LEDGER if exists else "CREATE SCHEMA IF NOT EXISTS :schema;" + LEDGER)
 
 
 def _script(batch: list[File], schema: Schema) -> str:
     """The SQL of one transaction."""
     parts = [schema.sql(_PATH), schema.sql(_CALL)]
     for file in batch:
-        parts.append(_record(file, schema))
+        parts.append(record(file, schema))
         parts.append(f"\n-- {file.name}\n{schema.sql(file.text)}")
     if batch[0].number is None:
         parts.append(schema.sql("SELECT :schema.grant_roles();\n"))
     return "".join(parts)
-
-
-def _record(file: File, schema: Schema) -> str:
-    return schema.sql(_RECORD).format(
-        name=file.name,
-        line=file.line,
-        number="NULL" if file.number is None else file.number,
-        sha256=file.sha256,
-        breaking="true" if file.breaking else "false",
-        version=version("outwake").replace("'", ""),
-    )

@@ -15,7 +15,8 @@ import pytest
 from psycopg import sql
 
 import outwake
-from outwake import SchemaError, migrate
+from outwake import SchemaError, _ledger, migrate
+from outwake import sql as our_sql
 from outwake._migrate import check_schema, plan, print_sql
 from outwake.connect import connect as connect_as_we_do
 from outwake.schema import SCHEMA
@@ -56,9 +57,10 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Release:
                 )
             )
 
-        monkeypatch.setattr(MODULE, "files", theirs)
-        monkeypatch.setattr(MODULE, "version", lambda package: version)
-        monkeypatch.setattr(MODULE, "OLDEST", dict.fromkeys(LINES, oldest))
+        monkeypatch.setattr(our_sql, "files", theirs)
+        for module in (MODULE, _ledger):
+            monkeypatch.setattr(module, "version", lambda package: version)
+        monkeypatch.setattr(our_sql, "OLDEST", dict.fromkeys(LINES, oldest))
 
     return become
 
@@ -145,10 +147,10 @@ async def test_a_file_that_fails_leaves_nothing_of_itself(
 KILLED = """
 import asyncio, sys
 from outwake import migrate
+from outwake import sql
 from outwake.sql import File, files
-module = sys.modules["outwake._migrate"]
 slow = File("outbox", 2, "outbox/0002_next", "CREATE TABLE half (); SELECT pg_sleep(600)")
-module.files = lambda line: (*files(line), slow) if line == "outbox" else files(line)
+sql.files = lambda line: (*files(line), slow) if line == "outbox" else files(line)
 asyncio.run(migrate(sys.argv[1]))
 """
 

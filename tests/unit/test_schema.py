@@ -95,13 +95,13 @@ def test_the_numbers_of_the_default_stay() -> None:
 
 
 CODE = """
-from outwake.app.live import listen as hub
+from outwake.session import watch
 from outwake.app.api import sessions
 from outwake._claim import _FENCE
 from outwake.worker.engine import claims as claims
 from outwake.worker.engine import listen
-print(_FENCE, listen.WAKE, listen._PRESENCE, hub.CHANNEL, hub.LOCK, claims._COMPLETE, sep="\\n")
-print(b"shop.session_create(" in sessions._CREATE.text, claims._name(claims._TURN))
+print(_FENCE, listen.WAKE, listen._LOCK, watch.CHANNEL, watch.LOCK, sep="\\n")
+print(b"shop.session_create(" in sessions._CREATE.text, claims._COMPLETE.text.decode())
 """
 
 
@@ -117,8 +117,7 @@ def test_queries_channels_and_locks_of_a_process_follow_its_schema(monkeypatch: 
         str(shop.lock("presence")),
         "shop_session",
         str(shop.lock("watch")),
-        "b'SELECT r FROM shop.outbox_complete($1, $2, $3) AS r'",
-        "True b'outbox_complete_and_claim'",
+        "True SELECT r FROM shop.outbox_complete($1, $2::bigint[], $3::integer[]) AS r",
     ]
 
 
@@ -133,7 +132,7 @@ _OBJECT = re.compile(
 def _ours() -> dict[str, set[str]]:
     """The names of our objects, by what they are."""
     found: dict[str, set[str]] = {}
-    for path in [*(ROOT / "sql").rglob("*.sql"), ROOT / "outwake/_migrate.py"]:  # that makes the ledger
+    for path in [*(ROOT / "sql").rglob("*.sql"), ROOT / "outwake/_ledger.py"]:
         for kind, name in _OBJECT.findall(re.sub(r"--.*", "", path.read_text())):
             found.setdefault(kind, set()).add(name)
     return found
