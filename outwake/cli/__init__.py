@@ -14,16 +14,17 @@ from uuid import UUID
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from outwake._commands import COMMANDS
 from outwake.errors import ConfigurationError, SchemaError
 from outwake.schema import SCHEMA, in_schema
 
 if TYPE_CHECKING:
     from outwake.settings import Settings
 
-_OPERATIONS: dict[str, tuple[str, LiteralString]] = {
-    "cancel": ("cancel a row that waits or runs", in_schema("SELECT :schema.outbox_cancel(%s)")),
-    "retry": ("make a dead or cancelled row ready again", in_schema("SELECT :schema.outbox_retry(%s)")),
-    "discard": ("end a dead row for good", in_schema("SELECT :schema.outbox_discard(%s)")),
+_OPERATIONS = {
+    "cancel": "cancel a row that waits or runs",
+    "retry": "make a dead or cancelled row ready again",
+    "discard": "end a dead row for good",
 }
 _WAKE = in_schema("SELECT :schema.outbox_wake()")
 _ROLES = {"status": "monitor", "top": "monitor", "prune": "worker", "wake": "operator"}
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--after", type=int, default=0, metavar="SEQ", help="only messages after this one")
     found.add_argument("--until-completed", action="store_true", help="end when nothing is left to run")
     _add_json(found, "one JSON object a message or status")
-    for name, (text, _) in _OPERATIONS.items():
+    for name, text in _OPERATIONS.items():
         commands.add_parser(name, help=text).add_argument("row", type=int, nargs="+", help="outbox ids")
     token.add_parser(commands)
     commands.add_parser("wake", help="wake every worker, for rows that no trigger saw")
@@ -222,7 +223,7 @@ async def _prune(settings: "Settings") -> int:
 
 
 def _operate(settings: "Settings", operation: str, rows: list[int]) -> int:
-    _, query = _OPERATIONS[operation]
+    query = COMMANDS[operation]
     states = asyncio.run(_call(settings, query, [(row,) for row in rows]))
     for row, state in zip(rows, states, strict=True):
         print(f"{row} {state or 'unchanged: no such row, or not in a state for that'}")

@@ -19,6 +19,7 @@ from outwake.cli.output import Record, as_json, clean, console, table
 from outwake.errors import SchemaError
 from outwake.schema import in_schema
 from outwake.settings import Settings
+from outwake.telemetry.ready import READY
 
 _SHOWN = 15
 
@@ -46,9 +47,6 @@ _QUERIES = {
         WHERE open_for > interval '1 second' ORDER BY open_for DESC LIMIT %(shown)s
     """),
 }
-_READY = in_schema(
-    "SELECT ready, stuck, workers, oldest_due, topic, reason FROM :schema.outbox_ready(%(stuck_after)s)"
-)
 
 
 async def status(settings: Settings, *, json: bool) -> int:
@@ -85,10 +83,10 @@ async def _connection(settings: Settings) -> AsyncIterator[psycopg.AsyncConnecti
 
 
 async def _look(conn: psycopg.AsyncConnection[Any], settings: Settings) -> Record:
-    values = {"shown": _SHOWN, "stuck_after": timedelta(seconds=settings.stuck_after)}
+    values = {"shown": _SHOWN}
     found: Record = {"at": datetime.now(UTC)}
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(_READY, values)
+        await cursor.execute(READY, (timedelta(seconds=settings.stuck_after),))
         found["ready"] = await cursor.fetchone()
         for name, query in _QUERIES.items():
             await cursor.execute(query, values)

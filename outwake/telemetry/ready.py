@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 
 from outwake.schema import in_schema
 
-_READY = in_schema("SELECT ready, stuck, workers, oldest_due, topic, reason FROM :schema.outbox_ready(%s)")
+READY = in_schema("SELECT ready, stuck, workers, oldest_due, topic, reason FROM :schema.outbox_ready(%s)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Readiness:
 async def outbox_ready(conn: psycopg.AsyncConnection[Any], longest_wait: timedelta) -> Readiness:
     """Ask the database. Raises psycopg.Error."""
     async with conn.cursor(row_factory=class_row(Readiness)) as cursor:
-        await cursor.execute(_READY, (longest_wait,))
+        await cursor.execute(READY, (longest_wait,))
         found = await cursor.fetchone()
     assert found is not None
     return found
