@@ -1,37 +1,14 @@
-"""A connection of the API's pool, and prepared statements for it."""
+"""A connection of the API's pool."""
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, LiteralString
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 
-from outwake.connect import answer
-
-_PARAMETER = re.compile(r"%\((\w+)\)s")
+from outwake._statement import Statement, Statements
 
 Row = tuple[Any, ...]
-
-
-class Statement:
-    """A statement whose parameters and results are texts.
-
-    Parameters are written as for psycopg, `%(name)s`, with a type if Postgres cannot infer it. The text must
-    have no other `%`.
-
-    psycopg's cursor decides at each call how to adapt parameters, whether to prepare, and how to read
-    columns. A Statement skips that. psycopg still sends, waits and reports errors.
-    """
-
-    def __init__(self, text: LiteralString) -> None:
-        self._names = list(dict.fromkeys(_PARAMETER.findall(text)))
-        self.text = _PARAMETER.sub(lambda found: f"${self._names.index(found[1]) + 1}", text).encode()
-
-    def values(self, params: Mapping[str, Any], encoding: str) -> list[bytes | None]:
-        """The values to send: strings, numbers, booleans and UUIDs as texts, bytes in hexadecimal."""
-        return [_sent(params[name], encoding) for name in self._names]
-
 
 Query = LiteralString | sql.SQL | sql.Composed | Statement
 Params = Sequence[Any] | Mapping[str, Any] | None
@@ -39,7 +16,11 @@ Params = Sequence[Any] | Mapping[str, Any] | None
 
 class Connection(AsyncConnection[Row]):
     async def rows(self, query: Query, params: Params = None) -> list[Row]:
-        """All rows of one statement. A caller must wait for the rows before it sends the next query."""
+        """All rows of one statement. A caller must wait for the rows before it sends the next query.
+
+        The parameters and results of a Statement are texts. It takes strings, numbers, booleans, UUIDs and
+        bytes, by name.
+        """
         if isinstance(query, Statement):
             assert isinstance(params, Mapping)
             return await self._texts(query, params)
@@ -53,27 +34,18 @@ class Connection(AsyncConnection[Row]):
         return self.cursor()
 
     async def _texts(self, statement: Statement, params: Mapping[str, Any]) -> list[Row]:
-        values = statement.values(params, self._encoding)
-        if self.prepare_threshold is None:  # a pooler may send the next query to another server
-            self.pgconn.send_query_params(statement.text, values)
-        else:
-            if (name := self._named.get(statement)) is None:
-                name = b"outwake_%d" % len(self._named)
-                self.pgconn.send_prepare(name, statement.text)
-                await answer(self)
-                self._named[statement] = name
-            self.pgconn.send_query_prepared(name, values)
-        result = await answer(self)
+        encoding = self._encoding
+        values = [_sent(params[name], encoding) for name in statement.names]
+        result = await self._statements.run(statement, values)
         columns = range(result.nfields)
         return [
-            tuple(_read(result.get_value(row, column), self._encoding) for column in columns)
+            tuple(_read(result.get_value(row, column), encoding) for column in columns)
             for row in range(result.ntuples)
         ]
 
     @cached_property
-    def _named(self) -> dict[Statement, bytes]:
-        """The names of the prepared statements."""
-        return {}
+    def _statements(self) -> Statements:
+        return Statements(self, prepares=self.prepare_threshold is not None)
 
     @cached_property
     def _encoding(self) -> str:
@@ -81,6 +53,7 @@ class Connection(AsyncConnection[Row]):
 
 
 def _sent(value: Any, encoding: str) -> bytes | None:
+    """A parameter's text; bytes in hexadecimal."""
     if value is None:
         return None
     if isinstance(value, bytes):

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from outwake.app.api import handlers, health, metrics, models
+from outwake.app.api import health, messages, metrics, models, rows, sessions
 from outwake.app.api.body import check_accept
 from outwake.app.api.problems import KINDS
 from outwake.app.auth.identity import Identity
@@ -63,19 +63,19 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         "/sessions",
-        handlers.create_session,
+        sessions.create_session,
         "Create a session and the work it causes, in one transaction",
         {201: ("Created, or created before under this key.", models.SessionDetail)},
         ("branch-taken", "key-reused", "too-many-sessions"),
         body=models.SessionCreate,
-        body_types=handlers.JSON,
+        body_types=sessions.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
         answer_headers={201: ("Location", "Idempotent-Replayed")},
     ),
     Endpoint(
         "GET",
         "/sessions",
-        handlers.list_sessions,
+        sessions.list_sessions,
         "List sessions, newest first",
         {200: ("A page.", models.SessionPage)},
         query=models.SessionQuery,
@@ -83,43 +83,43 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         SESSION,
-        handlers.show_session,
+        sessions.show_session,
         "Show a session with its prompts",
         {200: ("The session.", models.SessionDetail)},
     ),
     Endpoint(
         "PATCH",
         SESSION,
-        handlers.rename_session,
+        sessions.rename_session,
         "Rename a session",
         {200: ("The session as it is now.", models.Session)},
         ("archived",),
         body=models.SessionPatch,
-        body_types=handlers.PATCH,
+        body_types=sessions.PATCH,
     ),
     Endpoint(
         "DELETE",
         SESSION,
-        handlers.archive_session,
+        sessions.archive_session,
         "Cancel a session's turns and archive it",
         {204: ("Archived, now or before.", None)},
     ),
     Endpoint(
         "POST",
         f"{SESSION}/prompts",
-        handlers.create_prompt,
+        sessions.create_prompt,
         "Add a turn to a session",
         {201: ("Created, or created before under this key.", models.PromptCreated)},
         ("archived", "key-reused", "too-many-sessions"),
         body=models.PromptCreate,
-        body_types=handlers.JSON,
+        body_types=sessions.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
         answer_headers={201: ("Idempotent-Replayed",)},
     ),
     Endpoint(
         "POST",
         f"{SESSION}/cancel",
-        handlers.cancel_session,
+        sessions.cancel_session,
         "Cancel a session's turns",
         {
             200: ("All had ended or ended at once.", models.Cancelled),
@@ -129,7 +129,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         f"{SESSION}/messages",
-        handlers.list_messages,
+        messages.list_messages,
         "List what the agent said, in order",
         {200: ("A page.", models.MessagePage)},
         query=models.MessageQuery,
@@ -154,7 +154,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         "/outbox",
-        handlers.list_rows,
+        rows.list_rows,
         "List dead rows, last ended first",
         {200: ("A page.", models.RowPage)},
         query=models.RowQuery,
@@ -163,7 +163,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         ROW,
-        handlers.show_row,
+        rows.show_row,
         "Show a row of the outbox",
         {200: ("The row.", models.Row)},
         access="operator",
@@ -171,7 +171,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/retry",
-        handlers.retry_row,
+        rows.retry_row,
         "Make a dead or cancelled row ready again, its failures forgiven",
         {200: ("The row as it is now.", models.Row)},
         ("wrong-state",),
@@ -180,7 +180,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/discard",
-        handlers.discard_row,
+        rows.discard_row,
         "End a dead row for good",
         {200: ("The row as it is now.", models.Row)},
         ("wrong-state",),
@@ -189,7 +189,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/cancel",
-        handlers.cancel_row,
+        rows.cancel_row,
         "Cancel a row that waits or runs",
         {
             200: ("The row as it is now.", models.Row),

@@ -64,12 +64,14 @@ _REGISTER = in_schema(
     " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id"
 )
 _RECONNECT = in_schema("SELECT r FROM :schema.outbox_reconnect(%s, %s, %s::bigint[], %s::integer[]) AS r")
-_TURN = in_schema(
+CLAIM = in_schema(
     f"SELECT {CLAIMED} FROM :schema.outbox_complete_and_claim("  # noqa: S608 - names of ours
     "%s, %s::bigint[], %s::integer[], %s, %s, %s, %s, %s,"
     " %s::smallint[], %s::timestamptz[], %s::bigint[], %s::boolean[])"
 )
-_COMPLETE = in_schema("SELECT r FROM :schema.outbox_complete(%s, %s::bigint[], %s::integer[]) AS r")
+"""Ends rows and claims the next; see `complete_and_claim`."""
+COMPLETE = in_schema("SELECT r FROM :schema.outbox_complete(%s, %s::bigint[], %s::integer[]) AS r")
+"""Ends rows; see `complete`."""
 _FAIL = in_schema("SELECT :schema.outbox_fail(%s, %s, %s, %s, %s, %s)")
 _HAND_BACK = in_schema("SELECT r FROM :schema.outbox_hand_back(%s, %s::bigint[], %s::integer[], %s) AS r")
 _FENCE = in_schema("SELECT :schema.outbox_fence(%s, %s, %s)")
@@ -160,7 +162,7 @@ async def complete_and_claim(
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(
-                _TURN,
+                CLAIM,
                 (
                     worker_id,
                     *arrays(completed),
@@ -185,7 +187,7 @@ async def complete(
     conn: psycopg.AsyncConnection[Any], worker_id: UUID, rows: Iterable[tuple[int, int]]
 ) -> set[int]:
     """End rows, given as (id, attempt), as done. Returns the ids that the worker still held."""
-    cursor = await _execute(conn, _COMPLETE, (worker_id, *arrays(rows)))
+    cursor = await _execute(conn, COMPLETE, (worker_id, *arrays(rows)))
     return {row[0] async for row in cursor}
 
 

@@ -8,7 +8,7 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -111,46 +111,6 @@ def checked(result: pq.abc.PGresult, conn: psycopg.AsyncConnection[Any]) -> pq.a
     if result.status == pq.ExecStatus.FATAL_ERROR:
         raise error_from_result(result, conn.info.encoding)
     return result
-
-
-Heard = Callable[[str, str], None]
-"""Called with the channel and the payload of a notification."""
-
-
-async def hear(
-    conn: psycopg.AsyncConnection[Any], heard: Heard, answered: Callable[[], None] = lambda: None
-) -> None:
-    """Pass on the notifications of a LISTEN connection until it breaks. `answered` is called after each read:
-    it must take the whole answer, if it has arrived, to a statement sent meanwhile through libpq directly.
-
-    psycopg's own notifies() wakes ten times a second, which costs CPU time when idle. Raises
-    psycopg.OperationalError when the connection is broken, and the exceptions of `heard`.
-    """
-    # Earlier notifications are in psycopg's backlog; later ones are read below.
-    async for notification in conn.notifies(timeout=0):
-        heard(notification.channel, notification.payload)
-    loop, server = asyncio.get_running_loop(), conn.pgconn
-    descriptor, broken = server.socket, loop.create_future()
-
-    def read() -> None:
-        try:
-            for _ in range(2):  # uvloop may report a connection's last data and its end only once
-                server.consume_input()
-                # First: libpq does not reach what follows an answer before that answer has been taken.
-                answered()
-                while note := server.notifies():
-                    heard(note.relname.decode(), note.extra.decode())
-        except Exception as error:
-            loop.remove_reader(descriptor)  # the socket stays readable
-            if not broken.done():
-                broken.set_exception(error)
-
-    # No task between the socket and the receiver, so that a sleeping worker starts sooner.
-    loop.add_reader(descriptor, read)
-    try:
-        await broken
-    finally:
-        loop.remove_reader(descriptor)
 
 
 _OUTAGES = {

@@ -22,7 +22,7 @@ from outwake.app.api.models import EventQuery
 from outwake.app.api.sessions import no_session
 from outwake.app.auth.identity import Identity
 from outwake.app.context import context
-from outwake.app.live.hub import Stream
+from outwake.app.live.streams import Stream
 
 HEARTBEAT = 15.0  # seconds
 RETRY = 1000  # milliseconds until an EventSource reconnects
@@ -46,7 +46,7 @@ async def follow_session(request: Request, identity: Identity) -> Response:
 
     try:
         await stream.begin()
-        if not identity.sees(stream.user_id):
+        if identity.scope not in (None, stream.user_id):
             raise no_session()
     except BaseException:
         leave()

@@ -3,28 +3,14 @@
 A stream has a cursor (the seq of its last message) and a buffer of one batch. If its client is slow, later
 messages stay in the database until the buffer is empty.
 
-Reading. Notifications, new streams and emptied buffers only mark streams as stale. One reader reads all
-stale streams together, at most once each PAUSE, with one statement for up to GROUPS of them. A mark that is
-set during a read causes another read. State and messages come from one snapshot, so one row tells whether
-the session is completed and everything was sent.
-
-Watching. Changes of a session are notified only if it is watched. The hub starts to watch as a worker parks
-(worker/engine/parking.py tells why no event is lost). For all newly followed sessions:
-1. Call session_watch and commit. Transactions that change a session from now on see the watch and notify.
-2. Call session_writers: the open transactions that may have checked for a watch before step 1. Mark the
-   streams as stale, to read what is already committed.
-3. Check these transactions again until all have ended, with a backoff of up to a second. Each time one has
-   ended, mark the streams as stale: a read that starts after the end sees its changes. The last such read
-   takes the place of a parking worker's last claim.
-4. From here on only notifications count.
-A new LISTEN connection has a new presence, and all steps start again for all sessions. Step 2 reads what the
-lost connection was notified of.
+Notifications, new streams, emptied buffers and the handshakes of new watches (app/live/watches.py) only mark
+streams as stale. One reader reads all stale streams together, at most once each PAUSE, with one statement for
+up to GROUPS of them. A mark that is set during a read causes another read. State and messages come from one
+snapshot, so one row tells whether the session is completed and everything was sent.
 """
 
 import asyncio
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -32,15 +18,15 @@ import psycopg
 from outwake.app.api.problems import Problem, of_database, unavailable
 from outwake.app.database import Database
 from outwake.app.live.listen import Listener
+from outwake.app.live.streams import Found, Stream
+from outwake.app.live.watches import FAILURE_PAUSE, Watches
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 
 PAUSE = 0.05  # least seconds between two reads
-FAILURE_PAUSE = 0.5  # seconds after a read that failed
 GROUPS = 500  # streams read by one statement
 BATCH = 100  # messages
 BATCH_BYTES = 65536  # as stored; the first message of a batch may be larger
-LOOK_PAUSE = (0.002, 1.0)  # seconds between checks of the writers, first and last
 
 _READ = in_schema("""
 SELECT
@@ -80,129 +66,8 @@ CROSS JOIN LATERAL (
     WHERE b.bytes_before < %(batch_bytes)s
 ) AS batch
 """)
-_WATCH = in_schema("SELECT :schema.session_watch(%s::uuid[], %s)")
-_UNWATCH = in_schema("DELETE FROM :schema.watcher WHERE presence = %s AND session_id = ANY (%s::uuid[])")
-_WRITERS = in_schema("SELECT :schema.session_writers()")
 
 log = get_logger("outwake.app.live.hub")
-
-
-class Found(NamedTuple):
-    """What a read found of one session after one cursor."""
-
-    place: int
-    user_id: str
-    last_seq: int
-    inbox_status: str
-    state: str
-    seqs: list[int]
-    superseded: list[bool]
-    texts: list[str]
-
-
-class Stream:
-    """One client that follows a session."""
-
-    def __init__(self, hub: "Hub", session_id: UUID, after: int, *, until_completed: bool) -> None:
-        self.session_id = session_id
-        self.cursor = after
-        self.user_id: str | None = None
-        self._hub = hub
-        self._after = after
-        self._until_completed = until_completed
-        self._state: str | None = None
-        self._batch = b""
-        self._ended = False
-        self._failure: Problem | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def ended(self) -> bool:
-        """No more events will come."""
-        return self._ended and not self._batch
-
-    @property
-    def nothing_left(self) -> bool:
-        """The stream ended without a message."""
-        return self._ended and self.cursor == self._after
-
-    @property
-    def full(self) -> bool:
-        return bool(self._batch)
-
-    async def begin(self) -> None:
-        """Wait for the first read. Raises Problem (not-found, unavailable)."""
-        await self._news.wait()
-        if self._failure:
-            raise self._failure
-
-    async def take(self, timeout: float) -> bytes:
-        """The next events. Empty if none came within `timeout` seconds, or if none will come."""
-        if not self._batch and not self._ended:
-            self._news.clear()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._news.wait()
-            except TimeoutError:
-                return b""
-        batch, self._batch = self._batch, b""
-        self._hub.taken(self)
-        return batch
-
-    def receive(self, found: Found | None) -> bool:
-        """Take what was read. Returns whether there is more to read now."""
-        if found is None:
-            self.fail(Problem("not-found", "There is no such session."))
-            return False
-        first = self._state is None
-        self.user_id = found.user_id
-        if found.seqs:
-            self.cursor = found.seqs[-1]
-        # No message after the cursor also means the end: messages up to last_seq may have been pruned.
-        all_read = not found.seqs or self.cursor >= found.last_seq
-        parts = [
-            _event("superseded" if superseded else "message", text, seq)
-            for seq, superseded, text in zip(found.seqs, found.superseded, found.texts, strict=True)
-        ]
-        if first:
-            parts.insert(0, _event("status", found.state))
-            self._state = found.state
-        elif all_read and found.state != self._state:
-            parts.append(_event("status", found.state))
-            self._state = found.state
-        self._batch = b"".join(parts)
-        over = ("archived", "completed") if self._until_completed else ("archived",)
-        if all_read and found.inbox_status in over:
-            self._ended = True
-        if self._batch or self._ended:
-            self._news.set()
-        return not all_read
-
-    def fail(self, problem: Problem) -> None:
-        """End the stream. A client without an answer yet gets the problem."""
-        self._failure = problem
-        self.end()
-
-    def end(self) -> None:
-        self._ended = True
-        self._news.set()
-
-
-@dataclass
-class _Handshake:
-    """Sessions that wait for the writers of step 2 to end."""
-
-    writers: set[str]
-    ids: set[UUID]
-
-
-@dataclass
-class _Watch:
-    """The watches that are registered under the presence of one LISTEN connection."""
-
-    presence: int
-    ids: set[UUID] = field(default_factory=set)
-    handshakes: list[_Handshake] = field(default_factory=list)
 
 
 class Hub:
@@ -210,41 +75,40 @@ class Hub:
 
     def __init__(self, database: Database, listen_url: str) -> None:
         self._database = database
+        self._watches = Watches(database, lambda: set(self._streams), self._changed)
         self._listener = Listener(
             listen_url,
-            up=self._listener_up,
-            down=self._listener_down,
-            changed=self._changed,
-            unclear=self._anything_changed,
+            up=self._watches.up,
+            down=self._watches.down,
+            changed=lambda session_id: self._changed({session_id}),
+            unclear=lambda: self._changed(set(self._streams)),
         )
         self._streams: defaultdict[UUID, set[Stream]] = defaultdict(set)
         self._stale: set[Stream] = set()
         self._to_read = asyncio.Event()
-        self._watch: _Watch | None = None
-        self._to_watch = asyncio.Event()
         self._closing = False
 
     @property
     def listening(self) -> bool:
-        return self._watch is not None
+        return self._watches.current is not None
 
     async def run(self) -> None:
         """Feed the streams until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listener.run())
             group.create_task(self._read_stale())
-            group.create_task(self._keep_watches())
+            group.create_task(self._watches.run())
 
     def follow(self, session_id: UUID, after: int, *, until_completed: bool) -> Stream:
         """A new stream. End it with `leave`."""
-        stream = Stream(self, session_id, after, until_completed=until_completed)
+        stream = Stream(self._taken, session_id, after, until_completed=until_completed)
         if self._closing:
             stream.fail(Problem("unavailable", "This process is shutting down."))
         elif not self._database.available:
             stream.fail(unavailable())
         self._streams[session_id].add(stream)
         self._mark(stream)
-        self._to_watch.set()
+        self._watches.followed_changed()
         return stream
 
     def leave(self, stream: Stream) -> None:
@@ -253,12 +117,7 @@ class Hub:
         streams.discard(stream)
         if not streams:
             del self._streams[stream.session_id]
-            self._to_watch.set()
-
-    def taken(self, stream: Stream) -> None:
-        """The stream's buffer is empty again."""
-        if stream in self._stale:
-            self._to_read.set()
+            self._watches.followed_changed()
 
     def close(self) -> None:
         """End all streams. Their clients reconnect to another process."""
@@ -267,19 +126,20 @@ class Hub:
             for stream in streams:
                 stream.end()
 
-    # Reading
+    def _taken(self, stream: Stream) -> None:
+        """The stream's buffer is empty again."""
+        if stream in self._stale:
+            self._to_read.set()
 
     def _mark(self, stream: Stream) -> None:
         if stream in self._streams.get(stream.session_id, ()):
             self._stale.add(stream)
             self._to_read.set()
 
-    def _changed(self, session_id: UUID) -> None:
-        for stream in self._streams.get(session_id, ()):
-            self._mark(stream)
-
-    def _anything_changed(self) -> None:
-        self._mark_all(set(self._streams))
+    def _changed(self, session_ids: set[UUID]) -> None:
+        for session_id in session_ids:
+            for stream in self._streams.get(session_id, ()):
+                self._mark(stream)
 
     async def _read_stale(self) -> None:
         while True:
@@ -328,76 +188,3 @@ class Hub:
                 stream.fail(problem)
             else:
                 self._mark(stream)
-
-    # Watching
-
-    def _listener_up(self, presence: int) -> None:
-        self._watch = _Watch(presence)
-        self._to_watch.set()
-
-    def _listener_down(self) -> None:
-        self._watch = None
-
-    async def _keep_watches(self) -> None:
-        first, last = LOOK_PAUSE
-        pause = first
-        while True:
-            watch = self._watch
-            looking = watch is not None and bool(watch.handshakes)
-            try:
-                async with asyncio.timeout(pause if looking else None):
-                    await self._to_watch.wait()
-                pause = first
-            except TimeoutError:
-                pause = min(pause * 2, last)
-            self._to_watch.clear()
-            if self._watch is None:
-                continue
-            try:
-                await self._update(self._watch)
-                await self._look(self._watch)
-            except (psycopg.Error, Problem) as error:
-                log.warning("watch_failed", error=str(error))
-                await self._database.wait_available()
-                await asyncio.sleep(FAILURE_PAUSE)
-                self._to_watch.set()
-
-    async def _update(self, watch: _Watch) -> None:
-        """Steps 1 and 2. It also removes unneeded watches."""
-        followed = set(self._streams)
-        unneeded, needed = watch.ids - followed, followed - watch.ids
-        if unneeded:
-            await self._database.rows(_UNWATCH, (watch.presence, list(unneeded)))
-            watch.ids -= unneeded
-        if needed:
-            await self._database.rows(_WATCH, (list(needed), watch.presence))
-            watch.handshakes.append(_Handshake(await self._writers(), needed))
-            watch.ids |= needed
-            self._mark_all(needed)
-
-    async def _look(self, watch: _Watch | None) -> None:
-        """Step 3."""
-        if watch is None or not watch.handshakes:
-            return
-        if any(handshake.writers for handshake in watch.handshakes):
-            writers = await self._writers()
-            for handshake in watch.handshakes:
-                if not handshake.writers <= writers:
-                    handshake.writers &= writers
-                    self._mark_all(handshake.ids)
-        watch.handshakes = [handshake for handshake in watch.handshakes if handshake.writers]
-
-    async def _writers(self) -> set[str]:
-        row = await self._database.row(_WRITERS)
-        assert row is not None
-        return set(row[0])
-
-    def _mark_all(self, ids: set[UUID]) -> None:
-        for session_id in ids:
-            self._changed(session_id)
-
-
-def _event(name: str, data: str, seq: int | None = None) -> bytes:
-    """One event. `data` has no line break, because Postgres made it."""
-    head = f"id: {seq}\n" if seq is not None else ""
-    return f"{head}event: {name}\ndata: {data}\n\n".encode()

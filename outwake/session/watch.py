@@ -1,14 +1,11 @@
 """Follow a session: each message once and in order, and each change of its status, without polling.
 
-To start is to park, for one session (worker/engine/parking.py explains why nothing is missed):
-1. LISTEN, and take the presence of this connection. Commit a watch under that presence.
-2. Record which transactions write to sessions and messages now. Read.
-3. Check again, with a backoff up to a second, until those transactions have ended. Read once more.
-4. Read whenever a notification names the session. A new connection starts at 1, from the last seq read.
+It is the handshake of outwake/_handshake.py, for one session. The flag is a watch under the presence of this
+process's LISTEN connection. The scan reads from the last seq read. After a lost connection `follow` ends, and
+another one starts at step 1.
 """
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from datetime import timedelta
@@ -18,15 +15,20 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import dict_row
 
-from outwake.connect import connect, hear
+from outwake._handshake import PAUSES, Handshake
+from outwake._notify import ListenConnection
+from outwake.connect import connect
 from outwake.schema import SCHEMA, in_schema
 from outwake.settings import Settings
 
-_CHANNEL = f"{SCHEMA.name}_session"
-_PRESENCE = SCHEMA.lock("watch")
-_PAGE = 500
-_LOOK_FIRST, _LOOK_LAST = 0.002, 1.0
+CHANNEL = f"{SCHEMA.name}_session"
+LOCK = SCHEMA.lock("watch")
+"""The first integer of the advisory lock of a presence that watches sessions."""
+WATCH = in_schema("SELECT :schema.session_watch(%s::uuid[], %s)")
+UNWATCH = in_schema("DELETE FROM :schema.watcher WHERE presence = %s AND session_id = ANY (%s::uuid[])")
+WRITERS = in_schema("SELECT :schema.session_writers()")
 
+_PAGE = 500
 _STATUS = in_schema(
     """
 SELECT s.inbox_status, s.session_status, s.title, s.branch, (
@@ -42,15 +44,22 @@ SELECT seq, prompt_id, attempt, body, created_at FROM :schema.message
 WHERE session_id = %s AND seq > %s ORDER BY seq LIMIT %s
 """
 )
-_WATCH = in_schema("SELECT :schema.session_watch(%s::uuid[], %s)")
-_UNWATCH = in_schema("DELETE FROM :schema.watcher WHERE presence = %s")
-_WRITERS = in_schema("SELECT :schema.session_writers()")
 
 Record = dict[str, Any]
 
 
 class NoSession(LookupError):
     """The session does not exist."""
+
+
+def named(payload: str) -> UUID | None:
+    """The session that a notification names. None if it is not understood: a newer version may send more,
+    about any session.
+    """
+    try:
+        return UUID(payload)
+    except ValueError:
+        return None
 
 
 async def follow(
@@ -62,19 +71,18 @@ async def follow(
     Raises NoSession; psycopg.OperationalError when a connection breaks: continue from the last seq.
     """
     lease = timedelta(seconds=settings.lease)
-    listener = await connect(settings.listen_url, "outwake tail listener", lease)
+    listener = await ListenConnection.open(
+        settings.listen_url, "outwake tail listener", lease, (CHANNEL,), LOCK
+    )
     async with (
-        listener,
+        listener.conn,
         await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn,
     ):
-        await listener.execute(f"LISTEN {_CHANNEL}")
-        presence = secrets.randbelow(2**31)
-        await listener.execute("SELECT pg_advisory_lock(%s, %s)", (_PRESENCE, presence))
-        await conn.execute(_WATCH, ([session_id], presence))
+        await conn.execute(WATCH, ([session_id], listener.presence))
         news = asyncio.Event()
         tasks = [
             asyncio.create_task(_listen(listener, session_id, news)),
-            asyncio.create_task(_settle(settings, news)),
+            asyncio.create_task(_shake_hands(settings, news)),
         ]
         for task in tasks:
             task.add_done_callback(lambda _: news.set())
@@ -99,39 +107,33 @@ async def follow(
                 task.cancel()
             await asyncio.wait(tasks)
             with suppress(psycopg.Error):
-                await conn.execute(_UNWATCH, (presence,))
+                await conn.execute(UNWATCH, (listener.presence, [session_id]))
 
 
-async def _listen(conn: psycopg.AsyncConnection[Any], session_id: UUID, news: asyncio.Event) -> None:
+async def _listen(listener: ListenConnection, session_id: UUID, news: asyncio.Event) -> None:
     def heard(_channel: str, payload: str) -> None:
-        try:
-            ours = UUID(payload) == session_id
-        except ValueError:  # a newer version may send more, perhaps about this session
-            ours = True
-        if ours:
+        if named(payload) in (session_id, None):
             news.set()
 
-    await hear(conn, heard)
+    await listener.hear(heard)
 
 
-async def _settle(settings: Settings, news: asyncio.Event) -> None:
-    """Steps 2 and 3, on a separate connection, so that reading continues meanwhile."""
+async def _shake_hands(settings: Settings, news: asyncio.Event) -> None:
+    """Steps 2 to 4, on a connection of its own, so that reading continues meanwhile."""
     lease = timedelta(seconds=settings.lease)
-    pause = _LOOK_FIRST
-    waits_for: set[str] | None = None
+    pause, longest = PAUSES
+    handshake = Handshake()
     async with await connect(settings.database_url, "outwake tail", lease, pooled=settings.pooled) as conn:
-        while waits_for is None or waits_for:
-            cursor = await conn.execute(_WRITERS)
+        while True:
+            cursor = await conn.execute(WRITERS)
             row = await cursor.fetchone()
             assert row is not None
-            writers = set(row[0])
-            before, waits_for = waits_for, writers if waits_for is None else waits_for & writers
-            if waits_for != before:
+            if handshake.saw(row[0]):
                 news.set()
-            if waits_for:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LOOK_LAST)
-    news.set()
+            if handshake.over:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
 
 
 async def _state(conn: psycopg.AsyncConnection[Any], session_id: UUID) -> Record:

@@ -16,6 +16,7 @@ from outwake.app.auth import tokens
 from outwake.app.database import _conninfo
 from outwake.app.live import hub
 from outwake.schema import in_schema
+from outwake.session import watch
 from outwake.settings import Settings
 from tests.support.database import new_database
 from tests.support.server import with_database
@@ -182,7 +183,7 @@ QUERIES: dict[str, tuple[Any, Any]] = {
         hub._READ,
         {"ids": [SESSION_ID] * 2, "cursors": [0, 0], "batch": 9, "batch_bytes": 9},
     ),
-    "unwatch": (hub._UNWATCH, (9, [SESSION_ID])),
+    "unwatch": (watch.UNWATCH, (9, [SESSION_ID])),
     "find a token": (tokens._FIND, (b"x" * 32,)),
     "show a row": (rows._SHOW, (1,)),
 }

@@ -54,7 +54,7 @@ async def watched(api: Api, reads: list[int], *, handshakes: int = 0) -> None:
 
     def settled() -> bool:
         hub = api.context.hub
-        watch = hub._watch
+        watch = hub._watches.current
         return (
             watch is not None
             and watch.ids == set(hub._streams)
@@ -390,7 +390,7 @@ async def test_what_is_said_while_the_listener_is_away(
         await gate.wait()
         return await outwake.connect.connect(*arguments)
 
-    monkeypatch.setattr("outwake.app.live.listen.connect", gated)
+    monkeypatch.setattr("outwake._notify.connect", gated)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
@@ -410,9 +410,9 @@ async def test_killed_listener_comes_back_under_a_new_presence(
     async with api.follow(session_id) as events:
         await watched(api, reads)
         before = await (await operator.execute(query)).fetchall()
-        lost = api.context.hub._watch
+        lost = api.context.hub._watches.current
         await operator.execute(KILL_LISTENER)
-        await until(lambda: api.context.hub._watch not in (lost, None))
+        await until(lambda: api.context.hub._watches.current not in (lost, None))
         await watched(api, reads)
         after = await (await operator.execute(query)).fetchall()
         assert len(after) == 1

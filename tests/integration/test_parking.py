@@ -12,7 +12,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from outwake.connect import connect as connect_noticing
+from outwake._handshake import Handshake
+from outwake._notify import ListenConnection
 from outwake.schema import in_schema
 from outwake.worker.engine import listen
 from outwake.worker.engine.listen import WAKE, Listener
@@ -143,7 +144,7 @@ async def test_last_look_comes_after_the_writers_ended(rule: Rule, connect: Conn
     class Hasty(Watched):
         async def _claim(self, *arguments: Any) -> Any:
             settling = self._parking.stage is Stage.SETTLING
-            if rule == "taken out" and settling and not self._parking._waits_for:
+            if rule == "taken out" and settling and self._parking._handshake.over:
                 self._front._seen_all = math.inf  # it takes itself to have looked
                 return 0
             return await super()._claim(*arguments)
@@ -336,11 +337,10 @@ async def test_writers_that_come_later_keep_nobody_awake(
     """
     if rule == "taken out":
 
-        def waits_for_all(parking: Parking, writers: Iterable[str]) -> bool:
-            parking._waits_for = frozenset(writers)
-            return not parking._waits_for
+        def waits_for_all(handshake: Handshake, writers: Iterable[str]) -> None:
+            handshake._waits_for = frozenset(writers)
 
-        monkeypatch.setattr(Parking, "saw_writers", waits_for_all)
+        monkeypatch.setattr(Handshake, "saw", waits_for_all)
     first, second = await connect(), await connect()
     await first.execute("BEGIN")
     await first.execute("UPDATE outbox SET priority = 1 WHERE false")
@@ -418,15 +418,15 @@ async def test_listen_comes_before_the_claim(
     real_start = Listener.start
 
     async def open_silent(url: str, lease: Any, heard: Any, earlier: int | None) -> Listener:
-        conn = await connect_noticing(url, "outwake worker listen", lease)
-        return Listener(conn, await listen._take_presence(conn, earlier), heard)
+        silent = await ListenConnection.open(url, "outwake worker listen", lease, (), listen._LOCK, earlier)
+        return Listener(silent, heard)
 
     class ListensLate(Watched):
         async def _sleep(self) -> None:
             if rule == "taken out" and self._parking.stage is Stage.PARKED:
                 await self._step("listen")
-                await self._listener._conn.execute(f"LISTEN {WAKE}")
-                await self._listener._conn.execute(f"LISTEN {listen.CANCEL}")
+                await self._listener._connection.conn.execute(f"LISTEN {WAKE}")
+                await self._listener._connection.conn.execute(f"LISTEN {listen.CANCEL}")
                 real_start(self._listener, self._event.set)
                 self._parking.stage = Stage.PARKED
             await super()._sleep()

@@ -11,6 +11,7 @@ from psycopg import sql
 
 from outwake.app.api import messages, rows, sessions
 from outwake.app.live import hub
+from outwake.session import watch
 
 FILL = """
 INSERT INTO session (id, user_id, repo, target_branch, branch, title, inbox_status, last_seq, created_at)
@@ -136,7 +137,7 @@ def test_watch_and_unwatch(filled: psycopg.Connection[Any]) -> None:
     """pg_locks is read once, not once a watch."""
     _, pages = explain(filled, "SELECT session_watch(%s, 8)", ([SESSION],))
     assert filled.execute("SELECT count(*) FROM watcher").fetchone() == (1,)
-    indexes, _ = explain(filled, hub._UNWATCH, (8, [SESSION]))
+    indexes, _ = explain(filled, watch.UNWATCH, (8, [SESSION]))
     assert pages < 20000
     del indexes
 

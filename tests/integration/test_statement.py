@@ -8,7 +8,8 @@ import pytest
 from psycopg import errors as pg
 from psycopg.conninfo import make_conninfo
 
-from outwake.app.connection import Connection, Statement
+from outwake._statement import Statement
+from outwake.app.connection import Connection
 
 BOTH = Statement("SELECT %(a)s::text, %(b)s::text || %(a)s::text")
 NAMED = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'outwake%'"
@@ -46,13 +47,20 @@ async def test_values_arrive_as_what_they_are(conn: Connection, kind: Any, value
     assert await conn.rows("SELECT v FROM t") == [(value,)]
 
 
-async def test_prepared_once_and_not_behind_a_pooler(conn: Connection) -> None:
-    for _ in range(3):
-        await conn.rows(BOTH, {"a": "x", "b": "y"})
-    assert await conn.rows(NAMED) == [(1,)]
-    conn.prepare_threshold = None
-    await conn.rows(Statement("SELECT %(a)s::text"), {"a": "x"})
-    assert await conn.rows(NAMED) == [(1,)]
+@pytest.mark.parametrize(("threshold", "prepared"), [(5, 1), (None, 0)])
+async def test_prepared_once_and_not_behind_a_pooler(
+    database: str, threshold: int | None, prepared: int
+) -> None:
+    async with await Connection.connect(database, prepare_threshold=threshold) as conn:
+        for _ in range(3):
+            assert await conn.rows(BOTH, {"a": "x", "b": "y"}) == [("x", "yx")]
+        assert await conn.rows(NAMED) == [(prepared,)]
+
+
+def test_parameters_without_names_are_numbered() -> None:
+    statement = Statement("SELECT %s, %s::bigint[], now()")
+    assert statement.text == b"SELECT $1, $2::bigint[], now()"
+    assert statement.names == []
 
 
 async def test_errors_are_psycopgs_and_leave_the_connection_usable(conn: Connection) -> None:

@@ -1,5 +1,5 @@
-"""The end of a connection is noticed however it comes, by who listens (outwake.connect.hear) and by who waits
-for an answer on the same connection (worker.reply).
+"""The end of a connection is noticed however it comes, by a reader of notifications (outwake/_notify.py) and
+by a reader that waits for an answer on the same connection (worker/engine/reply.py).
 """
 
 import asyncio
@@ -13,8 +13,10 @@ import psycopg
 import pytest
 import uvloop
 
-from outwake.connect import hear
+from outwake._notify import ListenConnection
+from outwake._statement import Statement
 from outwake.worker.engine.listen import Listener
+from outwake.worker.engine.reply import Reply
 
 
 class Server:
@@ -48,16 +50,24 @@ async def nothing(timeout: float) -> AsyncIterator[None]:
         yield None
 
 
+def connection(server: Server) -> ListenConnection:
+    return ListenConnection(cast(Any, SimpleNamespace(notifies=nothing, pgconn=server)), 1)
+
+
+def asks(listener: Listener) -> Reply[str]:
+    statement = Statement("SELECT 1")
+    listener._statements._names[statement] = b"prepared"
+    return listener.ask(statement, [], str)
+
+
 def listens(server: Server) -> Awaitable[None]:
-    conn = SimpleNamespace(notifies=nothing, pgconn=server)
-    return asyncio.create_task(hear(cast(Any, conn), lambda channel, payload: None))
+    return asyncio.create_task(connection(server).hear(lambda channel, payload: None))
 
 
-def waits(server: Server) -> Awaitable[None]:
-    conn = SimpleNamespace(notifies=nothing, pgconn=server)
-    listener = Listener(cast(Any, conn), 1, lambda channel, payload: None)
+def waits(server: Server) -> Awaitable[str]:
+    listener = Listener(connection(server), lambda channel, payload: None)
     listener.start(lambda: None)
-    return listener.ask(b"", [], lambda result: None).done
+    return asks(listener).done
 
 
 class Behind(Server):
@@ -85,11 +95,10 @@ def test_what_comes_right_behind_an_answer_is_heard() -> None:
     async def run() -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        conn = SimpleNamespace(notifies=nothing, pgconn=Behind(ours))
-        listener = Listener(cast(Any, conn), 1, lambda channel, payload: heard.append(payload))
+        listener = Listener(connection(Behind(ours)), lambda channel, payload: heard.append(payload))
         listener.start(lambda: None)
         await asyncio.sleep(0)
-        reply = listener.ask(b"", [], lambda result: str(result))
+        reply = asks(listener)
         theirs.sendall(b"both of them")
         async with asyncio.timeout(10):
             assert await reply.done == "answer"
@@ -102,7 +111,7 @@ def test_what_comes_right_behind_an_answer_is_heard() -> None:
 
 @pytest.mark.parametrize("end", ["closed", "reset", "reset with last words"])
 @pytest.mark.parametrize("who", [listens, waits])
-def test_end_is_noticed(end: str, who: Callable[[Server], Awaitable[None]]) -> None:
+def test_end_is_noticed(end: str, who: Callable[[Server], Awaitable[object]]) -> None:
     """uvloop tells of a reset but once; what was sent before it is read first."""
 
     async def run() -> None:

@@ -10,8 +10,8 @@ import pytest
 import structlog
 
 from outwake import Handler, Job
-from outwake.app.live.hub import Hub, Stream
-from outwake.app.live.listen import CHANNEL
+from outwake.app.live.hub import Hub
+from outwake.app.live.streams import Stream
 from outwake.session import watch
 from outwake.settings import Settings
 from outwake.worker.engine.listen import CANCEL, PROBE, WAKE
@@ -129,8 +129,8 @@ def hub(*sessions: UUID) -> tuple[Hub, Callable[[str], None]]:
     """A hub with a stream of each session, all of them read, and what tells it of a notification."""
     made = Hub(cast(Any, None), "postgresql://nowhere.invalid")
     for session_id in sessions:
-        made._streams[session_id].add(Stream(made, session_id, 0, until_completed=False))
-    return made, lambda payload: made._listener._heard(CHANNEL, payload)
+        made._streams[session_id].add(Stream(made._taken, session_id, 0, until_completed=False))
+    return made, lambda payload: made._listener._heard(watch.CHANNEL, payload)
 
 
 @pytest.mark.parametrize("payload", ["", "end", "v2:*", "all"])
@@ -153,13 +153,10 @@ async def test_the_api_reads_the_session_that_is_named_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(("payload", "looks"), [(str(OTHER), False), ("all", True), ("", True)])
-async def test_who_follows_one_session_looks_too(
-    payload: str, looks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def hear(conn: Any, heard: Callable[[str, str], None]) -> None:
-        heard(CHANNEL, payload)
+async def test_who_follows_one_session_looks_too(payload: str, looks: bool) -> None:
+    async def hear(heard: Callable[[str, str], None]) -> None:
+        heard(watch.CHANNEL, payload)
 
-    monkeypatch.setattr(watch, "hear", hear)
     news = asyncio.Event()
-    await watch._listen(cast(Any, None), uuid4(), news)
+    await watch._listen(cast(Any, SimpleNamespace(hear=hear)), uuid4(), news)
     assert news.is_set() is looks

@@ -1,9 +1,4 @@
-"""The statements of a worker's cycles  ("turns"), prepared once for each connection.
-
-At each call, psycopg's cursor finds out how to adapt each parameter, whether the statement is prepared and
-how to read each column. Here that is done once, because it would take a tenth of the time from commit to
-start. Sending, waiting and reading are psycopg's.
-"""
+"""The statements of a worker's cycles ("turns")."""
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -14,21 +9,19 @@ import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
-from outwake._claim import CLAIMED, Claimed, Level, arrays, as_ended
-from outwake.connect import answer, checked
+from outwake._claim import CLAIM, CLAIMED, COMPLETE, Claimed, Level, arrays, as_ended
+from outwake._statement import Statement, Statements, Values
+from outwake.connect import checked
 from outwake.handler import Connection
 from outwake.schema import in_schema
 from outwake.worker.engine.listen import Listener
 from outwake.worker.engine.reply import Reply
 
-_ROW = in_schema(
-    f"SELECT {CLAIMED} FROM :schema.outbox_claim_row($1, $2, $3, true, $4)"  # noqa: S608 - names of ours
-).encode()
-_TURN = in_schema(
-    f"SELECT {CLAIMED} FROM :schema.outbox_complete_and_claim("  # noqa: S608
-    "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-).encode()
-_COMPLETE = in_schema("SELECT r FROM :schema.outbox_complete($1, $2, $3) AS r").encode()
+_ROW = Statement(
+    in_schema(f"SELECT {CLAIMED} FROM :schema.outbox_claim_row(%s, %s, %s, true, %s)")  # noqa: S608 - ours
+)
+_TURN = Statement(CLAIM)
+_COMPLETE = Statement(COMPLETE)
 
 T = TypeVar("T")
 Token = tuple[int, int]
@@ -66,7 +59,7 @@ class Claims:
     ) -> None:
         self._conn = conn
         self._listener = listener
-        self._pooled = pooled
+        self._statements = Statements(conn, prepares=not pooled)
         self._reader: abc.Transformer = Transformer(conn)
         self._worker = str(worker_id).encode()
         self._presence = b"%d" % listener.presence
@@ -82,7 +75,7 @@ class Claims:
             return arrived(rows[0] if rows else None, bool(still_there))
 
         values = [self._worker, b"%d" % row_id, self._lease, self._presence]
-        return self._listener.ask(_name(_ROW), values, read)
+        return self._listener.ask(_ROW, values, read)
 
     async def turn(
         self,
@@ -108,42 +101,27 @@ class Claims:
             self._presence,
             *where[1:],
         ]
-        self._post(_TURN, values)
-        return Answer(await self._answer(), self._reader)
+        return Answer(await self._run(_TURN, values), self._reader)
 
     async def complete(self, tokens: Sequence[Token]) -> set[Token]:
         """Complete without a claim. Returns the fenced completions."""
-        self._post(_COMPLETE, [self._worker, *(text.encode() for text in arrays(tokens))])
-        result = await self._answer()
+        values = [self._worker, *(text.encode() for text in arrays(tokens))]
+        result = await self._run(_COMPLETE, values)
         self._reader.set_pgresult(result)
         ended = {row[0] for row in self._reader.load_rows(0, result.ntuples, tuple)}
         return {token for token in tokens if token[0] not in ended}
 
     async def prepare(self) -> None:
-        """Call this first. Through a pooler nothing is prepared: the next call may get another connection."""
-        await self._listener.prepare(_name(_ROW), _ROW)
-        if not self._pooled:
-            for query in (_TURN, _COMPLETE):
-                self._conn.pgconn.send_prepare(_name(query), query)
-                await self._answer()
+        """Call this first."""
+        await self._listener.prepare(_ROW)
+        for statement in (_TURN, _COMPLETE):
+            await self._statements.prepare(statement)
 
-    def _post(self, query: bytes, values: Sequence[bytes | None]) -> None:
-        server = self._conn.pgconn
-        if self._pooled:
-            server.send_query_params(query, values, result_format=pq.Format.BINARY)
-        else:
-            server.send_query_prepared(_name(query), values, result_format=pq.Format.BINARY)
-
-    async def _answer(self) -> pq.abc.PGresult:
+    async def _run(self, statement: Statement, values: Values) -> pq.abc.PGresult:
         try:
-            return await answer(self._conn)
+            return await self._statements.run(statement, values, pq.Format.BINARY)
         except psycopg.Error as error:
             raise as_ended(error) from error
-
-
-def _name(query: bytes) -> bytes:
-    """The function's name; the statement is prepared under it."""
-    return query.partition(b"(")[0].rpartition(b".")[2]
 
 
 def _array(values: Iterable[Any]) -> bytes:
