@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.chaos.proxy import Proxy
-
-TIMEOUT = 30.0  # seconds; only bounds a test that hangs
+from tests.support.waits import awaiting
 
 
 class Echo:
@@ -38,7 +37,7 @@ async def through() -> AsyncIterator[tuple[Echo, Proxy, asyncio.StreamReader, as
     proxy = Proxy("p", server.sockets[0].getsockname()[:2])
     await proxy.open()
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
-    async with asyncio.timeout(TIMEOUT):
+    async with awaiting("the end of the test", seen=lambda: f"the echo heard {echo.heard!r}"):
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"hello"
         yield echo, proxy, reader, writer

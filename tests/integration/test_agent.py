@@ -24,6 +24,7 @@ from outwake.worker.agents.run import BATCH_EVENTS, Agent
 from outwake.worker.agents.stream import Event
 from outwake.worker.errors import PermanentError
 from outwake.worker.process import guarded
+from tests.support.waits import awaiting
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT)}
@@ -258,7 +259,8 @@ async def test_cancelling_ends_the_agent(start: Start, fifo: Fifo) -> None:
     for times in (1, 2):
         ready.clear()
         task = asyncio.create_task(handler())
-        await ready.wait()
+        async with awaiting("the agent to be ready"):
+            await ready.wait()
         for _ in range(times):
             task.cancel()
             await asyncio.sleep(0)

@@ -44,7 +44,7 @@ async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
     async with loopback() as server:
         lender = allocator(server, steps)
         borrowing = asyncio.create_task(borrow(adapter(lender.url, OUTWAKE_BORROW_WAIT=60)))
-        await steps.until(lambda: "borrow" in steps.met)
+        await steps.until("a borrow", lambda: "borrow" in steps.met)
         await lender.submit({"api_url": "http://sandbox.test"})
         sandbox = await borrowing
         assert sandbox["item"] == {"api_url": "http://sandbox.test"}
@@ -192,7 +192,9 @@ async def test_a_quiet_step_is_waited_for(client: Sandbox, parts: Production, tm
     gate = tmp_path / "gate"
     await client.run("make", 'mkfifo "$1"', str(gate))
     running = asyncio.create_task(client.run("wait", 'read line < "$1"; echo "$line"', str(gate)))
-    await parts.steps.until(lambda: "view done" in parts.steps.met or "wait" in parts.steps.met)
+    await parts.steps.until(
+        "the client to ask again", lambda: "view done" in parts.steps.met or "wait" in parts.steps.met
+    )
     await asyncio.to_thread(gate.write_text, "at last\n")
     assert await running == "at last"
 
@@ -207,7 +209,7 @@ async def test_a_step_that_does_not_end_is_killed(client: Sandbox, parts: Produc
 
 async def test_a_step_is_killed_when_its_caller_is_cancelled(client: Sandbox, parts: Production) -> None:
     running = asyncio.create_task(client.run("sleep", "sleep 1000"))
-    await parts.steps.until(lambda: bool(parts.sandboxes[0].commands))
+    await parts.steps.until("the step to start", lambda: bool(parts.sandboxes[0].commands))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

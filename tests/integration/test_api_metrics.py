@@ -1,7 +1,5 @@
 """The API's /metrics and its readiness."""
 
-import asyncio
-
 import httpx
 
 from outwake.app.api.metrics import REGISTRY
@@ -9,6 +7,7 @@ from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.scraped import Samples, samples
 from tests.support.steps import add, until
+from tests.support.waits import awaiting
 
 
 async def scrape(api: Api) -> Samples:
@@ -61,7 +60,7 @@ async def test_a_stream_is_timed_to_its_first_byte(api: Api) -> None:
         assert found[("outwake_http_requests_in_progress",)] >= 2  # this scrape, and the stream
     route = ("GET", "/sessions/{id:uuid}/events")
     count = ("outwake_http_request_seconds_count", *route)
-    async with asyncio.timeout(60):
+    async with awaiting("the stream to be counted", seen=lambda: found):
         while not (found := await scrape(api)).get(count):
             pass  # the server has yet to notice that we left
     assert found[("outwake_http_request_seconds_bucket", *route, "10.0")] == found[count]

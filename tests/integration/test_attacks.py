@@ -32,6 +32,7 @@ from tests.support.database import new_database
 from tests.support.http import Receiver, listening
 from tests.support.issuer import SigningKey, StandIn, bearer, issuing
 from tests.support.server import with_database
+from tests.support.waits import awaiting
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attacks -->\n", "<!-- /attacks -->\n"
@@ -477,7 +478,7 @@ def raw(make: Callable[[Place], bytes]) -> Run:
         url = httpx.URL(place.api.url)
         reader, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(make(place))
-        async with asyncio.timeout(30):
+        async with awaiting("the API to answer or hang up", timeout=30):
             text = await reader.read()
         writer.close()
         return ", ".join(re.findall(r"HTTP/1\.1 (\d+)", text.decode(errors="replace"))) or "nothing"

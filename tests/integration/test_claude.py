@@ -158,7 +158,7 @@ async def test_a_killed_worker_takes_the_cli_along_and_another_begins_anew(
             )
             await ended(worker, status="succeeded")
             fault.release(drop=True)
-    await parts.steps.until(lambda: not parts.allocator.borrowed)
+    await parts.steps.until("every sandbox to be returned", lambda: not parts.allocator.borrowed)
     bodies = await messages(api, created)
     assert bodies[-1]["type"] == "result"
     assert len({body["session_id"] for body in bodies if "session_id" in body}) == 1

@@ -24,7 +24,8 @@ from tests.conftest import Connect
 from tests.support.hand import Hand
 from tests.support.process import ROOT, Process, command_line, running
 from tests.support.scenario import SESSION, build
-from tests.support.steps import TIMEOUT, add, one
+from tests.support.steps import add, one
+from tests.support.waits import TIMEOUT, awaiting
 
 
 async def run(database: str, *arguments: str) -> Process:
@@ -71,9 +72,7 @@ async def test_top_shows_what_changes(database: str, connect: Connect) -> None:
     async with running("outwake", "top", "--json", "--every", "0.1", env={"DATABASE_URL": database}) as top:
 
         async def until(rows: int) -> None:
-            async with asyncio.timeout(60):
-                while not any(_rows(line) == rows for line in top.stdout[-1:]):
-                    await top._news.wait()
+            await top.says(f"{rows} rows", lambda: any(_rows(line) == rows for line in top.stdout[-1:]))
 
         def _rows(line: str) -> int:
             return sum(row["rows"] for row in json.loads(line)["outbox"] if row["topic"] == "t")
@@ -115,7 +114,7 @@ async def test_top_on_a_terminal_gives_the_screen_back(database: str, connect: C
     await build(connect)
     async with on_a_terminal(database, "top", "--every", "0.1") as (process, reader):
         said = b""
-        async with asyncio.timeout(60):
+        async with awaiting("top's screen, and its end", seen=lambda: said):
             while not (b"NOT READY" in said and b"topic paused" in said):
                 said += await reader.read(65536)
             process.send_signal(signal.SIGINT)
@@ -140,9 +139,7 @@ async def test_tail_follows_to_the_end(database: str, connect: Connect, hand: Ha
     async with running("outwake", "tail", str(SESSION), "--json", "--until-completed", env=env) as tail:
 
         async def lines(count: int) -> list[dict[str, Any]]:
-            async with asyncio.timeout(60):
-                while len(tail.stdout) < count:
-                    await tail._news.wait()
+            await tail.says(f"{count} lines", lambda: len(tail.stdout) >= count)
             return [json.loads(line) for line in tail.stdout]
 
         assert (await lines(1))[0]["inbox_status"] == "active"
@@ -188,16 +185,14 @@ async def test_tail_goes_on_after_a_lost_connection(database: str, connect: Conn
     async with running("outwake", "tail", str(SESSION), "--json", env=env) as tail:
 
         async def seen(seq: int) -> None:
-            async with asyncio.timeout(60):
-                while not any(json.loads(line).get("seq") == seq for line in tail.stdout):
-                    await tail._news.wait()
+            await tail.says(
+                f"message {seq}", lambda: any(json.loads(line).get("seq") == seq for line in tail.stdout)
+            )
 
         await seen(4)
         kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
         assert await one(scenario.conn, kill, "outwake tail listener")
-        async with asyncio.timeout(60):
-            while not any("reconnecting" in line for line in tail.stderr):
-                await tail._news.wait()
+        await tail.says("that it reconnects", lambda: any("reconnecting" in line for line in tail.stderr))
         await scenario.conn.execute(
             "INSERT INTO message (session_id, seq, prompt_id, attempt, body)"
             " SELECT session_id, 5, prompt_id, attempt, '{}' FROM message LIMIT 1"
@@ -233,8 +228,8 @@ async def test_prune_deletes_what_is_past_its_retention(database: str, connect: 
 
 async def test_migrate_shows_progress_on_a_terminal(empty_database: str) -> None:
     async with on_a_terminal(empty_database, "migrate") as (process, reader):
-        async with asyncio.timeout(TIMEOUT * 8):
-            said = b""
+        said = b""
+        async with awaiting("the migrations, and the end", seen=lambda: said, timeout=TIMEOUT * 8):
             while _in_place("outbox", "session").encode() not in said:
                 said += await reader.read(65536)
             assert await process.wait() == 0

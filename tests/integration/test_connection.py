@@ -32,6 +32,7 @@ from tests.integration.test_parking import end_listener, end_session
 from tests.support.database import set_search_path
 from tests.support.process import ROOT, running
 from tests.support.steps import add, claim, column, get, new_worker, one, until
+from tests.support.waits import awaiting
 from tests.support.worker import install, watched
 
 
@@ -114,7 +115,8 @@ async def test_restart_of_postgres(mode: Literal["fast", "immediate"], postgres:
     async with watched(postgres.url, run=long, lease=0.5) as worker:
         async with await psycopg.AsyncConnection.connect(postgres.url, autocommit=True) as conn:
             row = await add(conn)
-        await reached.wait()
+        async with awaiting("the handler to start"):
+            await reached.wait()
         worker._lease.renew_at = math.inf  # so that it is the LISTEN connection that tells
         await asyncio.to_thread(postgres.stop, mode)
         held = worker.hold("connect")
@@ -243,7 +245,8 @@ async def test_worker_cut_off_while_its_sessions_are_ended_stops_in_time(
         await held.wait()
         proxy.swallow_new = True
         held.release()
-        await stopped.wait()
+        async with awaiting("the handler to be stopped"):
+            await stopped.wait()
         await proxy.heal()
 
 
@@ -266,7 +269,8 @@ async def test_partitioned_worker_stops_in_time(connect: Connect, database: str)
         proxy.swallow_new = True
         for connection in proxy.connections:
             connection.swallow_up = connection.swallow_down = True
-        await stopped.wait()
+        async with awaiting("the handler to be stopped"):
+            await stopped.wait()
         assert await get(psql, row) == "running"  # nobody has rescued it yet
         await proxy.heal()
         await until(psql, "SELECT attempt > 1 FROM outbox WHERE id = %s", row)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api import Api, until
+from tests.support.api import Api
 from tests.support.examples import Page
 from tests.support.hand import Hand
+from tests.support.waits import awaiting, eventually
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -21,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("name", ["http-api.md", "events.md"])
 async def test_examples(api: Api, hand: Hand, name: str) -> None:
     page = Page(DOCS / name)
-    await until(lambda: api.context.hub.listening)
+    await eventually("the API to listen", lambda: api.context.hub.listening)
 
     async def shell(command: str) -> str:
         process = await asyncio.create_subprocess_shell(
@@ -29,7 +30,8 @@ async def test_examples(api: Api, hand: Hand, name: str) -> None:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        async with awaiting(f"the end of {command}"):
+            output, _ = await process.communicate()
         return output.decode()
 
     async def act(what: str) -> None:

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from tests.conftest import Connect
 from tests.support.database import set_search_path
 from tests.support.process import ROOT, Process, running
-from tests.support.steps import TIMEOUT, until
+from tests.support.steps import until
 from tests.support.transcript import check
+from tests.support.waits import TIMEOUT, awaiting
 
 PAGE = ROOT / "docs" / "monitoring.md"
 
@@ -76,9 +78,14 @@ def _command(
 
 async def _present(url: str) -> None:
     """The API has noticed the worker: what it says of workers may be a second old (app/live/presence.py)."""
-    async with asyncio.timeout(TIMEOUT), httpx.AsyncClient(timeout=TIMEOUT) as client:
-        while not (await client.get(f"{url}/readyz")).json()["worker_present"]:  # noqa: ASYNC110 - nothing tells us
-            await asyncio.sleep(0.05)
+    answer: dict[str, Any] = {}
+    async with (
+        httpx.AsyncClient(timeout=TIMEOUT) as client,
+        awaiting("the API to see the worker", seen=lambda: answer),
+    ):
+        while not answer.get("worker_present"):
+            answer = (await client.get(f"{url}/readyz")).json()
+            await asyncio.sleep(0.05)  # nothing tells us
 
 
 def _wanted(pattern: str, line: str) -> bool:

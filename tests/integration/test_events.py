@@ -13,8 +13,9 @@ from psycopg import AsyncConnection
 import outwake.connect
 from outwake.app.live.hub import Hub
 from tests.conftest import Connect
-from tests.support.api import TIMEOUT, Api, serving, until
+from tests.support.api import Api, serving
 from tests.support.hand import Hand
+from tests.support.waits import awaiting, eventually
 
 KILL_LISTENER = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -63,7 +64,11 @@ async def watched(api: Api, reads: list[int], *, handshakes: int = 0) -> None:
             and not hub._stale
         )
 
-    await until(settled)
+    await eventually(
+        "the watch to be settled",
+        settled,
+        seen=lambda: (vars(api.context.hub), reads),
+    )
 
 
 async def notified(connect: Connect) -> AsyncConnection[Any]:
@@ -192,16 +197,13 @@ async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.Mon
     async with api.client.stream("GET", f"/sessions/{created['id']}/events") as response:
         lines = response.aiter_lines()
         assert await anext(lines) == "retry: 1000"
-        seen = []
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                async for line in lines:
-                    seen.append(line)
-                    if line == ": heartbeat":
-                        return
-        except TimeoutError:
-            pass
-    pytest.fail(f"waited for a heartbeat, and saw {seen}")
+        seen: list[str] = []
+        async with awaiting("a heartbeat", seen=lambda: seen):
+            async for line in lines:
+                seen.append(line)
+                if line == ": heartbeat":
+                    return
+    pytest.fail(f"the stream ended without a heartbeat: {seen}")
 
 
 async def test_only_what_is_followed_is_notified(
@@ -217,7 +219,7 @@ async def test_only_what_is_followed_is_notified(
         await hand.say("seen")
         assert await events.texts(1) == ["seen"]
         assert await heard(ear) == [session_id]
-    await until(lambda: not api.context.hub._streams)
+    await eventually("the streams to end", lambda: not api.context.hub._streams)
     await watched(api, reads)
     await hand.say("unseen again")
     assert await heard(ear) == []
@@ -395,7 +397,7 @@ async def test_what_is_said_while_the_listener_is_away(
         await events.status()
         await watched(api, reads)
         await operator.execute(KILL_LISTENER)
-        await until(lambda: not api.context.hub.listening)
+        await eventually("the API to lose its listener", lambda: not api.context.hub.listening)
         await hand.say("missed")
         gate.set()
         assert await events.texts(1) == ["missed"]
@@ -412,7 +414,7 @@ async def test_killed_listener_comes_back_under_a_new_presence(
         before = await (await operator.execute(query)).fetchall()
         lost = api.context.hub._watches.current
         await operator.execute(KILL_LISTENER)
-        await until(lambda: api.context.hub._watches.current not in (lost, None))
+        await eventually("a new watch", lambda: api.context.hub._watches.current not in (lost, None))
         await watched(api, reads)
         after = await (await operator.execute(query)).fetchall()
         assert len(after) == 1
@@ -433,7 +435,7 @@ async def test_slow_client_holds_one_batch_and_no_more(
     await stream.take(0)
     await watched(api, reads)
     await hand.say(*(str(number) for number in range(100)))
-    await until(lambda: stream.full)
+    await eventually("the stream to be full", lambda: stream.full)
     async with api.follow(session_id) as events:
         assert len(await events.texts(100)) == 100
     assert stream.cursor == 10
@@ -443,7 +445,7 @@ async def test_slow_client_holds_one_batch_and_no_more(
         ids += [int(line[4:]) for line in lines if line.startswith("id: ")]
     assert ids == list(range(1, 101))
     hub.leave(stream)
-    await until(lambda: not hub._streams)
+    await eventually("the stream to end", lambda: not hub._streams)
 
 
 async def test_client_that_takes_nothing_is_cut_off(
@@ -461,8 +463,8 @@ async def test_client_that_takes_nothing_is_cut_off(
         writer.write(
             f"GET /sessions/{session_id}/events HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n\r\n".encode()
         )
-        await until(lambda: bool(api.context.hub._streams))
-        await until(lambda: not api.context.hub._streams)
+        await eventually("the stream to begin", lambda: bool(api.context.hub._streams))
+        await eventually("the streams to end", lambda: not api.context.hub._streams)
         writer.transport.abort()
         del reader
 

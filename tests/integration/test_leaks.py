@@ -146,6 +146,6 @@ async def _end_of(api: Api, parts: Production, session_id: str, *, borrowed: int
     async with api.follow(session_id) as events:
         state: dict[str, Any] = await events.status(inbox_status="completed")
     assert state["inbox_status"] == "completed"
-    await parts.steps.until(lambda: len(parts.allocator.borrowed) == borrowed)
+    await parts.steps.until(f"{borrowed} to be borrowed", lambda: len(parts.allocator.borrowed) == borrowed)
     shown = (await api.client.get(f"/sessions/{session_id}")).json()
     assert [prompt["status"] for prompt in shown["prompts"]] == ["succeeded"], shown

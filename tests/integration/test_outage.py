@@ -17,9 +17,10 @@ from outwake._migrate import migrate
 from outwake.app.database import Database
 from outwake.embedded.postgres import EmbeddedPostgres
 from tests.conftest import Connect
-from tests.support.api import Api, serving, until
+from tests.support.api import Api, serving
 from tests.support.database import set_search_path
 from tests.support.hand import Hand
+from tests.support.waits import awaiting, eventually
 
 
 @pytest.fixture
@@ -75,11 +76,12 @@ async def test_stop_and_start_under_a_live_api(own_api: Api, postgres: EmbeddedP
         assert (await api.client.get("/healthz")).status_code == 200
 
         await asyncio.to_thread(postgres.start)
-        await asyncio.wait_for(api.context.database.wait_available(), 60)
+        async with awaiting("the API to have its database again"):
+            await api.context.database.wait_available()
         # The first requests already: no stale connection is handed to one.
         for response in await asyncio.gather(*(api.client.get("/sessions") for _ in range(10))):
             assert response.status_code == 200
-        await until(lambda: api.context.hub.listening)
+        await eventually("the API to listen", lambda: api.context.hub.listening)
         # The stream lives on, and is fed again.
         await api.client.patch(f"/sessions/{created['id']}", json={"title": "Back"})
         await events.status(title="Back")
@@ -93,7 +95,7 @@ async def test_request_that_waits_for_a_connection_is_refused_when_the_outage_be
         database = api.context.database
         async with database.connection():
             waiting = [asyncio.create_task(api.client.get("/sessions")) for _ in range(5)]
-            await until(lambda: len(database._waiting) == 5)
+            await eventually("five requests to wait for a connection", lambda: len(database._waiting) == 5)
             await asyncio.to_thread(postgres.stop)
         for task in waiting:
             assert_unavailable(await task)
@@ -104,7 +106,8 @@ async def test_start_before_postgres(postgres: EmbeddedPostgres) -> None:
     async with serving(postgres.url) as api:
         assert_unavailable(await api.client.get("/sessions"))
         await asyncio.to_thread(postgres.start)
-        await asyncio.wait_for(api.context.database.wait_available(), 60)
+        async with awaiting("the API to have its database again"):
+            await api.context.database.wait_available()
         assert (await api.client.get("/sessions")).status_code == 200
 
 
@@ -114,7 +117,7 @@ async def test_no_connection_left_is_no_outage_while_we_have_one(
     """The pool wants another connection and gets none: the request waits for one it has."""
     api = own_api
     database = api.context.database
-    await until(lambda: api.context.hub.listening)
+    await eventually("the API to listen", lambda: api.context.hub.listening)
     await database.row("SELECT 1")
     with suppress(pg.OperationalError):
         while True:
@@ -124,7 +127,7 @@ async def test_no_connection_left_is_no_outage_while_we_have_one(
         while database._pool.get_stats()["pool_available"]:
             await taken.enter_async_context(database.connection())
         waiting = asyncio.create_task(api.client.get("/sessions"))
-        await until(lambda: database._probe is not None)
+        await eventually("the database to be probed", lambda: database._probe is not None)
         assert database.available
         assert not waiting.done()
     assert (await waiting).status_code == 200
@@ -219,7 +222,7 @@ async def test_victim_of_a_deadlock_is_repeated(
 
 
 async def test_ready_with_and_without_a_worker(api: Api, hand: Hand) -> None:
-    await until(lambda: api.context.hub.listening)
+    await eventually("the API to listen", lambda: api.context.hub.listening)
     ready = await api.client.get("/readyz?workers=1")
     assert (ready.status_code, ready.json()["worker_present"]) == (200, True)
     await hand.conn.close()

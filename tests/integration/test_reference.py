@@ -9,6 +9,7 @@ import pytest
 
 from outwake.app.api.openapi import document
 from tests.support.api import Api
+from tests.support.waits import awaiting
 
 
 async def test_document_is_served(api: Api) -> None:
@@ -48,7 +49,8 @@ async def test_page_shows_every_operation_in_a_browser(api: Api, tmp_path: Path)
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    output, _ = await asyncio.wait_for(process.communicate(), 120)
+    async with awaiting("the program's end", timeout=120):
+        output, _ = await process.communicate()
     page = output.decode()
     for methods in document()["paths"].values():
         for operation in methods.values():

@@ -25,7 +25,8 @@ from tests.support.database import new_database, set_search_path
 from tests.support.nats import NatsServer, nats_server
 from tests.support.process import ROOT, Event, Process, running
 from tests.support.server import with_database
-from tests.support.steps import TIMEOUT, Connection, one, until
+from tests.support.steps import Connection, one, until
+from tests.support.waits import awaiting
 
 TOPICS = "billing.paid,billing.refunded"
 SUBJECT = "outwake.billing.paid"
@@ -449,7 +450,7 @@ async def test_tls_is_not_given_up_for_a_server_without(database: str, connect: 
         async with relaying(database, f"tls://u:{SECRET}@127.0.0.1:{port}") as worker:
             ended = await worker.event("ended", outbox_id=row_id, state="handed back")
         assert "secure connection not available" in ended["reason"]
-        async with asyncio.timeout(TIMEOUT):
+        async with awaiting("the client to hang up"):
             assert await heard == b""
 
 

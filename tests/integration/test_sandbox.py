@@ -155,7 +155,7 @@ async def test_an_answer_to_a_fenced_attempt_is_returned(
             # From here on either may do the work: the first comes back under a new id.
             async with api.follow(created["id"]) as events:
                 await events.status(inbox_status="completed")
-            await parts.steps.until(lambda: not parts.allocator.borrowed)
+            await parts.steps.until("every sandbox to be returned", lambda: not parts.allocator.borrowed)
     assert [prompt["status"] for prompt in (await shown(api, created))["prompts"]] == ["succeeded"]
     assert not await rows(conn, "SELECT * FROM sandbox_borrow")
 

@@ -3,7 +3,6 @@
 A and B sleep. Who is drawn is decided by the test (`names`).
 """
 
-import asyncio
 import math
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ from tests.support.steps import (
     until,
     with_and_without,
 )
+from tests.support.waits import awaiting
 from tests.support.worker import Watched, hang, watched
 
 STAND_IN = "SELECT outbox_stand_in(%s, %s)"
@@ -263,7 +263,7 @@ async def test_each_that_is_parked_may_be_drawn(connect: Connect) -> None:
     for presence in (7, 8):
         await absent(psql, presence)
     named: set[str] = set()
-    async with asyncio.timeout(60):
+    async with awaiting("both to be named", seen=lambda: named):
         while named != {"7", "8"}:
             row = await add(psql)
             async for note in listener.notifies(stop_after=1):

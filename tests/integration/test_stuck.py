@@ -15,7 +15,8 @@ from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.process import Process, running
 from tests.support.receiver import receiver
-from tests.support.steps import TIMEOUT, add
+from tests.support.steps import add
+from tests.support.waits import TIMEOUT
 from tests.support.worker import command, install
 
 SESSION = {"repo": "octo/tools", "target_branch": "main", "prompt": "Do it"}
@@ -43,7 +44,7 @@ async def test_api_without_a_worker(database: str, connect: Connect) -> None:
             told_of = await api.event("stuck", topic="session.run", reason="no worker")
             assert told_of["level"] == "error"
             assert told_of["waited"] >= 0.2
-            await chat.until(lambda posts: len(posts) == 1)
+            await chat.until("the word that it is stuck", lambda posts: len(posts) == 1)
             told = json.loads(chat.posts[0].body)
             assert (told["event"], told["topic"], told["reason"]) == ("stuck", "session.run", "no worker")
             assert told["outbox_id"] == told_of["outbox_id"]
@@ -51,7 +52,7 @@ async def test_api_without_a_worker(database: str, connect: Connect) -> None:
             conn = await connect()
             await conn.execute("SELECT outbox_cancel(%s)", (told_of["outbox_id"],))
             await api.event("unstuck", topic="session.run")
-            await chat.until(lambda posts: len(posts) == 2)
+            await chat.until("the word that it is gone", lambda posts: len(posts) == 2)
             assert "secret-part" not in "\n".join(api.stderr)
 
 

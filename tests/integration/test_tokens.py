@@ -12,9 +12,10 @@ import pytest
 from outwake.app.auth import identity, oidc, tokens
 from outwake.session import token
 from tests.conftest import Connect
-from tests.support.api import serving, until
+from tests.support.api import serving
 from tests.support.issuer import bearer, issuing
 from tests.support.process import ROOT, running
+from tests.support.waits import eventually
 
 TOKENS_ONLY = {"OUTWAKE_REQUIRE_TOKEN": True}
 
@@ -155,7 +156,7 @@ async def test_a_stream_ends_with_its_token(
         created = await api.client.post("/sessions", json=asked, headers=bearer(text))
         async with api.follow(created.json()["id"], **bearer(text)) as events:
             assert [event.event for event in await events.rest()] == ["status"]
-        await until(lambda: not api.context.limits._streams)
+        await eventually("no stream to be counted", lambda: not api.context.limits._streams)
 
 
 async def test_streams_that_are_left_are_counted_no_more(database: str) -> None:
@@ -166,7 +167,7 @@ async def test_streams_that_are_left_are_counted_no_more(database: str) -> None:
         async with api.follow(created.json()["id"], **alice) as events:
             await events.next("status")
             assert api.context.limits._streams == {"alice": 1}
-        await until(lambda: not api.context.limits._streams)
+        await eventually("no stream to be counted", lambda: not api.context.limits._streams)
         nobodys = await api.client.get(f"/sessions/{UUID(int=7)}/events", headers=alice)
         assert nobodys.status_code == 404
         assert not api.context.limits._streams

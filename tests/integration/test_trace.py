@@ -20,7 +20,8 @@ from outwake.worker.sandboxes.allocator import HttpAllocator
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.receiver import Receiver, receiver
-from tests.support.steps import TIMEOUT, one, until
+from tests.support.steps import one, until
+from tests.support.waits import TIMEOUT
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT = "b7ad6b7169203331"

@@ -1,6 +1,5 @@
 """A real worker's /metrics and /readyz, scraped over HTTP."""
 
-import asyncio
 import os
 import signal
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 from tests.conftest import Connect
 from tests.support.process import Process
 from tests.support.scraped import Samples, samples
-from tests.support.steps import TIMEOUT, Connection, add, claim, new_worker, one, run_out, until
+from tests.support.steps import Connection, add, claim, new_worker, one, run_out, until
+from tests.support.waits import TIMEOUT, awaiting
 from tests.support.worker import command, install
 
 HANDLERS = """
@@ -79,7 +79,8 @@ async def test_attempts_by_outcome(database: str, handlers: Path, connect: Conne
             await add(conn, topic)
         await finished(conn)
         # It counts once the commit is heard of, and then falls asleep.
-        async with asyncio.timeout(60):
+        found: Samples = {}
+        async with awaiting("eight attempts to be counted, and the worker to park", seen=lambda: found):
             while total(found := await scrape(worker), name) < 8 or not found[("outwake_workers", "parked")]:
                 pass
     assert {key[1:]: value for key, value in found.items() if key[0] == name and value} == {

@@ -21,6 +21,7 @@ from outwake.worker.engine.lease import Lease
 from outwake.worker.messages import Messages
 from tests.support.database import set_search_path
 from tests.support.place import LEASE, Place
+from tests.support.waits import awaiting
 
 LINES = 30
 
@@ -164,7 +165,8 @@ async def test_output_beyond_the_bound_makes_the_agent_wait() -> None:
             for _ in range(15):
                 await messages.put(batch)
             one_more = asyncio.create_task(messages.put(batch))
-            await away.asked.wait()
+            async with awaiting("the database to be asked"):
+                await away.asked.wait()
             done, _ = await asyncio.wait({one_more}, timeout=0.05)
             assert not done
             away.back.set()

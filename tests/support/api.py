@@ -7,7 +7,7 @@ not documented fails the test that met it.
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,7 @@ from outwake.app.api.openapi import document
 from outwake.app.context import Context
 from outwake.app.main import Server, bind, create_app
 from outwake.settings import Settings
-
-TIMEOUT = 60.0  # seconds; only bounds a test that hangs
+from tests.support.waits import TIMEOUT, awaiting
 
 
 @dataclass
@@ -61,14 +60,16 @@ class Events:
 
     def __init__(self, source: AsyncIterator[ServerSentEvent]) -> None:
         self._source = source
+        self._seen: list[str] = []
 
     async def next(self, *names: str) -> ServerSentEvent:
         """The next event with one of these names, of any name without; raises at the end."""
-        async with asyncio.timeout(TIMEOUT):
+        async with awaiting(f"an event {' or '.join(names)}", seen=lambda: self._seen[-10:]):
             async for event in self._source:
+                self._seen.append(f"{event.event} {event.data[:200]}")
                 if not names or event.event in names:
                     return event
-        raise AssertionError("the stream has ended")
+        raise AssertionError(f"the stream has ended without {names or 'another event'}: {self._seen[-10:]}")
 
     async def status(self, **wanted: str) -> dict[str, Any]:
         """The next state with these fields."""
@@ -83,8 +84,11 @@ class Events:
 
     async def rest(self) -> list[ServerSentEvent]:
         """All until the end."""
-        async with asyncio.timeout(TIMEOUT):
-            return [event async for event in self._source]
+        found: list[ServerSentEvent] = []
+        async with awaiting("the end of the stream", seen=lambda: found[-10:]):
+            async for event in self._source:
+                found.append(event)
+        return found
 
 
 @asynccontextmanager
@@ -113,15 +117,8 @@ async def serving(database: str, **changes: Any) -> AsyncIterator[Api]:
 
 async def _stopped(server: Server, task: asyncio.Task[None]) -> None:
     server.should_exit = True
-    async with asyncio.timeout(TIMEOUT):
+    async with awaiting("the API to stop", seen=lambda: list(map(str, asyncio.all_tasks()))):
         await task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """For states of this process that nothing announces."""
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 async def check_documented(response: httpx.Response) -> None:

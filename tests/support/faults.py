@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT = 60.0  # seconds; only bounds a test that hangs
+from tests.support.waits import awaiting
 
 
 class Dropped(Exception):
@@ -29,13 +29,18 @@ class Fault:
     def __init__(self, answer: tuple[int, Any] | None = None, *, block: bool | None = None) -> None:
         self.answer = answer
         self.block = block if block is not None else answer is None
+        self.where = "a fault that is not armed"
+        self.steps: Steps | None = None
         self._reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._released: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     async def reached(self) -> None:
         """Wait until a request has met it."""
-        async with asyncio.timeout(TIMEOUT):
+        async with awaiting(f"a request to meet {self.where}", seen=self._seen):
             await asyncio.shield(self._reached)
+
+    def _seen(self) -> str:
+        return f"met {self.steps.met[-20:]}" if self.steps else ""
 
     def release(self, *, drop: bool = False) -> None:
         """Let the request go on; with `drop` it is forgotten instead."""
@@ -60,6 +65,7 @@ class Steps:
     def arm(self, name: str, fault: Fault, *, nth: int = 1) -> Fault:
         """Let the nth meeting of that name from now on meet the fault."""
         self._armed.append((name, self.met.count(name) + nth, fault))
+        fault.where, fault.steps = f"{name}, the {nth}th time from when it was armed", self
         return fault
 
     async def meet(self, name: str) -> tuple[int, Any] | None:
@@ -77,7 +83,7 @@ class Steps:
         async with self._news:
             self._news.notify_all()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait until the condition holds; looked at after every step."""
-        async with asyncio.timeout(TIMEOUT), self._news:
+        async with awaiting(what, seen=lambda: f"met {self.met[-20:]}"), self._news:
             await self._news.wait_for(condition)

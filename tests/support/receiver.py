@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from tests.support.steps import TIMEOUT
+from tests.support.waits import TIMEOUT, awaiting
 
 
 @dataclass
@@ -26,9 +26,9 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def until(self, condition: Callable[[list[Post]], bool]) -> None:
+    async def until(self, what: str, condition: Callable[[list[Post]], bool]) -> None:
         """Return when what has come satisfies the condition."""
-        async with asyncio.timeout(TIMEOUT * 4), self._news:
+        async with awaiting(what, seen=lambda: self.posts, timeout=TIMEOUT * 4), self._news:
             await self._news.wait_for(lambda: condition(self.posts))
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -21,11 +21,12 @@ from psycopg.types.json import Jsonb
 import outwake
 from outwake import Claimed
 from outwake.schema import in_schema
+from tests.support.waits import TIMEOUT as TIMEOUT  # for tests/support/worker.py
+from tests.support.waits import awaiting
 
 Connection = AsyncConnection[Any]
 Rule = Literal["kept", "taken out"]
 
-TIMEOUT = 60.0  # seconds; bounds a test that hangs
 LEASE = timedelta(minutes=10)
 """A lease that does not end while a test runs."""
 
@@ -104,14 +105,42 @@ async def starts(observer: Connection, conn: Connection, query: str, *values: An
 async def waits(observer: Connection, conn: Connection) -> None:
     """Return when the server shows that `conn` waits for a lock."""
     query = "SELECT true FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
-    await until(observer, query, conn.info.backend_pid)
+    await until(observer, query, conn.info.backend_pid, what="another statement to wait for a lock")
 
 
-async def until(observer: Connection, query: str, *values: Any) -> None:
+async def until(observer: Connection, query: str, *values: Any, what: str = "") -> None:
     """Return when the query's first column is true: for states of the server that nothing announces."""
-    async with asyncio.timeout(TIMEOUT):
-        while not await one(observer, query, *values):  # noqa: ASYNC110 - nothing tells us
+    last: Any = "no answer yet"
+
+    async def seen() -> str:
+        return f"the last answer was {last!r}\n{await picture(observer)}"
+
+    words = what or f"this to be true: {query} {list(values) if values else ''}".rstrip()
+    async with awaiting(words, seen=seen):
+        while not (last := await one(observer, query, *values)):  # noqa: ASYNC110 - nothing tells us
             await asyncio.sleep(0.005)
+
+
+async def picture(conn: Connection) -> str:
+    """What a wait that failed wants to show: rows, workers and the server's sessions, the latest first."""
+    lines = []
+    for title, query in _PICTURE.items():
+        found = await column(conn, query)
+        lines += [f"{title}: {len(found)}", *(f"  {line}" for line in found[:_LINES])]
+    return "\n".join(lines)
+
+
+_LINES = 12  # of each table in a picture
+_PICTURE = {
+    "rows not done": """SELECT concat_ws(' ', id, topic, state, 'attempt', attempt, 'failures', failures,
+        'due', available_at - clock_timestamp(), 'worker', worker_id) FROM outwake.outbox
+        WHERE state <> 'done' ORDER BY id DESC""",
+    "workers": """SELECT concat_ws(' ', id, 'parked', parked, 'lease', lease_until - clock_timestamp(),
+        'ended', ended_at) FROM outwake.worker ORDER BY id DESC""",
+    "sessions": """SELECT concat_ws(' ', pid, application_name, state, wait_event_type, wait_event,
+        left(query, 90)) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+        ORDER BY state_change DESC""",
+}
 
 
 async def take_out(conn: Connection, function: str, text: str, instead: str = "") -> None:

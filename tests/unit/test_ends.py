@@ -17,6 +17,7 @@ from outwake._notify import ListenConnection
 from outwake._statement import Statement
 from outwake.worker.engine.listen import Listener
 from outwake.worker.engine.reply import Reply
+from tests.support.waits import awaiting
 
 
 class Server:
@@ -100,7 +101,7 @@ def test_what_comes_right_behind_an_answer_is_heard() -> None:
         await asyncio.sleep(0)
         reply = asks(listener)
         theirs.sendall(b"both of them")
-        async with asyncio.timeout(10):
+        async with awaiting("the answer", seen=lambda: heard):
             assert await reply.done == "answer"
         ours.close()
         theirs.close()
@@ -126,7 +127,7 @@ def test_end_is_noticed(end: str, who: Callable[[Server], Awaitable[object]]) ->
         if "words" in end:
             theirs.sendall(b"terminating connection")
         theirs.close()
-        async with asyncio.timeout(10):
+        async with awaiting("the end of the connection to be noticed"):
             with pytest.raises(psycopg.OperationalError):
                 await noticed
         ours.close()
