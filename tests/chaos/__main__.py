@@ -38,9 +38,9 @@ from tests.chaos.history import History
 from tests.chaos.load import load
 from tests.chaos.places import Place, install_handlers, mark
 from tests.chaos.producers import Producers
-from tests.chaos.proxy import Proxy
 from tests.support.database import set_search_path
 from tests.support.process import command_line
+from tests.support.proxy import Proxy
 
 LEASE = 2.0
 STUCK = 60.0

@@ -17,7 +17,7 @@ import psycopg
 from outwake.embedded.postgres import EmbeddedPostgres
 from tests.chaos.history import History
 from tests.chaos.places import Place
-from tests.chaos.proxy import Proxy
+from tests.support.proxy import Proxy
 
 STORM, LULL = 14.0, 12.0
 """Seconds."""

@@ -15,8 +15,8 @@ import psutil
 
 from tests.chaos.handlers import HANDLERS
 from tests.chaos.history import History
-from tests.chaos.proxy import Proxy
 from tests.support.process import ROOT
+from tests.support.proxy import Proxy
 
 
 def install_handlers(directory: Path) -> None:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.chaos.proxy import Proxy
+from tests.support.proxy import Proxy
 from tests.support.waits import awaiting
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Connect
-from tests.integration.test_docs import blocks
 from tests.support.database import set_search_path
+from tests.support.pages import blocks
 from tests.support.process import ROOT, running
 from tests.support.schema import describe
 from tests.support.steps import column, one

@@ -28,13 +28,13 @@ from outwake.embedded.demo import make_repository
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.sql import LINES, files
 from tests.conftest import Connect
-from tests.integration.test_docs import EXAMPLE, blocks, install
-from tests.integration.test_worker_metrics import scrape
 from tests.support.beside import squatters, traps
 from tests.support.database import set_search_path
+from tests.support.pages import EXAMPLE, blocks, install_example
 from tests.support.place import Place
 from tests.support.process import ROOT, Process, command_line, running
 from tests.support.schema import describe
+from tests.support.scraped import scrape
 from tests.support.steps import LEASE, Connection, column, one, with_and_without
 from tests.support.worker import command
 from tests.support.worker import install as install_handlers
@@ -221,7 +221,7 @@ async def use(shop: Shop, directory: Path) -> None:
     await shop.conn.execute(
         f"INSERT INTO outwake.producer_topic VALUES ('{shop.app.name}', 'email.send')".encode()
     )
-    install(EXAMPLE, directory)
+    install_example(EXAMPLE, directory)
     environment = {**Place(shop.worker.url, directory).environment, "PYTHONPATH": f"{directory}:{ROOT}"}
     repository = make_repository(directory / "repository").as_uri()
     api_environment = {**environment, "DATABASE_URL": shop.deployer.url, "OUTWAKE_PORT": "0"}
@@ -715,7 +715,7 @@ async def test_the_page_leads_from_nothing_to_a_row_that_is_handled_and_back(
 
     await page.run(migrate_it)
     await shop.conn.execute(f"{producer}; {mailer}".encode())
-    install(EXAMPLE, tmp_path)
+    install_example(EXAMPLE, tmp_path)
     url, command_line_of_worker = work.splitlines()
     assert command_line_of_worker == "worker"
     environment = {

@@ -11,7 +11,7 @@ import pytest
 
 from outwake import Cancelled, Job
 from tests.conftest import Connect
-from tests.integration.test_parking import end_listener
+from tests.support.sleepers import end_listener
 from tests.support.steps import (
     Rule,
     add,

@@ -12,8 +12,8 @@ from outwake._claim import reconnect
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.worker.engine.worker import Worker
-from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
+from tests.support.proxy import Proxy
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
 from tests.support.worker import Watched, hang, watched
 

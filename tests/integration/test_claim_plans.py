@@ -4,18 +4,13 @@ The plans are those that the functions really use: auto_explain reports every st
 for real, with the buffers it touched. The planner is left alone, on analyzed tables.
 """
 
-import json
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from tests.conftest import Connect
+from tests.support.plans import FEW_BUFFERS, explain
 from tests.support.steps import Connection, add, claim, column, new_worker, one
 
 MANY = 200_000
-FEW_BUFFERS = 300
-"""What a claim of one row may touch, writes to the table and its indexes included."""
 
 CLAIM = "SELECT id FROM outbox_claim(%s, '{t}', 1, '10 min')"
 DEADLINE = "SELECT row_due FROM outbox_next_deadline(%s, '{t}', '6 s', '1 h')"
@@ -33,59 +28,6 @@ BACKLOGS = {
                f" SELECT 't', 'k' || n % 5, true FROM generate_series(1, {MANY // 4}) n",
     "other topics": f"INSERT INTO outbox (topic) SELECT 'x' || n % 50 FROM generate_series(1, {MANY // 4}) n",
 }  # fmt: skip
-
-
-class Explained(list[dict[str, Any]]):
-    """The plans of the statements that a call ran, outermost last."""
-
-    def buffers(self) -> int:
-        """Pages touched by the outermost statement, those inside it included."""
-        plan = self[-1]["Plan"]
-        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
-
-    def nodes(self) -> Iterator[dict[str, Any]]:
-        waiting = [plan["Plan"] for plan in self]
-        while waiting:
-            node = waiting.pop()
-            waiting += node.get("Plans", [])
-            yield node
-
-    def indexes(self) -> set[str]:
-        return {node["Index Name"] for node in self.nodes() if "Index Name" in node}
-
-    def read_in_full(self) -> list[str]:
-        """The statements that read every row of a table that grows."""
-        return [
-            plan["Query Text"]
-            for plan in self
-            for node in Explained([plan]).nodes()
-            if node["Node Type"] == "Seq Scan"
-            and node.get("Actual Loops")
-            and node.get("Relation Name") in ("outbox", "session", "prompt", "message")
-        ]
-
-
-async def explain(conn: Connection, query: str, *values: Any) -> Explained:
-    """Run a statement for real, and return the plans of all it ran."""
-    found = Explained()
-
-    def keep(notice: Any) -> None:
-        _, _, text = (notice.message_primary or "").partition("plan:\n")
-        if text:
-            found.append(json.loads(text))
-
-    await conn.execute("LOAD 'auto_explain'")
-    await conn.execute(
-        "SELECT set_config('auto_explain.' || name, value, false) FROM (VALUES ('log_analyze', 'on'),"
-        " ('log_buffers', 'on'), ('log_nested_statements', 'on'), ('log_format', 'json'),"
-        " ('log_timing', 'off'), ('log_level', 'notice'), ('log_min_duration', '0')) AS s (name, value)"
-    )
-    conn.add_notice_handler(keep)
-    await conn.execute(query.encode(), values or None)
-    conn.remove_notice_handler(keep)
-    await conn.execute("SET auto_explain.log_min_duration = -1")
-    assert found
-    return found
 
 
 @pytest.fixture(params=BACKLOGS)

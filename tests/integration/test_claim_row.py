@@ -9,7 +9,7 @@ import pytest
 import outwake
 from outwake.worker.engine import worker as loop
 from tests.conftest import Connect
-from tests.integration.test_claim_plans import explain
+from tests.support.plans import explain
 from tests.support.steps import (
     LEASE,
     Connection,

@@ -26,11 +26,11 @@ from outwake import Job, migrate
 from outwake.connect import connect as connect_noticing
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.schema import in_schema
-from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
-from tests.integration.test_parking import end_listener, end_session
 from tests.support.database import set_search_path
 from tests.support.process import ROOT, running
+from tests.support.proxy import Proxy
+from tests.support.sleepers import end_listener, end_session
 from tests.support.steps import add, claim, column, get, new_worker, one, until
 from tests.support.waits import awaiting
 from tests.support.worker import install, watched

@@ -1,7 +1,6 @@
 """What the pages show is run."""
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +8,8 @@ import pytest
 
 from tests.conftest import Connect
 from tests.support.database import set_search_path
+from tests.support.pages import EXAMPLE, blocks, install_example
 from tests.support.process import ROOT, running
-
-EXAMPLE = ROOT / "docs" / "examples" / "email_topic"
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """The fenced code blocks of a page."""
-    text = (ROOT / "docs" / page).read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def install(example: Path, target: Path) -> None:
-    """What pip would leave behind: the module, and the metadata that names its entry points."""
-    project = tomllib.loads((example / "pyproject.toml").read_text())
-    name = project["project"]["name"].replace("-", "_")
-    (target / f"{name}.py").write_text((example / f"{name}.py").read_text())
-    metadata = target / f"{name}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines = []
-    for group, entries in project["project"]["entry-points"].items():
-        lines += [f"[{group}]", *(f"{topic} = {value}" for topic, value in entries.items())]
-    (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
 async def test_the_example_topic_runs(database: str, tmp_path: Path, connect: Connect) -> None:
@@ -39,7 +17,7 @@ async def test_the_example_topic_runs(database: str, tmp_path: Path, connect: Co
     conn = await connect()
     await conn.execute("CREATE TABLE shop_order (article text)")
     await conn.execute("CREATE TABLE sent (row_id bigint, article text)")
-    install(EXAMPLE, tmp_path)
+    install_example(EXAMPLE, tmp_path)
     environment = {
         "DATABASE_URL": database,
         "OUTWAKE_LOG_LEVEL": "debug",

@@ -1,15 +1,14 @@
 """Drain: a worker that is told to go loses nothing and repeats nothing. Real processes, real signals."""
 
-import json
 import signal
 from contextlib import AsyncExitStack
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Connect
-from tests.support.process import Process, running
+from tests.support.health import ask, check
+from tests.support.process import Process
 from tests.support.steps import Connection, add, column, get, one, until
 from tests.support.worker import command, install
 
@@ -115,21 +114,6 @@ async def test_rolling_restart_loses_and_repeats_nothing(
         " FROM effect JOIN outbox ON id = row_id WHERE ordering_key IS NOT NULL) AS e"
     )
     assert await one(psql, in_order) is True
-
-
-def ask(port: int, path: str, method: str = "GET") -> tuple[int, dict[str, object]]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request(method, path)
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    return response.status, json.loads(text) if text else {}
-
-
-async def check(port: int | str | None) -> tuple[int, list[str]]:
-    env = {"DATABASE_URL": "postgresql:///x", "OUTWAKE_HEALTH_PORT": None if port is None else str(port)}
-    async with running("worker", "--check", env=env) as process:
-        return await process.ended(), process.stderr
 
 
 async def test_health(connect: Connect, database: str, handlers: Path, server: str) -> None:

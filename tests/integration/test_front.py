@@ -13,7 +13,7 @@ from outwake.worker.engine import cursor as front
 from outwake.worker.engine.background import Scout
 from outwake.worker.engine.cursor import Look
 from tests.conftest import Connect
-from tests.integration.test_claim_plans import FEW_BUFFERS, explain
+from tests.support.plans import FEW_BUFFERS, explain
 from tests.support.steps import (
     Connection,
     Rule,

@@ -19,11 +19,10 @@ from outwake.worker.engine import listen
 from outwake.worker.engine.listen import WAKE, Listener
 from outwake.worker.engine.parking import Parking, Stage
 from tests.conftest import Connect
+from tests.support.sleepers import end_listener, is_missed, runs
 from tests.support.steps import (
-    Connection,
     Rule,
     add,
-    get,
     one,
     starts,
     take_out,
@@ -31,18 +30,6 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.worker import Watched, watched
-
-
-async def runs(worker: Watched, row_id: int) -> None:
-    """The row is not missed."""
-    await worker.has_run(row_id)
-
-
-async def is_missed(worker: Watched, conn: Connection, row_id: int) -> None:
-    """The harm: the worker sleeps, nothing will wake it, and the row waits."""
-    await worker.asleep()
-    assert await worker.sleeps_for_ever(conn)
-    assert await get(conn, row_id) == "ready"
 
 
 @with_and_without
@@ -442,19 +429,6 @@ async def test_listen_comes_before_the_claim(
         row = await add(psql)
         last.release()
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
-
-
-async def end_listener(conn: Connection) -> None:
-    """Cut the worker's LISTEN connection as an operator would."""
-    await end_session(conn, "outwake worker listen")
-
-
-async def end_session(conn: Connection, name: str) -> None:
-    query = (
-        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-        " WHERE application_name = %s AND datname = current_database()"
-    )
-    assert await one(conn, query, name)
 
 
 async def test_listener_is_in_no_transaction(connect: Connect, database: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Connect
-from tests.integration.test_drain import ask, check
+from tests.support.health import ask, check
 from tests.support.process import Event, Process
 from tests.support.steps import Connection, add, get, one, until
 from tests.support.worker import command, install

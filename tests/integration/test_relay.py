@@ -18,12 +18,12 @@ import nkeys
 import pytest
 
 from outwake import enqueue
-from tests.chaos.proxy import Proxy
 from tests.conftest import Connect
 from tests.support.certificate import certificate
 from tests.support.database import new_database, set_search_path
 from tests.support.nats import NatsServer, nats_server
 from tests.support.process import ROOT, Event, Process, running
+from tests.support.proxy import Proxy
 from tests.support.server import with_database
 from tests.support.steps import Connection, one, until
 from tests.support.waits import awaiting

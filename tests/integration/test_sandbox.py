@@ -12,10 +12,10 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from tests.conftest import Connect
-from tests.integration.test_docs import blocks
 from tests.support.api import Api, serving
 from tests.support.faults import Fault
 from tests.support.git_http import git_server
+from tests.support.pages import blocks
 from tests.support.process import Process, running
 from tests.support.production import Production, git, production, rows
 

@@ -15,8 +15,8 @@ import outwake
 from outwake.worker.engine import backup as standby
 from outwake.worker.engine.backup import Standby
 from tests.conftest import Connect
-from tests.integration.test_claim_plans import explain
-from tests.integration.test_parking import is_missed, runs
+from tests.support.plans import explain
+from tests.support.sleepers import is_missed, runs
 from tests.support.steps import (
     Connection,
     Rule,

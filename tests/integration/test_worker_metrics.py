@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from tests.conftest import Connect
-from tests.support.process import Process
-from tests.support.scraped import Samples, samples
+from tests.support.scraped import Samples, scrape
 from tests.support.steps import Connection, add, claim, new_worker, one, run_out, until
 from tests.support.waits import TIMEOUT, awaiting
 from tests.support.worker import command, install
@@ -50,15 +49,6 @@ TOPICS = "noop,bad,again,hang,settles,slow"
 @pytest.fixture
 def handlers(tmp_path: Path) -> Path:
     return install(tmp_path / "handlers", HANDLERS, "metrics_handlers")
-
-
-async def scrape(worker: Process) -> Samples:
-    ready = await worker.event("health_ready")
-    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
-        answer = await client.get(f"http://127.0.0.1:{ready['port']}/metrics")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    return samples(answer.text)
 
 
 def total(found: Samples, name: str) -> float:

@@ -1,6 +1,10 @@
 """Metrics as Prometheus reads them."""
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.process import Process
+from tests.support.waits import TIMEOUT
 
 _ORDER = ["topic", "state", "wait", "outcome", "cause", "kind", "method", "route", "status", "le"]
 
@@ -14,3 +18,12 @@ def samples(text: str) -> Samples:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+async def scrape(worker: Process) -> Samples:
+    ready = await worker.event("health_ready")
+    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
+        answer = await client.get(f"http://127.0.0.1:{ready['port']}/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return samples(answer.text)
