@@ -12,7 +12,7 @@ import pytest
 from psycopg import AsyncConnection
 
 from tests.support.database import new_database
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.server import running_server, with_database
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ async def api(database: str) -> "AsyncIterator[Api]":
 
 
 @pytest.fixture
-async def hand(connect: Connect) -> Hand:
+async def manual(connect: Connect) -> ManualWorker:
     """A worker that is present and moved by hand."""
-    worker = Hand(await connect())
+    worker = ManualWorker(await connect())
     await worker.register()
     return worker

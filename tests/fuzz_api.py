@@ -22,8 +22,8 @@ import psycopg
 from outwake._migrate import migrate
 from outwake.session import token
 from tests.support.database import new_database
-from tests.support.hand import Hand
 from tests.support.issuer import bearer
+from tests.support.manual_worker import ManualWorker
 from tests.support.process import running
 from tests.support.server import running_server, with_database
 
@@ -58,7 +58,7 @@ async def fuzz(database: str, directory: Path, cases: int) -> tuple[int, int]:
         await psycopg.AsyncConnection.connect(database, autocommit=True) as conn,
         running("outwake", "api", env=environment) as api,
     ):
-        await Hand(conn).register()  # /readyz?workers=1 asks for one
+        await ManualWorker(conn).register()  # /readyz?workers=1 asks for one
         _, text = await token.create(conn, "fuzz", "fuzz", operator=True)
         ready = await api.event("api_ready")
         url = f"http://127.0.0.1:{ready['port']}"

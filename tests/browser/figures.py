@@ -16,7 +16,7 @@ from tests.browser.chromium import chromium
 from tests.browser.scene import INIT, make_scene, say
 from tests.support.api import Api, serving
 from tests.support.database import new_database
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.server import running_server, with_database
 
 SAMPLES = 40
@@ -97,11 +97,11 @@ async def _load(page: Page, url: str) -> Any:
 
 
 async def _time(browser: Browser, api: Api, conn: AsyncConnection[Any]) -> None:
-    hand = Hand(conn)
-    await hand.register()
+    manual = ManualWorker(conn)
+    await manual.register()
     session = await api.create()
-    await hand.claim()
-    await hand.store(INIT, say("Begun."))
+    await manual.claim()
+    await manual.store(INIT, say("Begun."))
     context = await browser.new_context()
     await context.add_init_script(_NOTE_FIRST_EVENT)
     opened = []
@@ -119,7 +119,7 @@ async def _time(browser: Browser, api: Api, conn: AsyncConnection[Any]) -> None:
     for number in range(SAMPLES):
         appeared = asyncio.create_task(page.evaluate(_APPEARED, f"sample {number}."))
         await page.evaluate("1")  # the observer is there
-        await hand.store(say(f"sample {number}."))
+        await manual.store(say(f"sample {number}."))
         committed = time.time() * 1000
         shown.append(await appeared - committed)
         await asyncio.sleep(0.4)  # an agent's pace, not a burst

@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 from psycopg.types.json import Jsonb
 
 from outwake.schema import in_schema
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 TOPICS = ["outbox.prune", "sandbox.return", "session.run", "webhook.deliver"]
 LIVE_TITLE = "Retry webhooks with jittered backoff"
@@ -133,18 +133,18 @@ async def make_scene(client: httpx.AsyncClient, conn: AsyncConnection[Any]) -> s
 
     Returns the id of the session to look at.
     """
-    hand = Hand(conn)
-    await hand.register()
+    manual = ManualWorker(conn)
+    await manual.register()
     await conn.execute(
         "UPDATE worker SET host = 'runner-1', pid = 2114, version = '0.1.0', concurrency = 4, topics = %s,"
         " started_at = started_at - interval '3 hours 12 minutes' WHERE id = %s",
-        (TOPICS, hand.id),
+        (TOPICS, manual.id),
     )
     await _other_worker(conn)
     await _traffic(conn)
     for repo, title, prompt, minutes, end in _SESSIONS:
-        await _session(client, hand, repo, title, prompt, minutes, end)
-    live = await _conversation(client, hand)
+        await _session(client, manual, repo, title, prompt, minutes, end)
+    live = await _conversation(client, manual)
     for title in ("Translate the onboarding mails", "Upgrade to Postgres 18"):
         await _create(client, "octo/site", title, f"{title}.")
     await _dead(conn)
@@ -159,48 +159,56 @@ async def _create(client: httpx.AsyncClient, repo: str, title: str, prompt: str)
 
 
 async def _session(
-    client: httpx.AsyncClient, hand: Hand, repo: str, title: str, prompt: str, minutes: int, end: str
+    client: httpx.AsyncClient,
+    manual: ManualWorker,
+    repo: str,
+    title: str,
+    prompt: str,
+    minutes: int,
+    end: str,
 ) -> None:
     session = await _create(client, repo, title, prompt)
-    await hand.claim()
-    await hand.store(INIT, say("Done."), outcome := result(0.031 + minutes / 1000, 38 + minutes / 4, 6))
+    await manual.claim()
+    await manual.store(INIT, say("Done."), outcome := result(0.031 + minutes / 1000, 38 + minutes / 4, 6))
     if end == "cancelled":
         await client.post(f"/sessions/{session}/cancel")
-        await hand.conn.execute("UPDATE outbox SET state = 'cancelled' WHERE id = %s", (hand.row,))
+        await manual.conn.execute("UPDATE outbox SET state = 'cancelled' WHERE id = %s", (manual.row,))
     elif end == "dead":
-        await hand.fail("cannot clone octo/infra: the remote said: Repository not found.", permanent=True)
+        await manual.fail("cannot clone octo/infra: the remote said: Repository not found.", permanent=True)
     else:
-        await _conclude(hand, "succeeded" if end == "done" else "failed", outcome)
-    await _move_back(hand.conn, session, timedelta(minutes=minutes))
+        await _conclude(manual, "succeeded" if end == "done" else "failed", outcome)
+    await _move_back(manual.conn, session, timedelta(minutes=minutes))
 
 
-async def _conclude(hand: Hand, status: str, outcome: dict[str, Any], *commits: dict[str, str]) -> None:
+async def _conclude(
+    manual: ManualWorker, status: str, outcome: dict[str, Any], *commits: dict[str, str]
+) -> None:
     reason = "the agent ended with exit status 1: no network" if status == "failed" else None
     done = {"branch": "outwake/work", "agent": outcome, "commits": list(commits)}
-    await hand.conn.execute(
+    await manual.conn.execute(
         "UPDATE prompt SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()"
         " WHERE id = %s",
-        (status, reason, Jsonb(done), hand.payload["prompt_id"]),
+        (status, reason, Jsonb(done), manual.payload["prompt_id"]),
     )
-    await hand.complete()
+    await manual.complete()
 
 
-async def _conversation(client: httpx.AsyncClient, hand: Hand) -> str:
+async def _conversation(client: httpx.AsyncClient, manual: ManualWorker) -> str:
     prompt = (
         "Our webhooks are retried every second. Use exponential backoff with full jitter, at most 10 minutes."
     )
     session = await _create(client, "octo/webhooks", LIVE_TITLE, prompt)
-    await hand.claim()
-    await hand.store(INIT, say("I'll look at how deliveries are retried today."))
-    await hand.fail("the agent was ended from outside (lease)")  # an attempt that a rescue ended
-    await hand.claim()
-    await hand.store(*_FIRST_TURN)
+    await manual.claim()
+    await manual.store(INIT, say("I'll look at how deliveries are retried today."))
+    await manual.fail("the agent was ended from outside (lease)")  # an attempt that a rescue ended
+    await manual.claim()
+    await manual.store(*_FIRST_TURN)
     commit = {"sha": "7c1f0be2a94d55e1", "subject": "Back off with jitter"}
-    await _conclude(hand, "succeeded", _FIRST_TURN[-1], commit)
-    await _move_back(hand.conn, session, timedelta(minutes=7))
+    await _conclude(manual, "succeeded", _FIRST_TURN[-1], commit)
+    await _move_back(manual.conn, session, timedelta(minutes=7))
     await client.post(f"/sessions/{session}/prompts", json={"prompt": "Make the longest pause a setting."})
-    await hand.claim()
-    await hand.store(*_SECOND_TURN)
+    await manual.claim()
+    await manual.store(*_SECOND_TURN)
     return session
 
 

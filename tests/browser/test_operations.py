@@ -10,7 +10,7 @@ from tests.browser.conftest import TIMEOUT, StartWorker
 from tests.browser.scene import make_scene
 from tests.conftest import Connect
 from tests.support.api import Api
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 expect.set_options(timeout=TIMEOUT)
 
@@ -18,12 +18,12 @@ PAGES = ["/", "/ui/new", "/ui/outbox", "/ui/workers", "/ui/dead"]
 
 
 async def test_a_dead_row_is_retried_and_another_discarded(
-    page: Page, api: Api, hand: Hand, start_worker: StartWorker, repository: str
+    page: Page, api: Api, manual: ManualWorker, start_worker: StartWorker, repository: str
 ) -> None:
     first = await api.create(repo=repository, title="First")
     for _ in range(2):
-        await hand.claim()
-        await hand.fail("no such host: git.example", permanent=True)
+        await manual.claim()
+        await manual.fail("no such host: git.example", permanent=True)
         await api.create(repo=repository, title="Second")
     await page.goto("/ui/dead")
     rows = page.locator("li.dead")
@@ -58,9 +58,9 @@ async def test_without_a_worker_every_page_says_so(
         await expect(page.locator("#banner")).to_be_empty()
 
 
-async def test_workers_and_what_they_run(page: Page, api: Api, hand: Hand) -> None:
+async def test_workers_and_what_they_run(page: Page, api: Api, manual: ManualWorker) -> None:
     await api.create(title="Long work")
-    await hand.claim()
+    await manual.claim()
     await page.goto("/ui/workers")
     card = page.get_by_role("listitem").filter(has_text="test:1").first
     await expect(card).to_contain_text("busy")
@@ -69,12 +69,12 @@ async def test_workers_and_what_they_run(page: Page, api: Api, hand: Hand) -> No
     await expect(page.get_by_role("heading", name="Long work")).to_be_visible()
 
 
-async def test_the_outbox_by_state_and_a_row(page: Page, api: Api, hand: Hand) -> None:
+async def test_the_outbox_by_state_and_a_row(page: Page, api: Api, manual: ManualWorker) -> None:
     for number in range(3):
         await api.create(title=f"Session {number}")
-    await hand.claim()
-    await hand.complete()
-    await hand.claim()
+    await manual.claim()
+    await manual.complete()
+    await manual.claim()
     await page.goto("/ui/outbox")
     await expect(page.locator("figure")).to_have_count(3)
     await expect(page.get_by_role("img", name=re.compile("Finished.*1 done"))).to_be_visible()
@@ -92,12 +92,12 @@ async def test_the_outbox_by_state_and_a_row(page: Page, api: Api, hand: Hand) -
 
 
 async def test_an_action_that_came_too_late_says_so(
-    page: Page, api: Api, hand: Hand, tolerated: set[str]
+    page: Page, api: Api, manual: ManualWorker, tolerated: set[str]
 ) -> None:
     tolerated.add("status of 409")
     await api.create()
-    await hand.claim()
-    await hand.fail("no", permanent=True)
+    await manual.claim()
+    await manual.fail("no", permanent=True)
     await page.goto("/ui/dead")
     await api.client.post("/outbox/1/retry")
     await page.locator("summary", has_text="Discard").click()

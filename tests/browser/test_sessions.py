@@ -7,7 +7,7 @@ from playwright.async_api import BrowserContext, Locator, Page, expect
 from tests.browser.conftest import TIMEOUT, StartWorker
 from tests.browser.scene import returned, say, tool
 from tests.support.api import Api
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 expect.set_options(timeout=TIMEOUT)
 
@@ -86,17 +86,17 @@ async def test_a_running_turn_is_cancelled_and_retried(
 
 
 async def test_a_tools_result_that_comes_later_is_put_under_its_call(
-    page: Page, api: Api, hand: Hand
+    page: Page, api: Api, manual: ManualWorker
 ) -> None:
     session = await api.create()
     await page.goto(f"/ui/sessions/{session['id']}")
     await expect(page.get_by_text("live", exact=True)).to_be_visible()
-    await hand.claim()
-    await hand.store(tool("a", "Read", file_path="a.py"), tool("b", "Bash", command="make"))
+    await manual.claim()
+    await manual.store(tool("a", "Read", file_path="a.py"), tool("b", "Bash", command="make"))
     calls = page.locator("details.tool")
     await expect(calls).to_have_count(2)
     await calls.nth(0).locator("summary").click()
-    await hand.store(returned("b", "no rule", error=True), returned("a", "print(1)"))
+    await manual.store(returned("b", "no rule", error=True), returned("a", "print(1)"))
     await expect(calls.nth(0).get_by_label("Result")).to_have_text("print(1)")
     await expect(calls.nth(1).get_by_label("Result")).to_have_text("no rule")
     await expect(calls.nth(1).locator(".returned")).to_have_class(re.compile("failed"))
@@ -106,43 +106,45 @@ async def test_a_tools_result_that_comes_later_is_put_under_its_call(
     await expect(calls.nth(0).locator(".returned pre")).to_have_text("print(1)")
 
 
-async def test_every_message_is_shown_once_and_in_order(page: Page, api: Api, hand: Hand) -> None:
+async def test_every_message_is_shown_once_and_in_order(page: Page, api: Api, manual: ManualWorker) -> None:
     session = await api.create()
     await page.goto(f"/ui/sessions/{session['id']}")
-    await hand.claim()
+    await manual.claim()
     for start in range(0, 700, 70):  # more than one answer to the script holds
-        await hand.store(*(say(f"word {number}") for number in range(start, start + 70)))
+        await manual.store(*(say(f"word {number}") for number in range(start, start + 70)))
     await expect(page.locator(".message")).to_have_count(700)
     shown = await page.locator(".message").all_inner_texts()
     assert [text.strip() for text in shown] == [f"word {number}" for number in range(700)]
 
 
-async def test_what_came_while_the_stream_was_down_is_shown(page: Page, api: Api, hand: Hand) -> None:
+async def test_what_came_while_the_stream_was_down_is_shown(
+    page: Page, api: Api, manual: ManualWorker
+) -> None:
     session = await api.create()
     await page.goto(f"/ui/sessions/{session['id']}")
-    await hand.claim()
-    await hand.store(say("Before."))
+    await manual.claim()
+    await manual.store(say("Before."))
     await expect(page.get_by_text("Before.")).to_be_visible()
     for streams in list(api.context.hub._streams.values()):
         for stream in list(streams):
             stream.end()  # as when the API is started anew: the browser comes back by itself
-    await hand.store(tool("a", "Read", file_path="a.py"))
-    await hand.store(returned("a", "meanwhile"))
+    await manual.store(tool("a", "Read", file_path="a.py"))
+    await manual.store(returned("a", "meanwhile"))
     await expect(page.locator("details.tool .returned pre")).to_have_text("meanwhile")
-    await hand.store(say("After."))
+    await manual.store(say("After."))
     await expect(page.get_by_text("After.")).to_be_visible()
     assert await page.locator(".message:visible").count() == 3
 
 
-async def test_the_list_shows_what_happens(page: Page, api: Api, hand: Hand) -> None:
+async def test_the_list_shows_what_happens(page: Page, api: Api, manual: ManualWorker) -> None:
     session = await api.create(title="The one")
     await page.goto("/")
     await mark(page)
     badge = page.get_by_role("listitem").filter(has_text="The one").locator(".state")
     await expect(badge).to_have_text("active")
-    await hand.claim()
+    await manual.claim()
     await expect(badge).to_have_text("pending")
-    await hand.complete()
+    await manual.complete()
     await expect(badge).to_have_text("completed")
     assert await marked(page), "the page was loaded anew"
     await page.get_by_role("link", name="The one").click()
@@ -197,13 +199,13 @@ async def test_the_keyboard_is_enough(page: Page, api: Api) -> None:
     await expect(archive).to_be_focused()
 
 
-async def test_what_is_typed_survives_what_happens(page: Page, api: Api, hand: Hand) -> None:
+async def test_what_is_typed_survives_what_happens(page: Page, api: Api, manual: ManualWorker) -> None:
     session = await api.create()
     await page.goto(f"/ui/sessions/{session['id']}")
     await page.get_by_label("Follow-up").fill("half a thou")
-    await hand.claim()
-    await hand.store(say("Working."))
-    await hand.complete()
+    await manual.claim()
+    await manual.store(say("Working."))
+    await manual.complete()
     await expect(status(page)).to_have_text("completed")
     await page.get_by_label("Follow-up").press_sequentially("ght")
     await expect(page.get_by_label("Follow-up")).to_have_value("half a thought")
@@ -225,7 +227,7 @@ async def test_a_wrong_form_keeps_what_was_given(page: Page, tolerated: set[str]
     await expect(page.get_by_label("Prompt")).to_have_value("two\nlines")
 
 
-async def test_pages_work_without_script(context: BrowserContext, api: Api, hand: Hand) -> None:
+async def test_pages_work_without_script(context: BrowserContext, api: Api, manual: ManualWorker) -> None:
     browser = context.browser
     assert browser is not None
     plain = await browser.new_context(base_url=api.url, java_script_enabled=False)
@@ -234,8 +236,8 @@ async def test_pages_work_without_script(context: BrowserContext, api: Api, hand
     await page.get_by_label("Repository").fill("octo/tools")
     await page.get_by_label("Prompt").fill("Do it")
     await page.get_by_role("button", name="Start session").click()
-    await hand.claim()
-    await hand.store(say("Words without script."))
+    await manual.claim()
+    await manual.store(say("Words without script."))
     await page.reload()
     await expect(page.get_by_text("Words without script.")).to_be_visible()
     await page.get_by_role("button", name="Cancel").click()

@@ -31,13 +31,13 @@ from tests.conftest import Connect
 from tests.support.beside import squatters, traps
 from tests.support.database import set_search_path
 from tests.support.pages import EXAMPLE, blocks, install_example
-from tests.support.place import Place
 from tests.support.process import ROOT, Process, command_line, running
 from tests.support.schema import describe
 from tests.support.scraped import scrape
 from tests.support.steps import LEASE, Connection, column, one, with_and_without
 from tests.support.worker import command
 from tests.support.worker import install as install_handlers
+from tests.support.worker_env import WorkerEnv
 
 JOBS = {"OUTWAKE_SCHEMA": "jobs"}
 OUTBOX_TABLES = {"outbox", "worker", "topic", "outbox_alert", "producer_topic", "migration"}
@@ -222,7 +222,7 @@ async def use(shop: Shop, directory: Path) -> None:
         f"INSERT INTO outwake.producer_topic VALUES ('{shop.app.name}', 'email.send')".encode()
     )
     install_example(EXAMPLE, directory)
-    environment = {**Place(shop.worker.url, directory).environment, "PYTHONPATH": f"{directory}:{ROOT}"}
+    environment = {**WorkerEnv(shop.worker.url, directory).environment, "PYTHONPATH": f"{directory}:{ROOT}"}
     repository = make_repository(directory / "repository").as_uri()
     api_environment = {**environment, "DATABASE_URL": shop.deployer.url, "OUTWAKE_PORT": "0"}
     async with (
@@ -540,7 +540,7 @@ async def test_outbox_alone_is_enough_for_handlers_of_ones_own(
         assert (await scrape(worker))["outwake_worker_attempts_total", "noop", "done"] == 1
         await succeeds(shop.url, "status")
         await succeeds(shop.url, "prune")
-        environment = {**Place(shop.url, tmp_path).environment, "OUTWAKE_PORT": "0"}
+        environment = {**WorkerEnv(shop.url, tmp_path).environment, "OUTWAKE_PORT": "0"}
         async with running("outwake", "api", env=environment) as api:
             ready = await api.event("api_ready")
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready['port']}", timeout=60) as client:

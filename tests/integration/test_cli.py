@@ -21,7 +21,7 @@ import pytest
 from outwake.cli.output import clean, duration
 from outwake.sql import LINES, Line, files, newest
 from tests.conftest import Connect
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.process import ROOT, Process, command_line, running
 from tests.support.scenario import SESSION, build
 from tests.support.steps import add, one
@@ -124,7 +124,7 @@ async def test_top_on_a_terminal_gives_the_screen_back(database: str, connect: C
     assert said.index(b"\x1b[?1049h") < said.index(b"NOT READY")  # on the other screen
 
 
-async def test_tail_follows_to_the_end(database: str, connect: Connect, hand: Hand) -> None:
+async def test_tail_follows_to_the_end(database: str, connect: Connect, manual: ManualWorker) -> None:
     conn = await connect()
     await conn.execute(
         "INSERT INTO session (id, repo, target_branch, branch, title)"
@@ -143,12 +143,12 @@ async def test_tail_follows_to_the_end(database: str, connect: Connect, hand: Ha
             return [json.loads(line) for line in tail.stdout]
 
         assert (await lines(1))[0]["inbox_status"] == "active"
-        await hand.claim()
+        await manual.claim()
         assert (await lines(2))[1]["inbox_status"] == "pending"
-        await hand.say("one", "two")
+        await manual.say("one", "two")
         await lines(4)
-        await hand.say("three")
-        await conn.execute("SELECT outbox_complete(%s, %s, %s)", (hand.id, [hand.row], [hand.attempt]))
+        await manual.say("three")
+        await conn.execute("SELECT outbox_complete(%s, %s, %s)", (manual.id, [manual.row], [manual.attempt]))
         assert await tail.ended() == 0
         events = [json.loads(line) for line in tail.stdout]
     assert [event["body"]["text"] for event in events if event["event"] == "message"] == [
@@ -179,7 +179,9 @@ async def build_escape(connect: Connect) -> None:
     )
 
 
-async def test_tail_goes_on_after_a_lost_connection(database: str, connect: Connect, hand: Hand) -> None:
+async def test_tail_goes_on_after_a_lost_connection(
+    database: str, connect: Connect, manual: ManualWorker
+) -> None:
     scenario = await build(connect)
     env = {"DATABASE_URL": database}
     async with running("outwake", "tail", str(SESSION), "--json", env=env) as tail:

@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from outwake.app.dashboard.page import POLICY
 from tests.conftest import Connect
 from tests.support.api import Api, serving
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 SAME = {"Sec-Fetch-Site": "same-origin"}
@@ -26,7 +26,7 @@ async def pages(api: Api) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_each_page_has_the_policy_and_no_inline_script_or_style(
-    api: Api, pages: httpx.AsyncClient, hand: Hand
+    api: Api, pages: httpx.AsyncClient, manual: ManualWorker
 ) -> None:
     session = await api.create()
     paths = ["/", "/ui/new", "/ui/outbox", "/ui/workers", "/ui/dead", f"/ui/sessions/{session['id']}"]
@@ -116,23 +116,23 @@ async def test_no_form_leads_elsewhere(pages: httpx.AsyncClient, back: str) -> N
 
 
 async def test_whatever_an_agent_prints_is_shown_as_text(
-    api: Api, pages: httpx.AsyncClient, hand: Hand
+    api: Api, pages: httpx.AsyncClient, manual: ManualWorker
 ) -> None:
     session = await api.create(prompt=NASTY, title=NASTY)
-    await hand.claim()
+    await manual.claim()
     tool = {"type": "tool_use", "id": NASTY, "name": NASTY, "input": {"command": NASTY}}
     result = {"type": "tool_result", "tool_use_id": NASTY, "content": [{"type": "text", "text": NASTY}]}
     markdown = (
         f"# {NASTY}\n\n[a](javascript:alert(3)) ![b](https://elsewhere.example/x.png)\n\n|a|\n|:-:|\n|b|\n"
     )
-    await hand.store(
+    await manual.store(
         {"type": "assistant", "message": {"content": [{"type": "text", "text": markdown}, tool]}},
         {"type": "user", "message": {"content": [result]}},
         {"type": NASTY, "subtype": NASTY},
         {"type": "system", "subtype": "init", "model": NASTY},
         {"type": "result", "is_error": True, "result": NASTY, "subtype": NASTY},
     )
-    await hand.fail(NASTY, permanent=True)
+    await manual.fail(NASTY, permanent=True)
     for path in (f"/ui/sessions/{session['id']}", "/", "/ui/dead", "/ui/outbox/1", "/ui/outbox?state=dead"):
         page = (await pages.get(path)).text
         assert "<script>" not in page
@@ -157,18 +157,18 @@ async def test_whatever_an_agent_prints_is_shown_as_text(
     ],
 )
 async def test_an_event_of_any_shape_is_shown(
-    api: Api, pages: httpx.AsyncClient, hand: Hand, body: dict[str, Any]
+    api: Api, pages: httpx.AsyncClient, manual: ManualWorker, body: dict[str, Any]
 ) -> None:
     session = await api.create()
-    await hand.claim()
-    await hand.store(body)
+    await manual.claim()
+    await manual.store(body)
     answer = await pages.get(f"/ui/sessions/{session['id']}")
     assert answer.status_code == 200
     assert 'id="m-1"' in answer.text
 
 
 async def test_what_psql_wrote_is_shown(
-    api: Api, pages: httpx.AsyncClient, connect: Connect, hand: Hand
+    api: Api, pages: httpx.AsyncClient, connect: Connect, manual: ManualWorker
 ) -> None:
     session = await api.create()
     conn = await connect()
@@ -207,10 +207,12 @@ async def test_the_list_is_filtered_and_paged(api: Api, pages: httpx.AsyncClient
     assert (await pages.get("/?cursor=wrong")).status_code == 422
 
 
-async def test_a_long_conversation_comes_in_windows(api: Api, pages: httpx.AsyncClient, hand: Hand) -> None:
+async def test_a_long_conversation_comes_in_windows(
+    api: Api, pages: httpx.AsyncClient, manual: ManualWorker
+) -> None:
     session = await api.create()
-    await hand.claim()
-    await hand.say(*(f"text {number}" for number in range(1, 1001)))
+    await manual.claim()
+    await manual.say(*(f"text {number}" for number in range(1, 1001)))
     path = f"/ui/sessions/{session['id']}"
 
     def shown(page: str) -> list[int]:

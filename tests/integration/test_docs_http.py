@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.api import Api
 from tests.support.examples import Page
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.waits import awaiting, eventually
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 @pytest.mark.parametrize("name", ["http-api.md", "events.md"])
-async def test_examples(api: Api, hand: Hand, name: str) -> None:
+async def test_examples(api: Api, manual: ManualWorker, name: str) -> None:
     page = Page(DOCS / name)
     await eventually("the API to listen", lambda: api.context.hub.listening)
 
@@ -39,13 +39,13 @@ async def test_examples(api: Api, hand: Hand, name: str) -> None:
         verb, _, rest = what.partition(" ")
         match verb:
             case "claim":
-                await hand.claim()
+                await manual.claim()
             case "say":
-                await hand.say(rest)
+                await manual.say(rest)
             case "complete":
-                await hand.complete()
+                await manual.complete()
             case "fail" | "retry":
-                await hand.fail(rest, permanent=verb == "fail")
+                await manual.fail(rest, permanent=verb == "fail")
             case _:
                 raise AssertionError(f"unknown: {what}")
 

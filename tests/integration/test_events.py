@@ -14,7 +14,7 @@ import outwake.connect
 from outwake.app.live.hub import Hub
 from tests.conftest import Connect
 from tests.support.api import Api, serving
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.waits import awaiting, eventually
 
 KILL_LISTENER = """
@@ -23,10 +23,10 @@ WHERE datname = current_database() AND application_name = 'outwake api listener'
 """
 
 
-async def begun(api: Api, hand: Hand) -> str:
+async def begun(api: Api, manual: ManualWorker) -> str:
     """A session that the hand runs; its id."""
     created = await api.create()
-    await hand.claim()
+    await manual.claim()
     return str(created["id"])
 
 
@@ -90,21 +90,21 @@ async def heard(conn: AsyncConnection[Any]) -> list[str]:
     return found
 
 
-async def test_stream_from_creation_to_completion(api: Api, hand: Hand) -> None:
+async def test_stream_from_creation_to_completion(api: Api, manual: ManualWorker) -> None:
     created = await api.create()
     async with api.follow(created["id"], "?until=completed") as events:
         await events.status(inbox_status="active")
-        await hand.claim()
+        await manual.claim()
         state = await events.status(inbox_status="pending")
         assert [prompt["status"] for prompt in state["prompts"]] == ["running"]
-        await hand.say("one", "two")
+        await manual.say("one", "two")
         first = await events.next("message")
         assert (first.id, json.loads(first.data)["body"]["text"]) == ("1", "one")
         message = (await api.client.get(f"/sessions/{created['id']}/messages")).json()["messages"][0]
         assert json.loads(first.data) == message
         assert (await events.next("message")).id == "2"
-        await hand.say("three")
-        await hand.complete()
+        await manual.say("three")
+        await manual.complete()
         rest = await events.rest()
     assert [event.event for event in rest] == ["message", "status"]
     assert rest[0].id == "3"
@@ -113,55 +113,57 @@ async def test_stream_from_creation_to_completion(api: Api, hand: Hand) -> None:
     assert final["prompts"][0]["status"] == "succeeded"
 
 
-async def test_stream_of_a_completed_session_gives_all_and_ends(api: Api, hand: Hand) -> None:
-    session_id = await begun(api, hand)
-    await hand.say(*(str(number) for number in range(250)))
-    await hand.complete()
+async def test_stream_of_a_completed_session_gives_all_and_ends(api: Api, manual: ManualWorker) -> None:
+    session_id = await begun(api, manual)
+    await manual.say(*(str(number) for number in range(250)))
+    await manual.complete()
     async with api.follow(session_id, "?until=completed") as events:
         rest = await events.rest()
     assert [int(event.id) for event in rest if event.event == "message"] == list(range(1, 251))
 
 
-async def test_stream_whose_messages_were_pruned(api: Api, hand: Hand, reads: list[int]) -> None:
-    session_id = await begun(api, hand)
-    await hand.say("1", "2", "3")
-    await hand.complete()
-    await hand.conn.execute("DELETE FROM message WHERE seq > 1")
+async def test_stream_whose_messages_were_pruned(api: Api, manual: ManualWorker, reads: list[int]) -> None:
+    session_id = await begun(api, manual)
+    await manual.say("1", "2", "3")
+    await manual.complete()
+    await manual.conn.execute("DELETE FROM message WHERE seq > 1")
     async with api.follow(session_id, "?until=completed") as events:
         assert [event.event for event in await events.rest()] == ["status", "message"]
-    await hand.conn.execute("DELETE FROM message")
+    await manual.conn.execute("DELETE FROM message")
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
 
 
-async def test_new_attempt_supersedes(api: Api, hand: Hand) -> None:
-    session_id = await begun(api, hand)
+async def test_new_attempt_supersedes(api: Api, manual: ManualWorker) -> None:
+    session_id = await begun(api, manual)
     async with api.follow(session_id) as events:
-        await hand.say("old")
+        await manual.say("old")
         assert await events.texts(1) == ["old"]
-        await hand.fail("no luck")
-        await hand.claim()
-        await hand.say("new")
+        await manual.fail("no luck")
+        await manual.claim()
+        await manual.say("new")
         superseded = await events.next("superseded", "message")
         assert (superseded.event, superseded.id) == ("superseded", "2")
         assert json.loads(superseded.data)["body"]["attempt"] == 1
         assert await events.texts(1) == ["new"]
 
 
-async def test_resume_by_header_and_by_parameter(api: Api, hand: Hand) -> None:
-    session_id = await begun(api, hand)
-    await hand.say("1", "2", "3", "4")
+async def test_resume_by_header_and_by_parameter(api: Api, manual: ManualWorker) -> None:
+    session_id = await begun(api, manual)
+    await manual.say("1", "2", "3", "4")
     async with api.follow(session_id, "?after=2") as events:
         assert await events.texts(2) == ["3", "4"]
     async with api.follow(session_id, "?after=1", **{"Last-Event-ID": "3"}) as events:
         assert await events.texts(1) == ["4"]
 
 
-async def test_client_that_has_all_of_an_ended_session_is_told_to_stay_away(api: Api, hand: Hand) -> None:
-    session_id = await begun(api, hand)
-    await hand.say("1")
-    await hand.complete()
+async def test_client_that_has_all_of_an_ended_session_is_told_to_stay_away(
+    api: Api, manual: ManualWorker
+) -> None:
+    session_id = await begun(api, manual)
+    await manual.say("1")
+    await manual.complete()
     path = f"/sessions/{session_id}/events"
     headers = {"Last-Event-ID": "1"}
     response = await api.client.get(path, params={"until": "completed"}, headers=headers)
@@ -207,21 +209,21 @@ async def test_heartbeat_while_nothing_happens(api: Api, monkeypatch: pytest.Mon
 
 
 async def test_only_what_is_followed_is_notified(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
     ear = await notified(connect)
-    session_id = await begun(api, hand)
-    await hand.say("unseen")
+    session_id = await begun(api, manual)
+    await manual.say("unseen")
     assert await heard(ear) == []
     async with api.follow(session_id) as events:
         assert await events.texts(1) == ["unseen"]
         await watched(api, reads)
-        await hand.say("seen")
+        await manual.say("seen")
         assert await events.texts(1) == ["seen"]
         assert await heard(ear) == [session_id]
     await eventually("the streams to end", lambda: not api.context.hub._streams)
     await watched(api, reads)
-    await hand.say("unseen again")
+    await manual.say("unseen again")
     assert await heard(ear) == []
 
 
@@ -229,12 +231,12 @@ async def test_only_what_is_followed_is_notified(
 
 
 async def test_writer_that_looked_before_the_watch_and_commits_after_it(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
     """It saw no watch, so it notifies nobody: only the second read, after its end, shows the message."""
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     ear, writer = await notified(connect), await connect(autocommit=False)
-    await hand.say("late", conn=writer)
+    await manual.say("late", conn=writer)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads, handshakes=1)
@@ -245,29 +247,29 @@ async def test_writer_that_looked_before_the_watch_and_commits_after_it(
 
 
 async def test_writer_that_looked_after_the_watch(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     ear, writer = await notified(connect), await connect(autocommit=False)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
-        await hand.say("later", conn=writer)
+        await manual.say("later", conn=writer)
         await writer.commit()
         assert await events.texts(1) == ["later"]
     assert await heard(ear) == [session_id]
 
 
 async def test_writer_that_began_before_the_watch_and_looked_after_it(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     writer = await connect(autocommit=False)
     await writer.execute("LOCK TABLE message IN ROW EXCLUSIVE MODE")
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads, handshakes=1)
-        await hand.say("later", conn=writer)
+        await manual.say("later", conn=writer)
         await writer.commit()
         assert await events.texts(1) == ["later"]
         await watched(api, reads)
@@ -288,35 +290,37 @@ async def test_change_of_state_by_a_writer_that_looked_before_the_watch(
 
 
 async def test_long_foreign_transaction_holds_nobody_back(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
     """Of two writers in the set one ends: what it wrote is shown while the other goes on."""
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     foreign, writer = await connect(autocommit=False), await connect(autocommit=False)
     await foreign.execute("UPDATE session SET title = title WHERE false")
-    await hand.say("late", conn=writer)
+    await manual.say("late", conn=writer)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads, handshakes=1)
         await writer.commit()
         assert await events.texts(1) == ["late"]
-        await hand.say("by notification")
+        await manual.say("by notification")
         assert await events.texts(1) == ["by notification"]
         await watched(api, reads, handshakes=1)
         await foreign.rollback()
         await watched(api, reads)
 
 
-async def test_writer_that_rolls_back(api: Api, hand: Hand, connect: Connect, reads: list[int]) -> None:
-    session_id = await begun(api, hand)
+async def test_writer_that_rolls_back(
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
+) -> None:
+    session_id = await begun(api, manual)
     writer = await connect(autocommit=False)
-    await hand.say("never", conn=writer)
+    await manual.say("never", conn=writer)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads, handshakes=1)
         await writer.rollback()
         await watched(api, reads)
-        await hand.say("said")
+        await manual.say("said")
         first = await events.next("message")
         assert (first.id, json.loads(first.data)["body"]["text"]) == ("1", "said")
 
@@ -324,8 +328,8 @@ async def test_writer_that_rolls_back(api: Api, hand: Hand, connect: Connect, re
 # Interruptions.
 
 
-async def test_resume_again_and_again_while_messages_are_written(api: Api, hand: Hand) -> None:
-    session_id = await begun(api, hand)
+async def test_resume_again_and_again_while_messages_are_written(api: Api, manual: ManualWorker) -> None:
+    session_id = await begun(api, manual)
     total, seed = 600, random.randrange(2**32)
     dice = random.Random(seed)
 
@@ -333,9 +337,9 @@ async def test_resume_again_and_again_while_messages_are_written(api: Api, hand:
         written = 0
         while written < total:
             count = min(dice.randint(1, 9), total - written)
-            await hand.say(*(str(written + number) for number in range(1, count + 1)))
+            await manual.say(*(str(written + number) for number in range(1, count + 1)))
             written += count
-        await hand.complete()
+        await manual.complete()
 
     async def read() -> list[int]:
         got: list[int] = []
@@ -360,9 +364,9 @@ async def test_resume_again_and_again_while_messages_are_written(api: Api, hand:
 
 
 async def test_listener_is_killed_while_streaming(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     operator = await connect()
     total = 200
 
@@ -370,8 +374,8 @@ async def test_listener_is_killed_while_streaming(
         for number in range(1, total + 1):
             if number % 40 == 0:
                 await operator.execute(KILL_LISTENER)
-            await hand.say(str(number))
-        await hand.complete()
+            await manual.say(str(number))
+        await manual.complete()
 
     async with api.follow(session_id, "?until=completed") as events:
         await watched(api, reads)
@@ -382,10 +386,10 @@ async def test_listener_is_killed_while_streaming(
 
 
 async def test_what_is_said_while_the_listener_is_away(
-    api: Api, hand: Hand, connect: Connect, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is notified to nobody, and nothing else follows."""
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     operator, gate = await connect(), asyncio.Event()
 
     async def gated(*arguments: Any) -> Any:
@@ -398,15 +402,15 @@ async def test_what_is_said_while_the_listener_is_away(
         await watched(api, reads)
         await operator.execute(KILL_LISTENER)
         await eventually("the API to lose its listener", lambda: not api.context.hub.listening)
-        await hand.say("missed")
+        await manual.say("missed")
         gate.set()
         assert await events.texts(1) == ["missed"]
 
 
 async def test_killed_listener_comes_back_under_a_new_presence(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     operator = await connect()
     query = "SELECT presence FROM watcher"
     async with api.follow(session_id) as events:
@@ -419,22 +423,22 @@ async def test_killed_listener_comes_back_under_a_new_presence(
         after = await (await operator.execute(query)).fetchall()
         assert len(after) == 1
         assert after != before
-        await hand.say("heard")
+        await manual.say("heard")
         assert await events.texts(1) == ["heard"]
 
 
 async def test_slow_client_holds_one_batch_and_no_more(
-    api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+    api: Api, manual: ManualWorker, monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
     """What is not taken is not read: the stream stays at its cursor, and goes on from there."""
     monkeypatch.setattr("outwake.app.live.hub.BATCH", 10)
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     hub = api.context.hub
     stream = hub.follow(UUID(session_id), 0, until_completed=False)
     await stream.begin()
     await stream.take(0)
     await watched(api, reads)
-    await hand.say(*(str(number) for number in range(100)))
+    await manual.say(*(str(number) for number in range(100)))
     await eventually("the stream to be full", lambda: stream.full)
     async with api.follow(session_id) as events:
         assert len(await events.texts(100)) == 100
@@ -449,14 +453,14 @@ async def test_slow_client_holds_one_batch_and_no_more(
 
 
 async def test_client_that_takes_nothing_is_cut_off(
-    database: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+    database: str, manual: ManualWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outwake.app.main.STALL_TIMEOUT", 1)
     async with serving(database) as api:
-        session_id = await begun(api, hand)
+        session_id = await begun(api, manual)
         body = {"type": "assistant", "text": "x" * 60_000}
         for _ in range(20):
-            await hand.store(*[body] * 20)
+            await manual.store(*[body] * 20)
         url = httpx.URL(api.url)
         assert url.port is not None
         reader, writer = await asyncio.open_connection("127.0.0.1", url.port, limit=1024)
@@ -479,24 +483,26 @@ async def test_streams_end_when_the_process_stops(database: str) -> None:
 
 
 async def test_notification_that_is_not_understood_reads_every_stream(
-    api: Api, hand: Hand, connect: Connect, reads: list[int]
+    api: Api, manual: ManualWorker, connect: Connect, reads: list[int]
 ) -> None:
     """A newer schema may say more: any session may be meant."""
-    session_id = await begun(api, hand)
+    session_id = await begun(api, manual)
     async with api.follow(session_id) as events:
         await events.status()
         await watched(api, reads)
-        await hand.conn.execute("DELETE FROM watcher")  # so that the next message notifies nobody
-        await hand.say("one")
+        await manual.conn.execute("DELETE FROM watcher")  # so that the next message notifies nobody
+        await manual.say("one")
         before = reads[1]
         assert await heard(await notified(connect)) == []
         assert reads[1] == before
-        await hand.conn.execute("NOTIFY outwake_session, 'v2:all'")
+        await manual.conn.execute("NOTIFY outwake_session, 'v2:all'")
         assert await events.texts(1) == ["one"]
 
 
-async def test_many_streams_are_read_by_few_statements(api: Api, hand: Hand, reads: list[int]) -> None:
-    session_id = await begun(api, hand)
+async def test_many_streams_are_read_by_few_statements(
+    api: Api, manual: ManualWorker, reads: list[int]
+) -> None:
+    session_id = await begun(api, manual)
     hub = api.context.hub
     streams = [hub.follow(UUID(session_id), 0, until_completed=False) for _ in range(1000)]
     await asyncio.gather(*(stream.begin() for stream in streams))
@@ -504,7 +510,7 @@ async def test_many_streams_are_read_by_few_statements(api: Api, hand: Hand, rea
         await stream.take(0)
     await watched(api, reads)
     before = reads[1]
-    await hand.say("one")
+    await manual.say("one")
     batches = await asyncio.gather(*(stream.take(10) for stream in streams))
     assert all(b"one" in batch for batch in batches)
     assert reads[1] - before <= 2
@@ -517,15 +523,15 @@ async def test_a_worker_notifies_after_its_commit_and_only_who_watches(
     database: str, connect: Connect
 ) -> None:
     async with serving(database) as api:
-        hand = Hand(await connect())
-        await hand.register()
-        session_id = await begun(api, hand)
+        manual = ManualWorker(await connect())
+        await manual.register()
+        session_id = await begun(api, manual)
     listener = await connect()
     await listener.execute("LISTEN outwake_session")
 
     async def heard() -> list[str]:
         """What was notified until now: another transaction's notification comes after it."""
-        await hand.conn.execute("NOTIFY outwake_session, 'now'")
+        await manual.conn.execute("NOTIFY outwake_session, 'now'")
         found = []
         async for notification in listener.notifies(timeout=60):
             if notification.payload == "now":
@@ -533,14 +539,14 @@ async def test_a_worker_notifies_after_its_commit_and_only_who_watches(
             found.append(notification.payload)
         return found
 
-    assert await hand.say_later("nobody watches") is False
+    assert await manual.say_later("nobody watches") is False
     assert await heard() == []
-    await hand.conn.execute("INSERT INTO watcher (session_id, presence) VALUES (%s, 1)", (session_id,))
-    assert await hand.say_later("watched") is True
+    await manual.conn.execute("INSERT INTO watcher (session_id, presence) VALUES (%s, 1)", (session_id,))
+    assert await manual.say_later("watched") is True
     assert await heard() == []
-    await hand.conn.execute("SELECT session_notify(%s)", (session_id,))
+    await manual.conn.execute("SELECT session_notify(%s)", (session_id,))
     assert await heard() == [session_id]
-    async with hand.conn.transaction():  # what was put off does not put off others
-        await hand.say_later("watched")
-        await hand.say("at once")
+    async with manual.conn.transaction():  # what was put off does not put off others
+        await manual.say_later("watched")
+        await manual.say("at once")
     assert await heard() == [session_id]

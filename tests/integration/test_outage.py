@@ -19,7 +19,7 @@ from outwake.embedded.postgres import EmbeddedPostgres
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.database import set_search_path
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 from tests.support.waits import awaiting, eventually
 
 
@@ -221,11 +221,11 @@ async def test_victim_of_a_deadlock_is_repeated(
     assert await database.row("SELECT outwake.unlucky()") == ("done",)
 
 
-async def test_ready_with_and_without_a_worker(api: Api, hand: Hand) -> None:
+async def test_ready_with_and_without_a_worker(api: Api, manual: ManualWorker) -> None:
     await eventually("the API to listen", lambda: api.context.hub.listening)
     ready = await api.client.get("/readyz?workers=1")
     assert (ready.status_code, ready.json()["worker_present"]) == (200, True)
-    await hand.conn.close()
+    await manual.conn.close()
     api.context.presence._read_at = float("-inf")
     absent = await api.client.get("/readyz?workers=1")
     assert (absent.status_code, absent.json()["detail"]) == (503, "Not so: worker_present.")

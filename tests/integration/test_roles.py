@@ -24,12 +24,12 @@ from outwake.schema import Schema
 from tests.conftest import Connect
 from tests.support.api import serving
 from tests.support.http import Receiver, listening
-from tests.support.place import Place
 from tests.support.process import running
 from tests.support.roles import Role, Roles, roles_of
 from tests.support.scenario import build
 from tests.support.steps import Connection, add, column, get, new_worker, one, until
 from tests.support.worker import command, install, watched
+from tests.support.worker_env import WorkerEnv
 
 TRACE = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 ROLES = ("producer", "worker", "monitor", "reader", "operator")
@@ -392,14 +392,14 @@ async def test_a_worker_that_owns_nothing_runs_sessions(
         "OUTWAKE_WEBHOOK_SECRET": "whsec_" + base64.b64encode(bytes(32)).decode(),
         "OUTWAKE_WEBHOOK_ALLOW": "127.0.0.1",
     }
-    place = Place(worker_role.url, tmp_path)
-    place.environment = {**place.environment, **webhooks}
+    worker_env = WorkerEnv(worker_role.url, tmp_path)
+    worker_env.environment = {**worker_env.environment, **webhooks}
     repository = make_repository(tmp_path / "repository").as_uri()
     conn = await connect()
     async with (
         listening(receiver) as url,
         serving(database, OUTWAKE_ALLOW_FILE_REPOS="true", **webhooks) as api,
-        place.worker() as worker,
+        worker_env.worker() as worker,
     ):
         await worker.event("parked")
         created = await api.create(

@@ -5,15 +5,15 @@ from typing import Any
 from outwake.session import token
 from tests.conftest import Connect
 from tests.support.api import Api
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 
-async def dead(api: Api, hand: Hand, reason: str = "broken") -> int:
+async def dead(api: Api, manual: ManualWorker, reason: str = "broken") -> int:
     await api.create()
-    await hand.claim()
-    await hand.fail(reason, permanent=True)
-    assert hand.row is not None
-    return hand.row
+    await manual.claim()
+    await manual.fail(reason, permanent=True)
+    assert manual.row is not None
+    return manual.row
 
 
 async def change(api: Api, row: int, name: str) -> tuple[int, dict[str, Any]]:
@@ -21,40 +21,40 @@ async def change(api: Api, row: int, name: str) -> tuple[int, dict[str, Any]]:
     return response.status_code, response.json()
 
 
-async def test_dead_row_is_listed_with_its_error_and_retried(api: Api, hand: Hand) -> None:
-    row = await dead(api, hand)
+async def test_dead_row_is_listed_with_its_error_and_retried(api: Api, manual: ManualWorker) -> None:
+    row = await dead(api, manual)
     page = (await api.client.get("/outbox?state=dead")).json()
     assert [found["id"] for found in page["rows"]] == [row]
     assert page["rows"][0]["errors"][0]["error"] == "broken"
     status, retried = await change(api, row, "retry")
     assert (status, retried["state"], retried["failures"]) == (200, "ready", 0)
-    await hand.claim()
-    assert hand.row == row
+    await manual.claim()
+    assert manual.row == row
     assert (await api.client.get("/outbox")).json()["rows"] == []
 
 
-async def test_discarded_row_is_cancelled_for_good(api: Api, hand: Hand) -> None:
-    row = await dead(api, hand)
+async def test_discarded_row_is_cancelled_for_good(api: Api, manual: ManualWorker) -> None:
+    row = await dead(api, manual)
     assert (await change(api, row, "discard"))[1]["state"] == "cancelled"
     status, problem = await change(api, row, "discard")
     assert (status, problem["type"]) == (409, "urn:outwake:problem:wrong-state")
     assert problem["state"] == "cancelled"
 
 
-async def test_cancel_of_a_waiting_and_of_a_running_row(api: Api, hand: Hand) -> None:
+async def test_cancel_of_a_waiting_and_of_a_running_row(api: Api, manual: ManualWorker) -> None:
     await api.create()
     status, cancelled = await change(api, 1, "cancel")
     assert (status, cancelled["state"]) == (200, "cancelled")
     await api.create()
-    await hand.claim()
-    assert hand.row is not None
-    status, running = await change(api, hand.row, "cancel")
+    await manual.claim()
+    assert manual.row is not None
+    status, running = await change(api, manual.row, "cancel")
     assert (status, running["state"]) == (202, "running")
     assert running["cancel_requested_at"] is not None
 
 
-async def test_pages_of_dead_rows(api: Api, hand: Hand) -> None:
-    made = [await dead(api, hand, str(number)) for number in range(5)]
+async def test_pages_of_dead_rows(api: Api, manual: ManualWorker) -> None:
+    made = [await dead(api, manual, str(number)) for number in range(5)]
     listed: list[int] = []
     query = {"limit": "2"}
     while True:
@@ -90,9 +90,9 @@ async def test_unknown_row(api: Api) -> None:
         assert (await api.client.post(f"/outbox/{row}/retry")).status_code == 404
 
 
-async def test_users_who_are_no_operators(api: Api, hand: Hand, connect: Connect) -> None:
+async def test_users_who_are_no_operators(api: Api, manual: ManualWorker, connect: Connect) -> None:
     """They see their own sessions, and no outbox."""
-    row = await dead(api, hand)
+    row = await dead(api, manual)
     theirs = await api.create()
     _, text = await token.create(await connect(), "someone", "test")
     api.client.headers["Authorization"] = f"Bearer {text}"

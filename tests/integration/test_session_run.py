@@ -13,9 +13,9 @@ import pytest
 from outwake.embedded.demo import SEED_QUERY, make_repository
 from tests.conftest import Connect
 from tests.support.api import Api, serving
-from tests.support.place import Place, held
 from tests.support.process import Process
 from tests.support.steps import column
+from tests.support.worker_env import WorkerEnv, held
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def repository(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def place(database: str, tmp_path: Path) -> Place:
-    return Place(database, tmp_path)
+def worker_env(database: str, tmp_path: Path) -> WorkerEnv:
+    return WorkerEnv(database, tmp_path)
 
 
 async def session(api: Api, session_id: str) -> dict[str, Any]:
@@ -41,9 +41,9 @@ async def session(api: Api, session_id: str) -> dict[str, Any]:
 
 
 async def test_a_session_is_worked_on_and_its_result_read_back(
-    api: Api, place: Place, repository: str, connect: Connect
+    api: Api, worker_env: WorkerEnv, repository: str, connect: Connect
 ) -> None:
-    async with place.worker() as worker:
+    async with worker_env.worker() as worker:
         await worker.event("parked")
         created = await api.create(repo=repository, prompt="Write a note lines:25")
         assert created["worker_present"] is True
@@ -65,9 +65,9 @@ async def test_a_session_is_worked_on_and_its_result_read_back(
 
 
 async def test_the_seeds_query_shows_active_pending_completed(
-    api: Api, place: Place, repository: str, connect: Connect
+    api: Api, worker_env: WorkerEnv, repository: str, connect: Connect
 ) -> None:
-    conn, fifo = await connect(), place.fifo("go")
+    conn, fifo = await connect(), worker_env.fifo("go")
 
     async def status() -> str:
         row = await (await conn.execute(SEED_QUERY.encode())).fetchone()
@@ -77,7 +77,7 @@ async def test_the_seeds_query_shows_active_pending_completed(
     created = await api.create(repo=repository, prompt=f"wait-for:{fifo}")
     assert created["worker_present"] is False
     assert await status() == "active active"
-    async with place.worker() as worker:
+    async with worker_env.worker() as worker:
         await worker.event("agent_started")
         assert await status() == "pending active"
         await asyncio.to_thread(fifo.write_bytes, b"")
@@ -86,10 +86,10 @@ async def test_the_seeds_query_shows_active_pending_completed(
 
 
 async def test_a_killed_workers_session_is_finished_by_another_and_nothing_is_twice(
-    api: Api, place: Place, repository: str
+    api: Api, worker_env: WorkerEnv, repository: str
 ) -> None:
-    hold, go = place.fifo("hold"), place.fifo("go")
-    async with place.worker() as first, place.worker() as second:
+    hold, go = worker_env.fifo("hold"), worker_env.fifo("go")
+    async with worker_env.worker() as first, worker_env.worker() as second:
         await first.event("parked")
         await second.event("parked")
         created = await api.create(repo=repository, prompt=f"lines:40 hold:{hold} wait-for:{go}")
@@ -119,10 +119,10 @@ async def test_a_killed_workers_session_is_finished_by_another_and_nothing_is_tw
 
 
 async def test_cancel_ends_the_agents_whole_group(
-    api: Api, place: Place, repository: str, connect: Connect
+    api: Api, worker_env: WorkerEnv, repository: str, connect: Connect
 ) -> None:
-    hold = place.fifo("hold")
-    async with place.worker() as worker:
+    hold = worker_env.fifo("hold")
+    async with worker_env.worker() as worker:
         await worker.event("parked")
         letting_go = asyncio.create_task(held(hold))
         prompt = f"ignore-term spawn-child spawn-grandchild hold:{hold} lines:1 wait-forever"
@@ -146,11 +146,11 @@ async def test_cancel_ends_the_agents_whole_group(
 
 
 async def test_a_drain_hands_the_session_back_without_a_failure(
-    api: Api, place: Place, repository: str, connect: Connect
+    api: Api, worker_env: WorkerEnv, repository: str, connect: Connect
 ) -> None:
-    go = place.fifo("go")
+    go = worker_env.fifo("go")
     created = await api.create(repo=repository, prompt=f"wait-for:{go}")
-    async with place.worker() as first:
+    async with worker_env.worker() as first:
         await first.event("agent_started")
         first.send(signal.SIGTERM)
         assert await first.ended() == 0
@@ -158,15 +158,17 @@ async def test_a_drain_hands_the_session_back_without_a_failure(
     row = await (await conn.execute("SELECT state, attempt, failures FROM outbox")).fetchone()
     assert row == ("ready", 1, 0)
     assert (await session(api, created["id"]))["inbox_status"] == "active"
-    async with place.worker() as second:
+    async with worker_env.worker() as second:
         await second.event("agent_started", attempt=2)
         await asyncio.to_thread(go.write_bytes, b"")
         await second.event("ended", topic="session.run")
     assert (await session(api, created["id"]))["prompts"][0]["status"] == "succeeded"
 
 
-async def test_a_follow_up_goes_on_where_the_last_turn_ended(api: Api, place: Place, repository: str) -> None:
-    async with place.worker() as worker:
+async def test_a_follow_up_goes_on_where_the_last_turn_ended(
+    api: Api, worker_env: WorkerEnv, repository: str
+) -> None:
+    async with worker_env.worker() as worker:
         created = await api.create(repo=repository, prompt="First")
         path = f"/sessions/{created['id']}/prompts"
         assert (await api.client.post(path, json={"prompt": "Second"})).status_code == 201
@@ -190,7 +192,7 @@ async def test_a_follow_up_goes_on_where_the_last_turn_ended(api: Api, place: Pl
 )
 async def test_a_failed_turn_says_why(
     api: Api,
-    place: Place,
+    worker_env: WorkerEnv,
     repository: str,
     connect: Connect,
     changes: dict[str, str],
@@ -199,7 +201,7 @@ async def test_a_failed_turn_says_why(
     reason: str,
 ) -> None:
     created = await api.create(**{"repo": repository, "prompt": "Do it", **changes})
-    async with place.worker() as worker:
+    async with worker_env.worker() as worker:
         await worker.event("ended", topic="session.run")
     found = await session(api, created["id"])
     assert found["inbox_status"] == "completed"
@@ -211,17 +213,17 @@ async def test_a_failed_turn_says_why(
 
 
 async def test_a_session_without_a_prompt_prepares_its_branch(
-    api: Api, place: Place, repository: str
+    api: Api, worker_env: WorkerEnv, repository: str
 ) -> None:
     created = await api.create(repo=repository, prompt=None)
-    async with place.worker() as worker:
+    async with worker_env.worker() as worker:
         await worker.event("workspace_ready", branch=created["branch"])
         await worker.event("ended", topic="session.run", state="settled by its handler")
     assert (await session(api, created["id"]))["inbox_status"] == "completed"
 
 
 async def test_rows_from_psql_that_name_nonsense_die_with_a_reason(
-    database: str, place: Place, connect: Connect
+    database: str, worker_env: WorkerEnv, connect: Connect
 ) -> None:
     """What the API refuses can still be typed into psql; it never reaches git as an option."""
     conn = await connect()
@@ -237,7 +239,7 @@ async def test_rows_from_psql_that_name_nonsense_die_with_a_reason(
         "INSERT INTO outbox (topic, payload)"
         """ VALUES ('session.run', '{"session_id": "x"}'), ('session.run', '{}')"""
     )
-    async with place.worker() as worker:
+    async with worker_env.worker() as worker:
         last = None
         for _ in range(3):
             last = await worker.event("ended", after=last, topic="session.run", state="dead")

@@ -9,7 +9,7 @@ import pytest
 from outwake.app.database import Database
 from tests.conftest import Connect
 from tests.support.api import Api
-from tests.support.hand import Hand
+from tests.support.manual_worker import ManualWorker
 
 
 async def fetch(connect: Connect, query: str, *values: Any) -> list[Any]:
@@ -46,13 +46,15 @@ async def test_create_without_prompt_takes_the_repository_as_title(api: Api) -> 
     assert created["prompts"] == []
 
 
-async def test_create_says_whether_a_worker_is_present(api: Api, hand: Hand) -> None:
+async def test_create_says_whether_a_worker_is_present(api: Api, manual: ManualWorker) -> None:
     assert (await api.create())["worker_present"] is True
 
 
-async def test_worker_of_other_topics_or_one_that_drains_is_not_present(api: Api, hand: Hand) -> None:
+async def test_worker_of_other_topics_or_one_that_drains_is_not_present(
+    api: Api, manual: ManualWorker
+) -> None:
     for change in ("topics = '{email.send}'", "topics = '{session.run}', draining = true"):
-        await hand.conn.execute(f"UPDATE worker SET {change}")
+        await manual.conn.execute(f"UPDATE worker SET {change}")
         api.context.presence._read_at = float("-inf")
         assert (await api.create())["worker_present"] is False
 
@@ -145,9 +147,9 @@ async def test_parent_must_exist(api: Api) -> None:
     assert refused.json()["errors"][0]["pointer"] == "#/parent"
 
 
-async def test_follow_up_is_a_second_turn(api: Api, connect: Connect, hand: Hand) -> None:
+async def test_follow_up_is_a_second_turn(api: Api, connect: Connect, manual: ManualWorker) -> None:
     created = await api.create()
-    await hand.claim()
+    await manual.claim()
     path = f"/sessions/{created['id']}/prompts"
     headers = {"Idempotency-Key": "k"}
     first = await api.client.post(path, json={"prompt": "More"}, headers=headers)
@@ -189,9 +191,9 @@ async def test_list_pages_are_complete_and_newest_first(api: Api) -> None:
     assert listed == created[::-1]
 
 
-async def test_list_filters(api: Api, hand: Hand) -> None:
+async def test_list_filters(api: Api, manual: ManualWorker) -> None:
     running = await api.create(repo="a/running")
-    await hand.claim()
+    await manual.claim()
     waiting = await api.create(repo="a/waiting")
     archived = await api.create(repo="a/archived")
     await api.client.delete(f"/sessions/{archived['id']}")
@@ -210,14 +212,14 @@ async def test_list_filters(api: Api, hand: Hand) -> None:
     assert await listed(repo="a/none") == []
 
 
-async def test_messages_are_paged_and_show_the_last_attempt(api: Api, hand: Hand) -> None:
+async def test_messages_are_paged_and_show_the_last_attempt(api: Api, manual: ManualWorker) -> None:
     created = await api.create()
     path = f"/sessions/{created['id']}/messages"
-    await hand.claim()
-    await hand.say("old 1", "old 2")
-    await hand.fail("no luck")
-    await hand.claim()
-    await hand.say("one", "two", "three")
+    await manual.claim()
+    await manual.say("old 1", "old 2")
+    await manual.fail("no luck")
+    await manual.claim()
+    await manual.say("one", "two", "three")
 
     async def pages(**query: str) -> list[list[Any]]:
         found, after = [], 0
@@ -239,11 +241,11 @@ async def test_messages_are_paged_and_show_the_last_attempt(api: Api, hand: Hand
 
 
 async def test_messages_of_one_page_are_bounded_in_bytes(
-    api: Api, hand: Hand, monkeypatch: pytest.MonkeyPatch
+    api: Api, manual: ManualWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     created = await api.create()
-    await hand.claim()
-    await hand.say(*("x" * 1000 for _ in range(5)))
+    await manual.claim()
+    await manual.say(*("x" * 1000 for _ in range(5)))
     monkeypatch.setattr("outwake.app.api.messages.PAGE_BYTES", 1500)
     path = f"/sessions/{created['id']}/messages"
     page = (await api.client.get(path)).json()
@@ -254,14 +256,16 @@ async def test_messages_of_one_page_are_bounded_in_bytes(
     assert [message["seq"] for message in page["messages"]] == [3]
 
 
-async def test_cancel_ends_what_waits_and_marks_what_runs(api: Api, hand: Hand) -> None:
+async def test_cancel_ends_what_waits_and_marks_what_runs(api: Api, manual: ManualWorker) -> None:
     created = await api.create()
     path = f"/sessions/{created['id']}"
-    await hand.claim()
+    await manual.claim()
     await api.client.post(f"{path}/prompts", json={"prompt": "More"})
     response = await api.client.post(f"{path}/cancel")
     assert (response.status_code, response.json()) == (202, {"cancelled": 1, "cancelling": 1})
-    await hand.conn.execute("SELECT outbox_end_cancelled(%s, %s, %s)", (hand.id, hand.row, hand.attempt))
+    await manual.conn.execute(
+        "SELECT outbox_end_cancelled(%s, %s, %s)", (manual.id, manual.row, manual.attempt)
+    )
     response = await api.client.post(f"{path}/cancel")
     assert (response.status_code, response.json()) == (200, {"cancelled": 0, "cancelling": 0})
     shown = (await api.client.get(path)).json()

@@ -24,8 +24,8 @@ from outwake.worker.handlers.webhook import post
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.certificate import certificate
-from tests.support.hand import Hand
 from tests.support.http import Receiver, listening
+from tests.support.manual_worker import ManualWorker
 from tests.support.process import ROOT, running
 
 SECRETS = ["whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2)]
@@ -58,15 +58,15 @@ URL = "https://hooks.example/here"
 
 
 async def test_the_end_of_a_turn_is_an_event_in_its_transaction(
-    hooked: Api, hand: Hand, connect: Connect
+    hooked: Api, manual: ManualWorker, connect: Connect
 ) -> None:
     created = await hooked.create(callback_url=URL, title="Fix it")
     assert created["callback_url"] == URL
-    await hand.claim()
-    async with hand.conn.transaction(force_rollback=True):
-        await hand.complete()
+    await manual.claim()
+    async with manual.conn.transaction(force_rollback=True):
+        await manual.complete()
     assert await types(connect) == []
-    await hand.complete()
+    await manual.complete()
     first, second = await deliveries(connect)
     assert first["event"]["type"] == "prompt.succeeded"
     assert first["url"] == URL
@@ -85,10 +85,10 @@ async def test_the_end_of_a_turn_is_an_event_in_its_transaction(
     assert first["id"] != second["id"]
 
 
-async def test_whoever_ends_it_the_event_follows(hooked: Api, hand: Hand, connect: Connect) -> None:
+async def test_whoever_ends_it_the_event_follows(hooked: Api, manual: ManualWorker, connect: Connect) -> None:
     await hooked.create(callback_url=URL)
-    await hand.claim()
-    await hand.fail("no such repository", permanent=True)
+    await manual.claim()
+    await manual.fail("no such repository", permanent=True)
     assert await types(connect) == ["prompt.failed", "session.completed"]
     assert (await deliveries(connect))[0]["event"]["data"]["prompt"]["reason"] == "no such repository"
 
@@ -112,12 +112,14 @@ async def test_whoever_ends_it_the_event_follows(hooked: Api, hand: Hand, connec
     assert (await types(connect))[8:] == ["prompt.cancelled", "session.completed", "session.archived"]
 
 
-async def test_the_pages_event_has_the_form_of_real_ones(hooked: Api, hand: Hand, connect: Connect) -> None:
+async def test_the_pages_event_has_the_form_of_real_ones(
+    hooked: Api, manual: ManualWorker, connect: Connect
+) -> None:
     page = (ROOT / "docs" / "webhooks.md").read_text()
     [shown] = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
     await hooked.create(callback_url=URL)
-    await hand.claim()
-    await hand.fail("x", permanent=True)
+    await manual.claim()
+    await manual.fail("x", permanent=True)
     real = (await deliveries(connect))[0]["event"]
     told = json.loads(shown)
     assert told["type"] == real["type"]
@@ -126,23 +128,25 @@ async def test_the_pages_event_has_the_form_of_real_ones(hooked: Api, hand: Hand
 
 
 async def test_a_turn_that_is_followed_by_another_does_not_complete_the_session(
-    hooked: Api, hand: Hand, connect: Connect
+    hooked: Api, manual: ManualWorker, connect: Connect
 ) -> None:
     created = await hooked.create(callback_url=URL)
     await hooked.client.post(f"/sessions/{created['id']}/prompts", json={"prompt": "More"})
-    await hand.claim()
-    await hand.complete()
+    await manual.claim()
+    await manual.complete()
     assert await types(connect) == ["prompt.succeeded"]
-    await hand.claim()
-    await hand.fail("later")
+    await manual.claim()
+    await manual.fail("later")
     assert await types(connect) == ["prompt.succeeded"]  # it will be tried again: no end
 
 
-async def test_without_a_callback_nothing_is_told(hooked: Api, hand: Hand, connect: Connect) -> None:
+async def test_without_a_callback_nothing_is_told(
+    hooked: Api, manual: ManualWorker, connect: Connect
+) -> None:
     created = await hooked.create()
     assert created["callback_url"] is None
-    await hand.claim()
-    await hand.complete()
+    await manual.claim()
+    await manual.complete()
     await hooked.client.delete(f"/sessions/{created['id']}")
     assert await types(connect) == []
 
@@ -155,7 +159,7 @@ async def test_without_a_secret_no_callback_is_taken(api: Api) -> None:
 
 
 async def test_a_worker_delivers_signed_in_order_and_again(
-    hooked: Api, hand: Hand, database: str, connect: Connect
+    hooked: Api, manual: ManualWorker, database: str, connect: Connect
 ) -> None:
     receiver = Receiver(
         answers=[Response(status_code=500), Response(status_code=307, headers={"Location": "/x"})]
@@ -171,8 +175,8 @@ async def test_a_worker_delivers_signed_in_order_and_again(
             },
             headers={"traceparent": TRACE},
         )
-        await hand.claim()
-        await hand.complete()
+        await manual.claim()
+        await manual.complete()
         conn = await connect()
         variables = environment(
             DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug", OUTWAKE_WEBHOOK_SECRET=" ".join(SECRETS)
@@ -211,7 +215,7 @@ async def test_a_worker_delivers_signed_in_order_and_again(
 )
 async def test_what_an_answer_leads_to(
     hooked: Api,
-    hand: Hand,
+    manual: ManualWorker,
     database: str,
     connect: Connect,
     answer: Response,
@@ -221,8 +225,8 @@ async def test_what_an_answer_leads_to(
 ) -> None:
     async with listening(Receiver(answers=[answer])) as url:
         await hooked.create(callback_url=url)
-        await hand.claim()
-        await hand.complete()
+        await manual.claim()
+        await manual.complete()
         variables = environment(DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug")
         async with running("worker", "--topics", "webhook.deliver", env=variables) as worker:
             await worker.event("ended")
@@ -242,13 +246,13 @@ async def test_what_an_answer_leads_to(
 
 
 async def test_a_forbidden_address_is_dead_at_once(
-    hooked: Api, hand: Hand, database: str, connect: Connect
+    hooked: Api, manual: ManualWorker, database: str, connect: Connect
 ) -> None:
     receiver = Receiver()
     async with listening(receiver) as url:
         await hooked.create(callback_url=url)
-        await hand.claim()
-        await hand.complete()
+        await manual.claim()
+        await manual.complete()
         variables = environment(
             DATABASE_URL=database, OUTWAKE_LOG_LEVEL="debug", OUTWAKE_WEBHOOK_ALLOW="10.0.0.0/8"
         )
@@ -326,10 +330,12 @@ async def test_a_receiver_that_never_ends_its_answer_does_not_hold_us(
         assert (await post(f"http://127.0.0.1:{port}/", "msg_1", b"{}", None, settings))[0] == 200
 
 
-async def test_the_event_and_id_survive_a_retry_by_hand(hooked: Api, hand: Hand, connect: Connect) -> None:
+async def test_the_event_and_id_survive_a_retry_by_hand(
+    hooked: Api, manual: ManualWorker, connect: Connect
+) -> None:
     await hooked.create(callback_url=URL)
-    await hand.claim()
-    await hand.complete()
+    await manual.claim()
+    await manual.complete()
     before = await deliveries(connect)
     conn = await connect()
     await conn.execute("UPDATE outbox SET state = 'cancelled' WHERE topic = 'webhook.deliver'")

@@ -20,8 +20,8 @@ from outwake.handler import Job
 from outwake.worker.engine.lease import Lease
 from outwake.worker.messages import Messages
 from tests.support.database import set_search_path
-from tests.support.place import LEASE, Place
 from tests.support.waits import awaiting
+from tests.support.worker_env import LEASE, WorkerEnv
 
 LINES = 30
 
@@ -79,10 +79,10 @@ async def test_an_agent_outlives_an_outage_and_its_output_is_stored(
     server: EmbeddedPostgres, tmp_path: Path, mode: Literal["fast", "immediate"]
 ) -> None:
     await migrate(server.url)
-    place = Place(server.url, tmp_path)
+    worker_env = WorkerEnv(server.url, tmp_path)
     repository = make_repository(tmp_path / "repository").as_uri()
-    away, done = place.fifo("away"), place.fifo("done")
-    async with place.worker() as worker:
+    away, done = worker_env.fifo("away"), worker_env.fifo("done")
+    async with worker_env.worker() as worker:
         await worker.event("parked")
         prompt = f"lines:{LINES // 2} wait-for:{away} lines:{LINES // 2} wait-for:{done}"
         await new_session(server.url, repository, prompt)
@@ -110,11 +110,11 @@ async def test_a_full_disk_and_read_only_are_outages(
 ) -> None:
     """A trigger says what the server would say: it cannot be made to run out of disk here."""
     await migrate(server.url)
-    place = Place(server.url, tmp_path)
+    worker_env = WorkerEnv(server.url, tmp_path)
     repository = make_repository(tmp_path / "repository").as_uri()
-    go = place.fifo("go")
+    go = worker_env.fifo("go")
     async with (
-        place.worker() as worker,
+        worker_env.worker() as worker,
         await psycopg.AsyncConnection.connect(server.url, autocommit=True) as conn,
     ):
         await worker.event("parked")

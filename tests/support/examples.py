@@ -64,7 +64,7 @@ class Page:
         self._real: dict[str, str] = {}
 
     async def run(
-        self, shell: Callable[[str], Awaitable[str]], hand: Callable[[str], Awaitable[None]]
+        self, shell: Callable[[str], Awaitable[str]], manual: Callable[[str], Awaitable[None]]
     ) -> str:
         """Run everything; the page with what was printed now, equal to its text if nothing has changed."""
         written, position = "", 0
@@ -72,7 +72,7 @@ class Page:
             written += self.text[position : part.start()]
             position = part.end()
             if part["hand"] is not None:
-                await hand(part["hand"])
+                await manual(part["hand"])
                 written += part[0]
                 continue
             written += "```console\n"

@@ -14,7 +14,7 @@ LEASE = 2.0
 """Seconds; short, so that a rescue does not take long."""
 
 
-class Place:
+class WorkerEnv:
     """Where a test's workers run."""
 
     def __init__(self, database: str, directory: Path) -> None:

@@ -10,7 +10,7 @@ from psycopg.types.json import Jsonb
 from outwake.schema import in_schema
 
 
-class Hand:
+class ManualWorker:
     """A worker moved by hand, one row at a time."""
 
     def __init__(self, conn: AsyncConnection[Any]) -> None:
