@@ -14,6 +14,7 @@ from outwake.handler import Handler, installed_handlers
 from outwake.lean import collect_seldom
 from outwake.settings import Settings, load
 from outwake.telemetry import log, trace
+from outwake.worker.agents.usage import declare_usage
 from outwake.worker.engine import health
 from outwake.worker.engine.processes import Link, Parent
 from outwake.worker.engine.worker import Worker
@@ -65,6 +66,7 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -> int:
+    declare_usage()
     relay = _relay(settings)
     handlers = _choose(_all_handlers(relay), arguments.topics)
     if arguments.processes > 1 and arguments.parent is None:

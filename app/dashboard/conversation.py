@@ -1,8 +1,8 @@
 """An agent's output as a person reads it: text, folded tool calls with their results, and the outcome.
 
-This reads the events of the Claude Code CLI (`--output-format stream-json`). An event of any other kind is
-shown as JSON, so nothing is hidden. A tool's result is shown below its call if both are on the page. The
-script does the same with results that come later.
+It reads the events of outwake/session/events.py. An event of no known form is shown as JSON, so nothing is
+hidden. A tool's result is shown in its call's slot. The script moves a result that comes later into the slot
+that it names.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,20 @@ from textwrap import indent
 from typing import Any
 
 from outwake.app.dashboard.markdown import to_html
-from outwake.app.dashboard.words import pretty
+from outwake.session.events import (
+    AgentEvent,
+    Result,
+    Started,
+    Superseded,
+    Text,
+    Thinking,
+    ToolCall,
+    ToolResult,
+    Unknown,
+    pretty,
+    read,
+    result_of,
+)
 
 LONGEST = 20_000  # characters shown of one text; the API has the rest
 _BRIEF = 160
@@ -29,6 +42,8 @@ class Block:
     html: str = ""
     key: str = ""
     """The id of a tool call. Its result has the same id."""
+    slot: str = ""
+    """The id of the element on the page that shows a call's result. The call and the result have it."""
     failed: bool = False
     result: "Block | None" = None
     cut: int = 0
@@ -54,7 +69,7 @@ class Attempt:
 def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
     """The attempts by prompt id. `messages` are as the API lists them."""
     found: dict[str, list[Attempt]] = {}
-    calls: dict[tuple[str, int, str], Block] = {}
+    calls: dict[str, Block] = {}
     for message in messages:
         prompt, number = message["prompt_id"], message["attempt"]
         attempts = found.setdefault(prompt, [])
@@ -62,10 +77,11 @@ def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
             attempts.append(Attempt(number, []))
         kept = []
         for block in blocks_of(message["body"]):
-            place = (prompt, number, block.key)
+            if block.key:
+                block.slot = f"s-{prompt}-{number}-{block.key}"
             if block.kind == "tool":
-                calls[place] = block
-            if block.kind == "tool-result" and (call := calls.get(place)) and call.result is None:
+                calls[block.slot] = block
+            if block.kind == "tool-result" and (call := calls.get(block.slot)) and call.result is None:
                 call.result = block
             else:
                 kept.append(block)
@@ -75,49 +91,32 @@ def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
 
 
 def blocks_of(body: Any) -> Iterator[Block]:
-    """The parts of one event of any form."""
-    kind = body.get("type") if isinstance(body, dict) else None
-    content = _content(body) if kind in ("assistant", "user") else None
-    if kind == "superseded":
-        return
-    if content is not None:
-        for part in content:
-            yield _part(part)
-    elif kind == "system" and body.get("subtype") == "init":
-        yield Block("note", _init(body))
-    elif kind == "result":
-        yield _result(body)
-    elif kind in ("text", "assistant") and isinstance(body.get("text"), str):
-        yield _prose(body["text"])
-    elif kind == "truncated" and isinstance(body.get("head"), str):
-        yield _clipped("event", body["head"], title=f"a line of {body.get('bytes')} bytes, its beginning")
-    else:
-        name = " / ".join(str(body[key]) for key in ("type", "subtype") if key in body) if kind else "event"
-        yield _clipped("event", pretty(body), title=name)
+    """The parts of one stored line, of any form."""
+    for event in read(body):
+        if not isinstance(event, Superseded):
+            yield _block(event)
 
 
-def _content(body: dict[str, Any]) -> list[Any] | None:
-    message = body.get("message")
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return content if isinstance(content, list) else None
-
-
-def _part(part: Any) -> Block:
-    match part:
-        case {"type": "text", "text": str(text)}:
+def _block(event: AgentEvent) -> Block:
+    match event:
+        case Text(text):
             return _prose(text)
-        case {"type": "thinking", "thinking": str(text)}:
+        case Thinking(text):
             return _clipped("thinking", text, title="Thinking")
-        case {"type": "tool_use", "id": str(key), "name": str(name)}:
-            given = part.get("input", {})
+        case ToolCall(key, name, given):
             return _clipped("tool", _given(given), title=name, brief=_brief(given), key=key)
-        case {"type": "tool_result", "tool_use_id": str(key)}:
-            failed = part.get("is_error") is True
-            return _clipped("tool-result", _returned(part.get("content")), key=key, failed=failed)
-    name = str(part.get("type", "part")) if isinstance(part, dict) else "part"
-    return _clipped("event", pretty(part), title=name)
+        case ToolResult():
+            return _clipped("tool-result", event.text, key=event.key, failed=event.failed)
+        case Started():
+            return Block("note", _started(event))
+        case Result():
+            text = event.text if event.error is None else event.error
+            failed = event.error is not None
+            return _clipped("result", text, title=event.kind, failed=failed, facts=facts_of(event))
+        case Unknown():
+            return _clipped("event", event.text, title=event.name)
+        case Superseded():
+            return Block("note")
 
 
 def _prose(text: str) -> Block:
@@ -152,57 +151,25 @@ def _brief(given: Any) -> str:
     return words if len(words) <= _BRIEF else words[: _BRIEF - 1] + "…"
 
 
-def _returned(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return pretty(content)
-    texts = []
-    for part in content:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case {"type": "image"}:
-                texts.append("[an image]")
-            case _:
-                texts.append(pretty(part))
-    return "\n".join(texts)
-
-
-def _init(body: dict[str, Any]) -> str:
-    model, tools = body.get("model"), body.get("tools")
+def _started(event: Started) -> str:
     words = ["Agent started"]
-    if isinstance(model, str):
-        words.append(f"model {model}")
-    if isinstance(tools, list):
-        words.append(f"{len(tools)} tools")
+    if event.model is not None:
+        words.append(f"model {event.model}")
+    if event.tools is not None:
+        words.append(f"{event.tools} tools")
     return " · ".join(words)
 
 
-def _result(body: dict[str, Any]) -> Block:
-    failed = body.get("is_error") is True
-    text = body["result"] if isinstance(body.get("result"), str) else ""
-    block = _clipped("result", text, title=str(body.get("subtype", "")), failed=failed)
-    block.facts = facts_of(body)
-    return block
-
-
-def facts_of(result: Any) -> dict[str, Any]:
-    """cost (USD), seconds, turns, tokens_in and tokens_out of a result event. Unknown ones are left out."""
-    if not isinstance(result, dict):
+def facts_of(result: Result | None) -> dict[str, Any]:
+    """cost (USD), seconds, turns, tokens_in and tokens_out of a result. Unknown ones are left out."""
+    if result is None:
         return {}
-    usage = result.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    read = [
-        usage.get(name) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    ]
-    duration = _number(result.get("duration_ms"))
     found = {
-        "cost": _number(result.get("total_cost_usd")),
-        "seconds": None if duration is None else duration / 1000,
-        "turns": _number(result.get("num_turns")),
-        "tokens_in": sum(_number(count) or 0 for count in read) if usage else None,
-        "tokens_out": _number(usage.get("output_tokens")),
+        "cost": result.cost,
+        "seconds": result.seconds,
+        "turns": result.turns,
+        "tokens_in": result.tokens.read,
+        "tokens_out": result.tokens.output,
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -212,14 +179,10 @@ def outcome_of(result: Any) -> dict[str, Any]:
     result = result if isinstance(result, dict) else {}
     commits = result.get("commits")
     return {
-        "facts": facts_of(result.get("agent")),
+        "facts": facts_of(result_of(result.get("agent"))),
         "commits": [
             (str(commit.get("sha", "")), str(commit.get("subject", "")))
             for commit in (commits if isinstance(commits, list) else [])
             if isinstance(commit, dict)
         ],
     }
-
-
-def _number(value: Any) -> float | int | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

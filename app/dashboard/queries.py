@@ -9,6 +9,7 @@ from uuid import UUID
 
 from outwake.app.database import Database
 from outwake.schema import in_schema
+from outwake.session.events import LARGEST_COST
 
 PAGE = 50
 WINDOW = 100_000
@@ -40,11 +41,15 @@ SELECT r.reason, r.stuck, r.workers,
 FROM :schema.outbox_ready(%s) AS r
 """)
 
+# Version 1.0 stored no cost of its own, only the agent's line.
 _TURNS = in_schema("""
 SELECT p.session_id, count(*), (array_agg(p.status ORDER BY p.created_at DESC, p.id DESC))[1],
-       sum((p.result #>> '{agent,total_cost_usd}')::numeric)
-           FILTER (WHERE jsonb_typeof(p.result #> '{agent,total_cost_usd}') = 'number')
+       sum(told.cost::numeric) FILTER (WHERE told.cost::numeric BETWEEN 0 AND %s::numeric)
 FROM :schema.prompt AS p
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN jsonb_typeof(c) = 'number' THEN c END AS cost
+    FROM coalesce(p.result -> 'cost', p.result #> '{agent,total_cost_usd}') AS c
+) AS told
 WHERE p.session_id = ANY (%s)
 GROUP BY p.session_id
 """)
@@ -294,7 +299,13 @@ async def overview(database: Database, stuck_after: timedelta) -> Overview:
 
 async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
     """By session id."""
-    rows = await database.rows(_TURNS, ([UUID(session) for session in sessions],))
+    rows = await database.rows(
+        _TURNS,
+        (
+            LARGEST_COST,
+            [UUID(session) for session in sessions],
+        ),
+    )
     return {str(row[0]): Turns(*row) for row in rows}
 
 

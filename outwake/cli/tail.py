@@ -8,9 +8,22 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from rich.text import Text
+from rich.text import Text as Styled
 
 from outwake.cli.output import as_json, clean, console
+from outwake.session.events import (
+    AgentEvent,
+    Result,
+    Started,
+    Superseded,
+    Text,
+    Thinking,
+    ToolCall,
+    ToolResult,
+    Unknown,
+    pretty,
+    read,
+)
 from outwake.session.watch import NoSession, follow
 from outwake.settings import Settings
 
@@ -48,52 +61,45 @@ async def tail(settings: Settings, session_id: UUID, *, after: int, json: bool, 
             await asyncio.sleep(_RETRY)
 
 
-def _lines(kind: str, event: dict[str, Any]) -> Iterator[Text]:
+def _lines(kind: str, event: dict[str, Any]) -> Iterator[Styled]:
     if kind == "status":
-        yield Text(f"── {event['inbox_status']}: {clean(event['title'])}", style="bold")
+        yield Styled(f"── {event['inbox_status']}: {clean(event['title'])}", style="bold")
         for prompt in event["prompts"] or []:
             if prompt["reason"]:
-                yield Text(f"   {prompt['status']}: {clean(prompt['reason'])}", style="yellow")
+                yield Styled(f"   {prompt['status']}: {clean(prompt['reason'])}", style="yellow")
         return
     head = f"{event['created_at'].astimezone():%H:%M:%S} {event['seq']:>5}  "
-    for style, text in _says(event["body"]):
+    for style, text in map(_says, read(event["body"])):
         first, *more = clean(text).splitlines() or [""]
-        yield Text.assemble((head, "dim"), (first, style))
+        yield Styled.assemble((head, "dim"), (first, style))
         for line in more:
-            yield Text.assemble(" " * len(head), (line, style))
+            yield Styled.assemble(" " * len(head), (line, style))
 
 
-def _says(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """An event's content as (style, text): the Claude Code CLI's forms, else the event's JSON."""
-    content = body["message"].get("content") if isinstance(body.get("message"), dict) else None
-    if isinstance(content, str):
-        yield "", content
-    elif isinstance(content, list):
-        for part in content:
-            yield _part(part if isinstance(part, dict) else {"type": "text", "text": str(part)})
-    elif isinstance(body.get("text"), str):
-        yield "", body["text"]
-    elif body.get("type") == "result":
-        cost = body.get("total_cost_usd")
-        price = f", {cost:.4f} USD" if isinstance(cost, int | float) else ""
-        yield "green", f"result: {body.get('subtype', '')}{price} {_short(body.get('result', ''))}"
-    elif body.get("type") == "superseded":
-        yield "yellow", f"attempt {body.get('attempt')} is superseded: what it said no longer counts"
-    else:
-        yield "dim", _short(as_json(body))
-
-
-def _part(part: dict[str, Any]) -> tuple[str, str]:
-    match part.get("type"):
-        case "text":
-            return "", str(part.get("text", ""))
-        case "tool_use":
-            return "cyan", f"{part.get('name')} {_short(as_json(part.get('input')))}"
-        case "tool_result":
-            return "dim", f"→ {_short(part.get('content'))}"
-    return "dim", _short(as_json(part))
+def _says(event: AgentEvent) -> tuple[str, str]:
+    """An event's content as (style, text)."""
+    match event:
+        case Text(text):
+            return "", text
+        case Thinking(text):
+            return "dim", _short(text)
+        case ToolCall(_, name, given):
+            return "cyan", f"{name} {_short(given)}"
+        case ToolResult():
+            return "dim", f"→ {_short(event.text)}"
+        case Result():
+            price = "" if event.cost is None else f", {event.cost:.4f} USD"
+            words = event.text if event.error is None else event.error
+            return "green" if event.error is None else "red", f"result: {event.kind}{price} {_short(words)}"
+        case Superseded(attempt):
+            return "yellow", f"attempt {attempt} is superseded: what it said no longer counts"
+        case Started():
+            return "dim", f"started: model {event.model}" if event.model else "started"
+        case Unknown():
+            return "dim", f"{event.name} {_short(event.content)}"
 
 
 def _short(value: Any) -> str:
-    text = " ".join((value if isinstance(value, str) else as_json(value)).split())
+    text = value if isinstance(value, str) else pretty(value, 4 * _WIDTH)
+    text = " ".join(text[: 4 * _WIDTH].split())
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"

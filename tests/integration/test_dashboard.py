@@ -188,6 +188,32 @@ async def test_what_psql_wrote_is_shown(
         assert (await pages.get(f"/ui/outbox?state={state}&topic=x&range=week")).status_code == 200
 
 
+async def test_costs_are_summed_however_they_are_stored(
+    api: Api, pages: httpx.AsyncClient, connect: Connect
+) -> None:
+    """Version 1.0 stored the agent's line alone. An agent may also name any number."""
+    session = await api.create()
+    conn = await connect()
+    await conn.execute("INSERT INTO prompt (session_id, text) SELECT session_id, 'x' FROM prompt")
+    await conn.execute("INSERT INTO prompt (session_id, text) SELECT session_id, 'x' FROM prompt")
+    results: list[Any] = [
+        {"cost": 1.5, "agent": {"type": "result", "total_cost_usd": 1.5}},
+        {"agent": {"type": "result", "total_cost_usd": 0.25}},
+        {"agent": {"type": "result", "total_cost_usd": 10**400, "num_turns": 10**400}},
+        {"cost": None, "agent": {"type": "result", "total_cost_usd": "much"}},
+    ]
+    for result in results:
+        await conn.execute(
+            "UPDATE prompt SET status = 'succeeded', result = %s"
+            " WHERE id = (SELECT min(id::text)::uuid FROM prompt WHERE result IS NULL)",
+            (Jsonb(result),),
+        )
+    assert "$1.75" in (await pages.get("/")).text
+    page = await pages.get(f"/ui/sessions/{session['id']}")
+    assert page.status_code == 200
+    assert "$1.75 in all" in page.text
+
+
 async def test_the_list_is_filtered_and_paged(api: Api, pages: httpx.AsyncClient) -> None:
     for number in range(35):
         await api.create(repo="octo/many", title=f"Number {number:02}")

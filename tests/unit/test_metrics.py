@@ -1,16 +1,15 @@
 """What a worker counts: buckets, sums over processes, and an agent's own account."""
 
-from typing import Any
-
 import pytest
 
+from outwake.session.events import Result, Tokens
 from outwake.telemetry.metrics import render
+from outwake.worker.agents.usage import count_usage, declare_usage
 from outwake.worker.engine.metrics import (
     BOUNDS,
     OUTCOMES,
     Snapshot,
     Stats,
-    agent_used,
     families,
     merge,
     without_gauges,
@@ -74,34 +73,21 @@ def test_a_wake_up_counts_once_and_in_vain_only_if_nothing_came() -> None:
 
 
 def test_what_an_agent_used() -> None:
+    declare_usage()
     stats = Stats()
-    usage = {
-        "input_tokens": 12,
-        "cache_creation_input_tokens": 300,
-        "cache_read_input_tokens": 4000,
-        "output_tokens": 50,
-        "service_tier": "standard",
-    }
-    for error in (False, True):
-        result = {"type": "result", "is_error": error, "total_cost_usd": 0.25, "usage": usage}
-        agent_used(result, stats)
+    tokens = Tokens(input=12, output=50, cache_read=4000, cache_write=300)
+    for error in (None, "no such model"):
+        count_usage(Result(error=error, cost=0.25, tokens=tokens), stats)
+    count_usage(Result(), stats)  # a result that says nothing
     found = read(stats.snapshot({}))
     assert found[("outwake_agent_cost_usd_total",)] == 0.5
-    tokens = {kind: found[("outwake_agent_tokens_total", kind)] for kind in ("input", "output")}
-    assert tokens == {"input": 24, "output": 100}
-    assert found[("outwake_agent_tokens_total", "cache_read")] == 8000
-    assert found[("outwake_agent_tokens_total", "cache_write")] == 600
+    counts = {
+        kind: found[("outwake_agent_tokens_total", kind)]
+        for kind in ("input", "output", "cache_read", "cache_write")
+    }
+    assert counts == {"input": 24, "output": 100, "cache_read": 8000, "cache_write": 600}
     assert found[("outwake_agent_turns_total", "failed")] == 1
-
-
-@pytest.mark.parametrize("nonsense", [None, "3", True, -1, float("nan"), float("inf"), [1], 10**400])
-def test_nonsense_from_an_agent_counts_nothing(nonsense: Any) -> None:
-    stats = Stats()
-    agent_used({"total_cost_usd": nonsense, "usage": {"input_tokens": nonsense}}, stats)
-    agent_used({"usage": nonsense}, stats)
-    found = read(stats.snapshot({}))
-    assert found[("outwake_agent_cost_usd_total",)] == 0
-    assert found[("outwake_agent_tokens_total", "input")] == 0
+    assert found[("outwake_agent_turns_total", "succeeded")] == 2
 
 
 def test_what_is_served_begins_at_zero() -> None:

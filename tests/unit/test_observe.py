@@ -14,6 +14,7 @@ import yaml
 
 from outwake.app.api.metrics import REGISTRY
 from outwake.telemetry.metrics import WORKER_STATES, _families
+from outwake.worker.agents.usage import declare_usage
 from outwake.worker.engine.metrics import OUTCOMES, Stats, families
 from tests.support.process import ROOT
 
@@ -31,6 +32,7 @@ SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum
 def exported() -> dict[str, set[str]]:
     """The names of all series, with their labels."""
     api = [*REGISTRY.collect(), *_families([("outbox", "t", "ready", "due", 1.0, 1.0)])]
+    declare_usage()
     worker = families(Stats().snapshot({}))
     series: dict[str, set[str]] = {"up": {"job", "instance"}, "outwake_api_listen_connected": set()}
     for family in [*api, *worker]:

@@ -34,9 +34,6 @@ COUNTERS: dict[str, tuple[str, list[str]]] = {
     ),
     "outwake_worker_connects": ("Times the LISTEN connection was made.", []),
     "outwake_worker_leases_lost": ("Times the lease ended while rows ran.", []),
-    "outwake_agent_cost_usd": ("What agents say they cost, in US dollars.", []),
-    "outwake_agent_tokens": ("Tokens that agents say they used.", ["kind"]),
-    "outwake_agent_turns": ("Agent runs that ended with a result event.", ["outcome"]),
 }
 GAUGES = {
     "outwake_worker_listen_connected": "Worker processes whose LISTEN connection is open.",
@@ -55,13 +52,7 @@ CAUSES = ("notify", "deadline", "standby", "reconnect")
 
 _ATTEMPTS = "outwake_worker_attempts"
 _WAKEUPS = ("outwake_worker_wakeups", "outwake_worker_wakeups_in_vain")
-_TOKEN_KINDS = {
-    "input_tokens": "input",
-    "output_tokens": "output",
-    "cache_read_input_tokens": "cache_read",
-    "cache_creation_input_tokens": "cache_write",
-}
-
+_ZEROS: dict[tuple[str, ...], float] = {}  # samples of declared counters
 Snapshot = dict[str, list[Any]]
 """For each metric's name, a list of [labels, value]. A histogram's value is [counts, sum]. It is JSON."""
 
@@ -90,8 +81,8 @@ class Stats:
         self._cause: str | None = None
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add to one of COUNTERS."""
-        self._counters[(name, *labels)] += by  # type: ignore[assignment]  # also counts dollars
+        """Add to one of COUNTERS, or to a declared one."""
+        self._counters[(name, *labels)] += by  # type: ignore[assignment]  # may count fractions
 
     def claimed(self, rows: Iterable[tuple[str, float]]) -> None:
         """A claim brought these rows, each as (topic, seconds since it fell due)."""
@@ -131,34 +122,17 @@ class Stats:
     def _zeros(self) -> dict[tuple[str, ...], float]:
         attempts = ((_ATTEMPTS, topic, outcome) for topic in self.topics for outcome in OUTCOMES)
         wakeups = ((name, cause) for name in _WAKEUPS for cause in CAUSES)
-        tokens = (("outwake_agent_tokens", kind) for kind in _TOKEN_KINDS.values())
-        turns = (("outwake_agent_turns", outcome) for outcome in ("succeeded", "failed"))
-        return dict.fromkeys((*attempts, *wakeups, *tokens, *turns), 0.0)
+        return dict.fromkeys((*attempts, *wakeups, *_ZEROS), 0.0)
 
 
 STATS = Stats()
 """The counters of this process; a process has one worker."""
 
 
-def agent_used(result: Mapping[str, Any], stats: Stats = STATS) -> None:
-    """Count what an agent's result event says it used.
-
-    Reads `total_cost_usd`, `usage` and `is_error` as the Claude Code CLI prints them in its last line of
-    `--output-format stream-json`; what is missing or no number is not counted.
-    """
-    stats.count("outwake_agent_turns", "failed" if result.get("is_error") else "succeeded")
-    if (cost := _number(result.get("total_cost_usd"))) is not None:
-        stats.count("outwake_agent_cost_usd", by=cost)
-    usage = result.get("usage")
-    if isinstance(usage, Mapping):
-        for field, kind in _TOKEN_KINDS.items():
-            if (tokens := _number(usage.get(field))) is not None:
-                stats.count("outwake_agent_tokens", kind, by=tokens)
-
-
-def _number(value: object) -> float | None:
-    is_count = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_count and 0 <= value < 1e15 else None  # type: ignore[arg-type, operator]
+def declare(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> None:
+    """Add a counter that handlers count. It is shown at zero for each of the values of its label."""
+    COUNTERS[name] = (text, [label] if label else [])
+    _ZEROS.update(((name, value), 0.0) for value in values)
 
 
 def merge(snapshots: Iterable[Snapshot]) -> Snapshot:

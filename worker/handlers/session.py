@@ -14,9 +14,7 @@ retry.
 """
 
 import asyncio
-import shlex
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,25 +25,18 @@ from psycopg import DataError
 from psycopg.types.json import Jsonb
 
 from outwake.errors import Permanent, Retry
-from outwake.handler import Handler, Job, Lease
+from outwake.handler import Handler, Job
 from outwake.schema import in_schema
 from outwake.session.names import InvalidNameError, check_branch, clone_url
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.claude import (
-    Command,
-    Transcript,
-    prepare,
-    pull_request,
-    take_transcript,
-    unreached,
-)
-from outwake.worker.agents.run import Agent
-from outwake.worker.agents.stream import Event
-from outwake.worker.engine.metrics import agent_used
+from outwake.worker.agents.base import AgentTurn, Box, Memory
+from outwake.worker.agents.kinds import adapter_for
+from outwake.worker.agents.summary import AgentSummary
+from outwake.worker.agents.turn import run_agent
+from outwake.worker.agents.verdict import Verdict
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.messages import Messages, outlast
-from outwake.worker.process.guarded import Exit
+from outwake.worker.messages import outlast
 from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.repo.git import Git
 from outwake.worker.repo.remote import Remote, RemoteWorkspace, open_remote
@@ -57,11 +48,6 @@ from outwake.worker.sandboxes.lending import borrow
 from outwake.worker.secrets import Secrets
 
 TOPIC = "session.run"
-
-_SYSTEM = """\
-You work in a remote sandbox. Its files and its shell are reached only through the MCP tools you are given. \
-The repository's work tree is at {path} there, with the branch {branch} checked out. \
-Commit your work on that branch; do not switch to another and do not push."""
 
 _LOAD = in_schema("""
 SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
@@ -84,9 +70,6 @@ SET agent_session = coalesce(excluded.agent_session, m.agent_session),
     transcript = coalesce(excluded.transcript, m.transcript),
     bundle = excluded.bundle, updated_at = clock_timestamp()
 """)
-
-_GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL for an agent."""
 
 log = get_logger(__name__)
 
@@ -111,18 +94,20 @@ class Turn:
         """The id that names the turn's directories."""
         return self.prompt_id or self.session_id
 
+    @property
+    def memory(self) -> Memory | None:
+        """The state from which the agent resumes, if an earlier turn left it."""
+        if self.agent_session is None or self.transcript is None:
+            return None
+        return Memory(self.agent_session, self.transcript)
+
 
 @dataclass
 class Stage:
-    """The place of a turn's work, and the agent that does it.
-
-    command: makes the command that starts the agent for a prompt. transcript: returns the transcript from
-    which the next turn resumes.
-    """
+    """The place of a turn's work, and what its agent must know of it."""
 
     workspace: Workspace | RemoteWorkspace
-    command: Callable[[str], Command]
-    transcript: Callable[[str], Transcript | None] = lambda _: None
+    box: Box
 
 
 async def run_turn(job: Job) -> None:
@@ -151,23 +136,27 @@ async def run_turn(job: Job) -> None:
 async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets: Secrets) -> None:
     workspace = stage.workspace
     log.info("workspace_ready", branch=turn.branch, base=workspace.base)
-    said = Said()
-    verdict: tuple[str, str | None] = ("succeeded", None)
+    verdict, summary = Verdict(), AgentSummary()
+    adapter = adapter_for(settings)
     if turn.prompt is not None:
-        command = await asyncio.to_thread(stage.command, turn.prompt)
-        ended = await _run_agent(job, turn, settings, command, secrets, said)
-        verdict = _judge(ended, said.result, settings, secrets)
-    result: dict[str, Any] = {"branch": turn.branch, "agent": said.result, "pull_request": said.pull_request}
+        assert turn.prompt_id is not None
+        ids = (turn.session_id, turn.prompt_id)
+        asked = AgentTurn(turn.prompt, turn.branch, turn.memory)
+        verdict, summary = await run_agent(job, ids, adapter, asked, stage.box, settings, secrets)
+    result = {"branch": turn.branch, **summary.as_json()}
     result["head"] = await workspace.keep()
     result["commits"] = [asdict(commit) for commit in await workspace.commits()]
     bundle = None
     if isinstance(workspace, RemoteWorkspace):
         bundle = workspace.bundle
-        if workspace.problem and verdict[0] == "succeeded":
-            verdict = ("failed", secrets.text(workspace.problem))
-    transcript = await asyncio.to_thread(stage.transcript, said.session) if said.session else None
-    await outlast(lambda: _conclude(job, turn, verdict, result, transcript, bundle))
-    log.info("turn_ended", status=verdict[0], reason=verdict[1], head=result["head"])
+        if workspace.problem and verdict.status == "succeeded":
+            verdict = Verdict("failed", secrets.text(workspace.problem))
+    memory = None
+    if summary.session and stage.box.home:
+        content = await asyncio.to_thread(adapter.memory, stage.box.home)
+        memory = None if content is None else Memory(summary.session, content)
+    await outlast(lambda: _conclude(job, turn, verdict, result, memory, bundle))
+    log.info("turn_ended", status=verdict.status, reason=verdict.reason, head=result["head"])
 
 
 async def _load(job: Job) -> Turn | None:
@@ -209,11 +198,7 @@ async def _on_this_host(job: Job, turn: Turn, settings: Settings) -> AsyncIterat
         git=Git(env={}),
         allow_file=settings.allow_file_repos,
     ) as workspace:
-
-        def command(prompt: str) -> Command:
-            return Command([*shlex.split(settings.agent_command), prompt], workspace.path, {})
-
-        yield Stage(workspace, command)
+        yield Stage(workspace, Box(tree=str(workspace.path)))
 
 
 @asynccontextmanager
@@ -232,103 +217,15 @@ async def _in_sandbox(
         workspace = await open_remote(
             client, remote, target_branch=target, branch=branch, bundle=turn.bundle, used=used
         )
-        resumed = None
-        if turn.agent_session is not None and turn.transcript is not None:
-            resumed = Transcript(turn.agent_session, turn.transcript)
-
-        def command(prompt: str) -> Command:
-            system = _SYSTEM.format(path=workspace.path, branch=branch)
-            return prepare(settings, place, item, prompt, system, resumed)
-
-        yield Stage(workspace, command, lambda session: take_transcript(place, session))
-
-
-@dataclass
-class Said:
-    """The parts of an agent's output that are stored at the end of the turn."""
-
-    session: str | None = None
-    result: Event | None = None
-    pull_request: str | None = None
-
-    def hear(self, event: Event) -> None:
-        if isinstance(session := event.get("session_id"), str):
-            self.session = session
-        if event.get("type") == "result":
-            self.result = event
-        self.pull_request = pull_request(event) or self.pull_request
-
-
-async def _run_agent(
-    job: Job, turn: Turn, settings: Settings, command: Command, secrets: Secrets, said: Said
-) -> Exit:
-    """Run the agent to its end."""
-    assert turn.prompt_id is not None
-    async with (
-        Messages(job, turn.session_id, turn.prompt_id) as messages,
-        Agent.start(
-            command.argv,
-            cwd=command.cwd,
-            env=command.env,
-            deadline=_until(job.lease),
-            grace=_GRACE,
-            timeout=settings.agent_timeout,
-        ) as agent,
-    ):
-        log.info("agent_started")
-        keeping = asyncio.create_task(_keep_alive(agent, job.lease))
-        try:
-            async for batch in agent.lines():
-                hidden = [secrets.event(event) for event in batch]
-                for event in hidden:
-                    said.hear(event)
-                    if missing := unreached(event, command.servers):
-                        raise TransientError(f"the agent can't reach the sandbox's MCP server {missing[0]}")
-                await messages.put(hidden)
-            return await agent.wait()
-        finally:
-            keeping.cancel()
-            if said.result is not None:
-                agent_used(said.result)
-
-
-async def _keep_alive(agent: Agent, lease: Lease) -> None:
-    """Pass each extension of the lease to the agent's guardian."""
-    while True:
-        agent.extend(_until(lease))
-        await lease.extended()
-
-
-def _until(lease: Lease) -> float:
-    return time.monotonic() + lease.remaining()
-
-
-def _judge(ended: Exit, result: Event | None, settings: Settings, secrets: Secrets) -> tuple[str, str | None]:
-    """succeeded or failed, with the reason. Raises TransientError if the agent was ended from outside."""
-    log.info("agent_ended", code=ended.code, cause=ended.cause, left=ended.left)
-    match ended.cause:
-        case "timeout":
-            return "failed", f"the agent took longer than {settings.agent_timeout:g} s"
-        case "exited":
-            pass
-        case _:
-            raise TransientError(f"the agent was ended from outside ({ended.cause})")
-    if result is not None and result.get("is_error"):
-        words = result.get("result") or result.get("subtype") or "an error"
-        return "failed", f"the agent reported {words}"[:2000]
-    stderr = secrets.text(ended.stderr.strip())[-2000:]
-    if ended.code != 0:
-        how = f"exit status {ended.code}" if ended.code > 0 else f"signal {-ended.code}"
-        return "failed", f"the agent ended with {how}" + (f": {stderr}" if stderr else "")
-    return "succeeded", None
+        yield Stage(workspace, Box(workspace.path, place, item.get("mcp_json_string")))
 
 
 async def _conclude(
     job: Job,
     turn: Turn,
-    verdict: tuple[str, str | None],
+    verdict: Verdict,
     result: dict[str, Any],
-    transcript: Transcript | None,
+    memory: Memory | None,
     bundle: bytes | None,
 ) -> None:
     async with job.transaction() as conn:
@@ -337,13 +234,13 @@ async def _conclude(
             (*verdict, Jsonb(result), turn.prompt_id),
             prepare=False,  # as in `_load`
         )
-        if transcript or bundle or turn.agent_session or turn.bundle:
+        if memory or bundle or turn.agent_session or turn.bundle:
             await conn.execute(
                 _REMEMBER,
                 (
                     turn.session_id,
-                    transcript and transcript.session,
-                    transcript and transcript.archive,
+                    memory and memory.session,
+                    memory and memory.content,
                     bundle,
                 ),
             )

@@ -24,7 +24,7 @@ function merge(page) {
     if (fresh.dataset.live === "append") append(old, fresh);
     else if (sent.get(fresh.id) !== fresh.outerHTML) replace(old, fresh);
   }
-  for (const result of document.querySelectorAll("#turns > * > * .message > .returned")) file(result);
+  for (const part of document.querySelectorAll(".message > [data-slot]")) file(part);
   tick();
   listen();
   if (stick) toEnd();
@@ -58,12 +58,12 @@ function append(old, fresh) {
   }
 }
 
-// Move a tool's result below its call, if the call is on the page.
-function file(result) {
-  const call = result.closest(".attempt")?.querySelector(`[data-call="${CSS.escape(result.dataset.result)}"] > .slot:empty`);
-  if (!call) return;
-  const message = result.closest(".message");
-  call.append(result);
+// Move an element into the slot that it names, if that slot is on the page and empty.
+function file(part) {
+  const slot = document.getElementById(part.dataset.slot);
+  if (!slot || slot.childElementCount) return;
+  const message = part.closest(".message");
+  slot.append(part);
   if (!message.children.length) message.hidden = true; // the element stays, so that append() finds its id
 }
 

@@ -1,0 +1,31 @@
+"""Any program that prints JSON lines as the agent, in a directory of this host (docs/agent.md).
+
+The prompt is its last argument, and it works in the work tree. It keeps nothing from one turn to the next.
+"""
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from outwake.session.events import AgentEvent, read
+from outwake.settings import Settings
+from outwake.worker.agents.base import AgentTurn, Box, Command, Line
+
+
+class Program:
+    """The adapter `command`."""
+
+    name = "command"
+    promises_result = False
+
+    def __init__(self, settings: Settings) -> None:
+        self._program = settings.agent_command
+
+    def command(self, turn: AgentTurn, box: Box) -> Command:
+        return Command([*shlex.split(self._program), turn.prompt], Path(box.tree))
+
+    def read(self, line: Line) -> Iterable[AgentEvent]:
+        return read(line)
+
+    def memory(self, home: Path) -> bytes | None:
+        return None
