@@ -9,7 +9,7 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from psycopg.conninfo import conninfo_to_dict
@@ -231,7 +231,7 @@ class Settings(BaseSettings):
     """Whether `file://` repositories may be named. For demos and tests."""
 
     workspace_root: Path = Path(".state/workspaces")
-    """Where the embedded form keeps workspaces, and an agent of a sandbox its HOME."""
+    """Where directory sandboxes are, and an agent of an allocator's sandbox has its HOME."""
 
     agent_command: str = "claude -p --output-format stream-json --verbose"
     """The agent, as one shell-quoted command line; the prompt is appended as its last argument; in a sandbox
@@ -246,7 +246,11 @@ class Settings(BaseSettings):
     ip_allocator_url: Annotated[
         str | None, Field(alias="IP_ALLOCATOR_URL", pattern="^https?://", repr=False)
     ] = None
-    """The allocator of sandboxes. Unset: the embedded form, where a workspace directory is the sandbox."""
+    """The allocator of sandboxes. Unset: a workspace directory is the sandbox."""
+
+    sandbox: Literal["allocator", "directory"] | None = None
+    """The kind of sandbox that sessions get: `allocator`, or `directory`, a workspace on the worker's host
+    without isolation. Unset: allocator where IP_ALLOCATOR_URL is set."""
 
     borrow_wait: Annotated[float, Field(ge=0, le=300)] = 10.0
     """How long the allocator may wait for a free sandbox; then the session waits without a worker."""
@@ -258,7 +262,7 @@ class Settings(BaseSettings):
     """A git-credential-store file for every user's sessions, or a directory of one file a user."""
 
     git_push: bool = False
-    """Whether the work branch is pushed when a turn in a sandbox has ended."""
+    """Whether the work branch is pushed when a turn has ended."""
 
     lease: Annotated[float, Field(ge=0.2, le=3600)] = 6.0
     """How long a worker's rows stay its own without a word from it; a rescue comes this late at most."""

@@ -9,10 +9,10 @@ from uuid import uuid4
 import pytest
 
 from outwake.errors import HandBack
-from outwake.settings import Settings
 from outwake.worker.errors import PermanentError, TransientError, Unclear
-from outwake.worker.sandboxes.aio import Sandbox, StepError
-from outwake.worker.sandboxes.allocator import HttpAllocator
+from outwake.worker.sandboxes.aio import AioSandbox
+from outwake.worker.sandboxes.allocator import AllocatorProvider
+from outwake.worker.sandboxes.base import Request, StepError
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps
 from tests.support.loopback import loopback
@@ -26,24 +26,24 @@ async def parts(tmp_path: Path) -> AsyncIterator[Production]:
 
 
 @pytest.fixture
-async def client(parts: Production) -> AsyncIterator[Sandbox]:
-    async with Sandbox.connect(parts.sandboxes[0].item) as made:
+async def client(parts: Production) -> AsyncIterator[AioSandbox]:
+    async with AioSandbox.connect(parts.sandboxes[0].item) as made:
         yield made
 
 
-def adapter(url: str, **settings: Any) -> HttpAllocator:
-    return HttpAllocator(Settings(DATABASE_URL="unused", IP_ALLOCATOR_URL=url, **settings))  # type: ignore[call-arg]
+def provider(url: str, wait: float = 0) -> AllocatorProvider:
+    return AllocatorProvider(url, wait, keep=0)
 
 
-async def borrow(adapter: HttpAllocator) -> dict[str, Any]:
-    return await adapter.borrow(uuid4(), uuid4(), uuid4(), 1)
+async def borrow(provider: AllocatorProvider) -> dict[str, Any]:
+    return await provider.acquire(Request(uuid4(), uuid4(), uuid4(), 1))
 
 
 async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
     steps = Steps()
     async with loopback() as server:
         lender = allocator(server, steps)
-        borrowing = asyncio.create_task(borrow(adapter(lender.url, OUTWAKE_BORROW_WAIT=60)))
+        borrowing = asyncio.create_task(borrow(provider(lender.url, wait=60)))
         await steps.until("a borrow", lambda: "borrow" in steps.met)
         await lender.submit({"api_url": "http://sandbox.test"})
         sandbox = await borrowing
@@ -53,28 +53,28 @@ async def test_borrow_waits_for_a_sandbox_that_comes_free() -> None:
 
 
 async def test_a_sandbox_is_returned_once_and_a_second_time_does_no_harm(parts: Production) -> None:
-    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
+    made = provider(parts.allocator.url)
     first = await borrow(made)
-    await made.give_back(first)
+    await made.release(first)
     second = await borrow(made)
-    await made.give_back(first)  # refused: the token is of an earlier borrowing
+    await made.release(first)  # refused: the token is of an earlier borrowing
     assert set(parts.allocator.borrowed) == {second["borrow_token"]}
 
 
 async def test_a_sandbox_that_does_not_answer_is_returned_all_the_same(parts: Production) -> None:
-    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
+    made = provider(parts.allocator.url)
     sandbox = await borrow(made)
     parts.steps.arm("exec", Fault((500, {})))
-    await made.give_back(sandbox)
+    await made.release(sandbox)
     assert not parts.allocator.borrowed
 
 
 async def test_a_return_that_fails_in_the_background_is_an_error(parts: Production) -> None:
-    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
+    made = provider(parts.allocator.url)
     sandbox = await borrow(made)
     parts.allocator.return_status = "failed"
     with pytest.raises(TransientError, match="return failed"):
-        await made.give_back(sandbox)
+        await made.release(sandbox)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ async def test_answers_to_a_borrow(
 ) -> None:
     parts.steps.arm("borrow", Fault(answer))
     with pytest.raises(expected) as caught:
-        await borrow(adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0))
+        await borrow(provider(parts.allocator.url))
     assert type(caught.value) is expected
 
 
@@ -113,17 +113,17 @@ async def test_answers_to_a_borrow(
     ],
 )
 async def test_a_return_that_was_not_taken_is_an_error(parts: Production, answer: tuple[int, Any]) -> None:
-    made = adapter(parts.allocator.url, OUTWAKE_BORROW_WAIT=0)
+    made = provider(parts.allocator.url)
     sandbox = await borrow(made)
     parts.steps.arm("return", Fault(answer))
     with pytest.raises(TransientError):
-        await made.give_back(sandbox)
+        await made.release(sandbox)
     assert parts.allocator.borrowed
 
 
 async def test_an_allocator_that_is_not_there_was_not_asked() -> None:
     with pytest.raises(TransientError) as caught:
-        await borrow(adapter("http://127.0.0.1:1"))
+        await borrow(provider("http://127.0.0.1:1"))
     assert not isinstance(caught.value, Unclear)
 
 
@@ -136,15 +136,15 @@ async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
     async with server:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(Unclear, match="did not answer"):
-            await borrow(adapter(f"http://127.0.0.1:{port}"))
+            await borrow(provider(f"http://127.0.0.1:{port}"))
 
 
-async def test_arguments_reach_the_shell_as_they_are(client: Sandbox) -> None:
+async def test_arguments_reach_the_shell_as_they_are(client: AioSandbox) -> None:
     odd = "a b;\"$(touch x)`id`'\n*\\"
     assert await client.run("say", 'printf "%s|" "$@"', odd, "", "-n") == f"{odd}||-n|"
 
 
-async def test_a_file_arrives_as_it_is(client: Sandbox, parts: Production) -> None:
+async def test_a_file_arrives_as_it_is(client: AioSandbox, parts: Production) -> None:
     content = bytes(range(256))
     path = parts.sandboxes[0].home / "file"
     await client.write(str(path), content)
@@ -153,13 +153,13 @@ async def test_a_file_arrives_as_it_is(client: Sandbox, parts: Production) -> No
         await client.write("/elsewhere", content)
 
 
-async def test_an_exit_code_is_an_error_that_shows_what_was_said(client: Sandbox) -> None:
+async def test_an_exit_code_is_an_error_that_shows_what_was_said(client: AioSandbox) -> None:
     with pytest.raises(StepError, match="try it: exit code 3: no luck") as caught:
         await client.run("try it", "echo no luck; exit 3")
     assert caught.value.code == 3
 
 
-async def test_a_failing_command_ends_its_script(client: Sandbox) -> None:
+async def test_a_failing_command_ends_its_script(client: AioSandbox) -> None:
     with pytest.raises(StepError):
         await client.run("try it", "false; echo went on")
 
@@ -180,14 +180,14 @@ async def test_a_failing_command_ends_its_script(client: Sandbox) -> None:
     ],
 )
 async def test_200_alone_proves_nothing(
-    client: Sandbox, parts: Production, answer: tuple[int, Any], expected: type[Exception]
+    client: AioSandbox, parts: Production, answer: tuple[int, Any], expected: type[Exception]
 ) -> None:
     parts.steps.arm("exec", Fault(answer))
     with pytest.raises(expected):
         await client.run("try it", "true")
 
 
-async def test_a_quiet_step_is_waited_for(client: Sandbox, parts: Production, tmp_path: Path) -> None:
+async def test_a_quiet_step_is_waited_for(client: AioSandbox, parts: Production, tmp_path: Path) -> None:
     parts.sandboxes[0].patience = 0.01
     gate = tmp_path / "gate"
     await client.run("make", 'mkfifo "$1"', str(gate))
@@ -199,7 +199,7 @@ async def test_a_quiet_step_is_waited_for(client: Sandbox, parts: Production, tm
     assert await running == "at last"
 
 
-async def test_a_step_that_does_not_end_is_killed(client: Sandbox, parts: Production) -> None:
+async def test_a_step_that_does_not_end_is_killed(client: AioSandbox, parts: Production) -> None:
     parts.sandboxes[0].patience = 0.01
     with pytest.raises(TransientError, match="sleep: not done within 1 seconds"):
         await client.run("sleep", "sleep 1000", timeout=1)
@@ -207,7 +207,7 @@ async def test_a_step_that_does_not_end_is_killed(client: Sandbox, parts: Produc
     assert all(shell.terminated for shell in parts.sandboxes[0].shells.values())
 
 
-async def test_a_step_is_killed_when_its_caller_is_cancelled(client: Sandbox, parts: Production) -> None:
+async def test_a_step_is_killed_when_its_caller_is_cancelled(client: AioSandbox, parts: Production) -> None:
     running = asyncio.create_task(client.run("sleep", "sleep 1000"))
     await parts.steps.until("the step to start", lambda: bool(parts.sandboxes[0].commands))
     running.cancel()

@@ -94,7 +94,7 @@ async def test_a_session_from_post_to_completed(parts: Production, database: str
     assert "Say more, please" in str(first["messages"])
     assert f"work tree is at {parts.sandboxes[0].home}/outwake/repo there" in str(first["system"])
     assert not parts.allocator.borrowed
-    assert not list((parts.directory / "host" / created["id"]).iterdir())
+    assert not list((parts.directory / "host").iterdir())
 
 
 async def test_a_follow_up_resumes_on_another_host(

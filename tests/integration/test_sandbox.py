@@ -209,7 +209,7 @@ async def test_a_follow_up_goes_on_from_commits_and_transcript_on_another_host(
     async with running("worker", env=env) as worker:
         created = await api.create(repo=parts.repo, prompt=COMMIT)
         await ended(worker, status="succeeded")
-    assert not list((parts.directory / "first" / created["id"]).iterdir())
+    assert not list((parts.directory / "first").iterdir())
     env = parts.environment(database, host="second")
     async with running("worker", env=env) as worker:
         await follow_up(api, created, "tool: cd {repo} && cat README.md && git log --format=%s")

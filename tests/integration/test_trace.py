@@ -12,11 +12,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from outwake._enqueue import enqueue
 from outwake.errors import ConfigurationError
-from outwake.settings import Settings
 from outwake.telemetry import trace
 from outwake.worker.errors import TransientError
-from outwake.worker.sandboxes.aio import Sandbox
-from outwake.worker.sandboxes.allocator import HttpAllocator
+from outwake.worker.sandboxes.aio import AioSandbox
+from outwake.worker.sandboxes.allocator import AllocatorProvider
 from tests.conftest import Connect
 from tests.support.process import running
 from tests.support.receiver import Receiver, receiver
@@ -127,16 +126,16 @@ async def test_rows_enqueued_within_a_span_belong_to_it(connect: Connect) -> Non
     assert await one(conn, "SELECT traceparent FROM outbox WHERE id = %s", row_id) == TRACEPARENT
 
 
-async def test_calls_of_sandboxes_and_the_allocator_carry_it(database: str) -> None:
-    settings = Settings(DATABASE_URL=database, IP_ALLOCATOR_URL="http://127.0.0.1:1")  # type: ignore[call-arg]
-    async with receiver() as sandbox:
+async def test_calls_of_sandboxes_and_the_allocator_carry_it() -> None:
+    async with receiver() as sandbox, receiver() as allocator:
         with trace.span("test", TRACEPARENT, "consumer"):
-            async with Sandbox.connect({"api_url": sandbox.url}) as client:
+            async with AioSandbox.connect({"api_url": sandbox.url}) as client:
                 with pytest.raises(TransientError):  # it says nothing
                     await client.write("x", b"y")
-            async with HttpAllocator(settings)._client() as allocator:
-                assert allocator.headers["traceparent"] == TRACEPARENT
-        assert sandbox.posts[0].headers["traceparent"] == TRACEPARENT
+            with pytest.raises(TransientError):
+                await AllocatorProvider(allocator.url, 0, 0).release({})
+        for asked in (sandbox, allocator):
+            assert asked.posts[0].headers["traceparent"] == TRACEPARENT
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import pytest
 
 from outwake.worker.agents.run import Agent
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.repo.git import Git
-from outwake.worker.repo.workspace import Workspace, _claim, _remove, open_workspace
+from outwake.worker.repo.workspace import Remote, Workspace, open_workspace
+from outwake.worker.sandboxes.base import Request
+from outwake.worker.sandboxes.directory import DirectoryProvider
+from outwake.worker.sandboxes.places import _claim, _remove
 
 ROOT = Path(__file__).parents[2]
 SESSION = UUID(int=1)
@@ -80,19 +82,20 @@ Open = Callable[..., AbstractAsyncContextManager[Workspace]]
 
 
 @pytest.fixture
-def opened(tmp_path: Path, home: Path, origin: Repository) -> Open:
-    def opened(**given: Any) -> AbstractAsyncContextManager[Workspace]:
-        settings: dict[str, Any] = {
-            "session": SESSION,
-            "run": uuid4(),
-            "attempt": 1,
-            "url": origin.url,
-            "target_branch": "main",
-            "branch": "work/x",
-            "git": Git({"HOME": str(home)}),
-            "allow_file": True,
-        }
-        return open_workspace(tmp_path / "root", **(settings | given))
+def opened(tmp_path: Path, origin: Repository) -> Open:
+    """A turn's workspace in a directory; `after` is the turn whose stored work it goes on from."""
+
+    @asynccontextmanager
+    async def opened(
+        url: str = origin.url, after: Workspace | None = None, allow_file: bool = True, **given: Any
+    ) -> AsyncIterator[Workspace]:
+        provider = DirectoryProvider(tmp_path / "root")
+        held = await provider.acquire(Request(uuid4(), SESSION, uuid4(), 1))
+        settings: dict[str, Any] = {"target_branch": "main", "branch": "work/x", "used": False}
+        bundle = after.bundle if after else None
+        async with provider.connect(held) as sandbox:
+            remote = Remote(url, allow_file=allow_file)
+            yield await open_workspace(sandbox, remote, bundle=bundle, **(settings | given))
 
     return opened
 
@@ -100,7 +103,7 @@ def opened(tmp_path: Path, home: Path, origin: Repository) -> Open:
 async def work(workspace: Workspace, prompt: str) -> None:
     argv = [sys.executable, "-P", "-m", "outwake.embedded.agent", prompt]
     env = {"PYTHONPATH": str(ROOT)}
-    async with Agent.start(argv, cwd=workspace.path, env=env, deadline=inf) as agent:
+    async with Agent.start(argv, cwd=Path(workspace.path), env=env, deadline=inf) as agent:
         async for _ in agent.lines():
             pass
         assert (await agent.wait()).code == 0
@@ -113,9 +116,9 @@ async def test_the_next_turn_goes_on_where_the_last_ended(opened: Open, origin: 
         (commit,) = await first.commits()
         assert commit.subject == "Note what was asked: one"
         assert await first.keep() == commit.sha
-    assert not first.path.parent.exists()
+    assert not Path(first.path).parent.exists()
     origin.commit("later.txt")
-    async with opened() as second:
+    async with opened(after=first) as second:
         assert second.base == commit.sha
         assert await second.commits() == []
         await work(second, "two")
@@ -128,12 +131,12 @@ async def test_the_next_turn_goes_on_where_the_last_ended(opened: Open, origin: 
 async def test_work_that_is_not_committed_is_kept(opened: Open) -> None:
     async with opened() as first:
         await work(first, "no-commit leave:draft.txt")
-        (first.path / ".git" / "index.lock").touch()
+        Path(first.path, ".git", "index.lock").touch()
         kept = await first.keep()
         (commit,) = await first.commits()
         assert commit.sha == kept
-    async with opened() as second:
-        assert (second.path / "draft.txt").read_text() == "left behind\n"
+    async with opened(after=first) as second:
+        assert Path(second.path, "draft.txt").read_text() == "left behind\n"
 
 
 async def test_a_turn_without_work_keeps_the_base(opened: Open) -> None:
@@ -143,8 +146,8 @@ async def test_a_turn_without_work_keeps_the_base(opened: Open) -> None:
 
 async def test_a_detached_head_is_left_alone(opened: Open) -> None:
     async with opened() as workspace:
-        await workspace._run("checkout", "--quiet", "--detach")
-        (workspace.path / "draft.txt").touch()
+        await workspace._run("detach", 'cd "$repo"; git checkout --quiet --detach')
+        Path(workspace.path, "draft.txt").touch()
         assert await workspace.keep() == workspace.base
 
 
@@ -156,16 +159,31 @@ async def test_an_existing_work_branch_is_the_start(opened: Open, origin: Reposi
         assert first.base == theirs
         await work(first, "one")
         kept = await first.keep()
+        origin("fetch", "--quiet", first.path, "work/x")
     origin("checkout", "--quiet", "work/x")
     origin.commit("diverged.txt")
-    async with opened() as second:
+    async with opened(after=first) as second:
         assert second.base == kept  # our work is not lost
-    origin("fetch", "--quiet", str(second._mirror), "work/x")
     origin("reset", "--quiet", "--hard", kept)
     merged = origin.commit("merged.txt")
-    async with opened() as third:
+    async with opened(after=first) as third:
         assert third.base == merged  # theirs has ours in it
         assert await third.keep() == merged
+
+
+async def test_work_that_version_1_0_kept_in_a_mirror_is_the_start(
+    opened: Open, origin: Repository, tmp_path: Path
+) -> None:
+    kept = origin("commit-tree", "-p", "main", "-m", "Kept", "main^{tree}")
+    mirror = tmp_path / "root" / str(SESSION) / "mirror.git"
+    origin("clone", "--quiet", "--bare", str(origin.path), str(mirror))
+    origin("push", "--quiet", str(mirror), f"{kept}:refs/heads/work/x")
+    async with opened() as workspace:
+        assert workspace.base == kept
+        await work(workspace, "one")
+        latest = await workspace.keep()
+    async with opened(after=workspace) as following:
+        assert following.base == latest
 
 
 async def test_target_and_work_branch_may_be_one(opened: Open, origin: Repository) -> None:
@@ -173,28 +191,11 @@ async def test_target_and_work_branch_may_be_one(opened: Open, origin: Repositor
         assert workspace.base == origin("rev-parse", "main")
 
 
-async def test_of_two_attempts_one_gets_through(opened: Open) -> None:
-    run = uuid4()
-    async with opened(run=run) as stalled, opened(run=run, attempt=2) as rescuer:
-        await work(stalled, "stalled")
-        await work(rescuer, "rescuer")
-        kept = await rescuer.keep()
-        with pytest.raises(TransientError, match="another attempt"):
-            await stalled.keep()
-    async with opened() as following, opened(attempt=2) as stalled:
-        assert following.base == kept
-        await work(following, "following")
-        await following.keep()
-        await work(stalled, "stalled")
-        with pytest.raises(TransientError, match="another attempt"):
-            await stalled.keep()
-
-
 async def test_a_missing_repository_is_permanent(opened: Open, tmp_path: Path) -> None:
     with pytest.raises(PermanentError, match="does not appear to be a git repository"):
         async with opened(url=f"file://{tmp_path}/none"):
             pass
-    assert list((tmp_path / "root" / str(SESSION)).iterdir()) == []
+    assert list((tmp_path / "root").iterdir()) == []
 
 
 async def test_a_missing_branch_is_permanent(opened: Open) -> None:
@@ -222,26 +223,27 @@ async def test_file_only_where_allowed(opened: Open) -> None:
             pass
 
 
-@pytest.fixture
-def deaf() -> Iterator[int]:
-    """The port of a server that accepts connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
-
-
-async def test_network_trouble_is_transient(opened: Open, deaf: int, home: Path) -> None:
+async def test_network_trouble_is_transient(opened: Open) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
     with pytest.raises(TransientError, match="onnect"):
         async with opened(url=f"https://127.0.0.1:{closed}/x"):
             pass
-    git = Git({"HOME": str(home)}, timeout=1)
-    with pytest.raises(TransientError, match="git clone took over 1 seconds"):
-        async with opened(url=f"https://127.0.0.1:{deaf}/x", git=git):
-            pass
 
 
-async def test_no_hook_runs(opened: Open, home: Path, tmp_path: Path) -> None:
+async def test_a_step_that_takes_too_long_is_transient(tmp_path: Path) -> None:
+    provider = DirectoryProvider(tmp_path)
+    held = await provider.acquire(Request(uuid4(), SESSION, uuid4(), 1))
+    async with provider.connect(held) as sandbox:
+        with pytest.raises(TransientError, match="wait: not done within 1 seconds"):
+            await sandbox.run("wait", "sleep 1000", timeout=1)
+
+
+async def test_no_hook_runs(
+    opened: Open, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of a template of the worker's account nor of the clone."""
+    monkeypatch.setenv("HOME", str(home))
     ran = tmp_path / "ran"
 
     def plant(hooks: Path) -> None:
@@ -253,7 +255,7 @@ async def test_no_hook_runs(opened: Open, home: Path, tmp_path: Path) -> None:
     plant(home / "template" / "hooks")
     (home / ".gitconfig").write_text(f"[init]\ntemplateDir = {home}/template\n")
     async with opened() as workspace:
-        plant(workspace.path / ".git" / "hooks")
+        plant(Path(workspace.path, ".git", "hooks"))
         await work(workspace, "no-commit leave:x")
         await workspace.keep()
         assert len(await workspace.commits()) == 1
@@ -263,7 +265,7 @@ async def test_no_hook_runs(opened: Open, home: Path, tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from outwake.worker.repo.workspace import _claim
+from outwake.worker.sandboxes.places import _claim
 _claim(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(1000)

@@ -1,7 +1,8 @@
 import pytest
 
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.repo.git import GitError, _reason
+from outwake.worker.repo.git import explain, reason_of
+from outwake.worker.sandboxes.base import StepError
 
 PERMANENT = [
     "fatal: '/srv/none.git' does not appear to be a git repository",
@@ -29,15 +30,27 @@ TRANSIENT = [
 
 @pytest.mark.parametrize("stderr", PERMANENT)
 def test_errors_that_trying_again_cannot_mend(stderr: str) -> None:
-    assert isinstance(GitError(128, _reason(stderr)).explain("x"), PermanentError)
+    assert isinstance(explain(StepError("clone", 128, stderr), "x"), PermanentError)
 
 
 @pytest.mark.parametrize("stderr", TRANSIENT)
 def test_errors_that_may_pass(stderr: str) -> None:
-    assert isinstance(GitError(128, _reason(stderr)).explain("x"), TransientError)
+    assert isinstance(explain(StepError("clone", 128, stderr), "x"), TransientError)
 
 
 def test_the_reason_is_what_git_complained_of() -> None:
     stderr = "Receiving objects: 10%\rReceiving objects: 20%\rerror: a\nhint: no\nfatal: b\n"
-    assert _reason(stderr) == "error: a; fatal: b"
-    assert _reason("just this\n") == "just this"
+    assert reason_of(stderr) == "error: a; fatal: b"
+    assert reason_of("just this\n") == "just this"
+
+
+def test_what_a_server_says_is_not_read_back() -> None:
+    stderr = (
+        "remote: vault token s.INTERNAL\n"
+        "fatal: unable to access 'https://host/x/': The requested URL returned error: 403\n"
+        "fatal: remote error: also INTERNAL"
+    )
+    reason = reason_of(stderr)
+    assert "INTERNAL" not in reason
+    assert "403" in reason
+    assert reason_of("remote: INTERNAL\n") == ""

@@ -17,6 +17,7 @@ from outwake.worker.agents.verdict import Verdict, judge
 from outwake.worker.errors import TransientError
 from outwake.worker.messages import Messages
 from outwake.worker.process.guarded import Exit
+from outwake.worker.sandboxes.base import Sandbox
 from outwake.worker.secrets import Secrets
 
 _GRACE = 5.0
@@ -31,6 +32,7 @@ async def run_agent(
     adapter: AgentAdapter,
     turn: AgentTurn,
     box: Box,
+    sandbox: Sandbox,
     settings: Settings,
     secrets: Secrets,
 ) -> tuple[Verdict, AgentSummary]:
@@ -44,7 +46,7 @@ async def run_agent(
     async with (
         Messages(job, *prompt) as messages,
         Agent.start(
-            command.argv,
+            sandbox.agent_argv(command.argv),
             cwd=command.cwd,
             env=command.env,
             deadline=_until(job.lease),

@@ -2,17 +2,20 @@
 
 The row is written in the transaction that ends the session's work, so the return is scheduled even if the
 worker dies. The row is retried with backoff without end; monitoring alerts on its age.
+
+The sandbox's kind says which provider gets it. A worker that is not configured for that kind retries the row,
+until a worker that is takes it.
 """
 
 from psycopg.types.json import Jsonb
 
-from outwake.errors import Retry
+from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job
 from outwake.schema import in_schema
 from outwake.settings import load
 from outwake.telemetry.log import get_logger
 from outwake.worker.errors import SessionError
-from outwake.worker.sandboxes.allocator import allocator
+from outwake.worker.sandboxes.choice import provider_of
 
 TOPIC = "sandbox.return"
 
@@ -26,15 +29,17 @@ async def give_back(job: Job) -> None:
 
     A second return does no harm.
     """
-    session_id, sandbox = job.payload.get("session_id"), job.payload["sandbox"]
+    session_id, held = job.payload.get("session_id"), job.payload.get("sandbox")
+    if not isinstance(held, dict):
+        raise Permanent("the payload holds no sandbox")
     async with job.transaction() as conn:
-        cursor = await conn.execute(_LET_GO, (session_id, Jsonb(sandbox)))
+        cursor = await conn.execute(_LET_GO, (session_id, Jsonb(held)))
         row = await cursor.fetchone()
     if row is not None and not row[0]:
         log.info("sandbox_kept")
         return
     try:
-        await allocator(load()).give_back(sandbox)
+        await provider_of(held, load()).release(held)
     except SessionError as error:
         raise Retry(str(error)) from error
     log.info("sandbox_returned")

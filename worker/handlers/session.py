@@ -1,12 +1,13 @@
 """Topic `session.run`: one turn of a session.
 
-1. Borrow a sandbox (worker/sandboxes/lending.py). With IP_ALLOCATOR_URL it is a real one, else a directory
-   on this host. From now on the row's end, whatever its cause, schedules the sandbox's return.
-2. Clone the repository into it, check out the target branch, create the work branch.
-3. Run the agent and store each event when it is printed, fenced. The agent ends with this worker. It ends at
+1. Check what needs no sandbox: the names of repository and branches, the credentials.
+2. Borrow a sandbox (worker/sandboxes/lending.py), of the kind that is configured. From now on the row's end,
+   whatever its cause, schedules the sandbox's return.
+3. Clone the repository into it, check out the target branch, create the work branch (repo/workspace.py).
+4. Run the agent and store each event when it is printed, fenced. The agent ends with this worker. It ends at
    the latest when the last lease that its guardian knows of expires.
-4. Save the commits for the session's next turn.
-5. In one fenced transaction, store the prompt's outcome and the state for the next turn, and end the row.
+5. Save the commits for the session's next turn, and push them if that is configured.
+6. In one fenced transaction, store the prompt's outcome and the state for the next turn, and end the row.
 
 If the agent fails, the turn was still carried out: its prompt ends as failed, and nothing is retried. If
 something prevents the work itself (no such repository, no network), the row fails, permanently or with a
@@ -14,8 +15,6 @@ retry.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,11 @@ from outwake.worker.agents.verdict import Verdict
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.messages import outlast
 from outwake.worker.repo.credentials import load_credentials, secrets_in
-from outwake.worker.repo.git import Git
-from outwake.worker.repo.remote import Remote, RemoteWorkspace, open_remote
-from outwake.worker.repo.workspace import Workspace, open_workspace, own_directory
-from outwake.worker.sandboxes.aio import Sandbox as Client
-from outwake.worker.sandboxes.allocator import allocator
-from outwake.worker.sandboxes.directory import Sandbox
+from outwake.worker.repo.workspace import Remote, Workspace, open_workspace
+from outwake.worker.sandboxes.base import Sandbox
+from outwake.worker.sandboxes.choice import provider, provider_of
 from outwake.worker.sandboxes.lending import borrow
+from outwake.worker.sandboxes.places import agent_directory, own_directory
 from outwake.worker.secrets import Secrets
 
 TOPIC = "session.run"
@@ -102,14 +99,6 @@ class Turn:
         return Memory(self.agent_session, self.transcript)
 
 
-@dataclass
-class Stage:
-    """The place of a turn's work, and what its agent must know of it."""
-
-    workspace: Workspace | RemoteWorkspace
-    box: Box
-
-
 async def run_turn(job: Job) -> None:
     """Carry out one turn. Raises Permanent or Retry when something prevents the work itself."""
     settings = load()
@@ -120,42 +109,55 @@ async def run_turn(job: Job) -> None:
     try:
         credentials = load_credentials(settings.git_credentials, turn.user_id)
         secrets |= secrets_in(credentials)
-        sandbox, used = await borrow(job, turn.session_id, turn.run, allocator(settings))
-        if settings.ip_allocator_url is None:
-            staged = _on_this_host(job, turn, settings)
-        else:
-            staged = _in_sandbox(job, turn, settings, sandbox, used, credentials)
-        async with staged as stage:
-            await _work(job, turn, settings, stage, secrets)
+        remote = _remote(turn, settings, credentials)
+        held, used = await borrow(job, turn.session_id, turn.run, provider(settings))
+        place = agent_directory(
+            Path(settings.workspace_root).absolute(), turn.session_id, turn.run, job.row.attempt
+        )
+        async with provider_of(held, settings).connect(held) as sandbox, own_directory(place):
+            workspace = await open_workspace(
+                sandbox,
+                remote,
+                target_branch=turn.target_branch,
+                branch=turn.branch,
+                bundle=turn.bundle,
+                used=used,
+            )
+            await _work(job, turn, settings, sandbox, workspace, place, secrets)
     except PermanentError as error:
         raise Permanent(secrets.text(str(error))) from None
     except TransientError as error:
         raise Retry(secrets.text(str(error))) from None
 
 
-async def _work(job: Job, turn: Turn, settings: Settings, stage: Stage, secrets: Secrets) -> None:
-    workspace = stage.workspace
+async def _work(
+    job: Job,
+    turn: Turn,
+    settings: Settings,
+    sandbox: Sandbox,
+    workspace: Workspace,
+    place: Path,
+    secrets: Secrets,
+) -> None:
     log.info("workspace_ready", branch=turn.branch, base=workspace.base)
     verdict, summary = Verdict(), AgentSummary()
-    adapter = adapter_for(settings)
+    box = Box(workspace.path, place, sandbox.mcp_config())
+    adapter = adapter_for(settings, box)
     if turn.prompt is not None:
         assert turn.prompt_id is not None
         ids = (turn.session_id, turn.prompt_id)
         asked = AgentTurn(turn.prompt, turn.branch, turn.memory)
-        verdict, summary = await run_agent(job, ids, adapter, asked, stage.box, settings, secrets)
+        verdict, summary = await run_agent(job, ids, adapter, asked, box, sandbox, settings, secrets)
     result = {"branch": turn.branch, **summary.as_json()}
     result["head"] = await workspace.keep()
     result["commits"] = [asdict(commit) for commit in await workspace.commits()]
-    bundle = None
-    if isinstance(workspace, RemoteWorkspace):
-        bundle = workspace.bundle
-        if workspace.problem and verdict.status == "succeeded":
-            verdict = Verdict("failed", secrets.text(workspace.problem))
+    if workspace.problem and verdict.status == "succeeded":
+        verdict = Verdict("failed", secrets.text(workspace.problem))
     memory = None
-    if summary.session and stage.box.home:
-        content = await asyncio.to_thread(adapter.memory, stage.box.home)
+    if summary.session and box.home:
+        content = await asyncio.to_thread(adapter.memory, box.home)
         memory = None if content is None else Memory(summary.session, content)
-    await outlast(lambda: _conclude(job, turn, verdict, result, memory, bundle))
+    await outlast(lambda: _conclude(job, turn, verdict, result, memory, workspace.bundle))
     log.info("turn_ended", status=verdict.status, reason=verdict.reason, head=result["head"])
 
 
@@ -174,50 +176,15 @@ async def _load(job: Job) -> Turn | None:
     return None if row is None else Turn(*row)
 
 
-def _names(turn: Turn, settings: Settings) -> tuple[str, str, str]:
-    """URL, target branch and work branch. The API checks them, but a row from psql is unchecked."""
+def _remote(turn: Turn, settings: Settings, credentials: bytes | None) -> Remote:
+    """The repository. The API checks the names, but a row from psql is unchecked."""
     try:
         url = clone_url(turn.repo, allow_file=settings.allow_file_repos)
-        return url, check_branch(turn.target_branch), check_branch(turn.branch)
+        check_branch(turn.target_branch)
+        check_branch(turn.branch)
     except InvalidNameError as error:
         raise PermanentError(str(error)) from error
-
-
-@asynccontextmanager
-async def _on_this_host(job: Job, turn: Turn, settings: Settings) -> AsyncIterator[Stage]:
-    """The embedded form: the sandbox is a workspace directory, and the agent runs in it."""
-    url, target, branch = _names(turn, settings)
-    async with open_workspace(
-        Path(settings.workspace_root).absolute(),
-        session=turn.session_id,
-        run=turn.run,
-        attempt=job.row.attempt,
-        url=url,
-        target_branch=target,
-        branch=branch,
-        git=Git(env={}),
-        allow_file=settings.allow_file_repos,
-    ) as workspace:
-        yield Stage(workspace, Box(tree=str(workspace.path)))
-
-
-@asynccontextmanager
-async def _in_sandbox(
-    job: Job, turn: Turn, settings: Settings, sandbox: Sandbox, used: bool, credentials: bytes | None
-) -> AsyncIterator[Stage]:
-    """The production form: the work tree is in the sandbox, the agent runs here and reaches it by MCP."""
-    url, target, branch = _names(turn, settings)
-    remote = Remote(url, settings.git_push, settings.allow_file_repos, credentials)
-    item = sandbox["item"]
-    root = Path(settings.workspace_root).absolute()
-    async with (
-        Client.connect(item) as client,
-        own_directory(root, turn.session_id, turn.run, job.row.attempt) as place,
-    ):
-        workspace = await open_remote(
-            client, remote, target_branch=target, branch=branch, bundle=turn.bundle, used=used
-        )
-        yield Stage(workspace, Box(workspace.path, place, item.get("mcp_json_string")))
+    return Remote(url, settings.git_push, settings.allow_file_repos, credentials)
 
 
 async def _conclude(

@@ -1,42 +1,42 @@
-"""Where an agent works: a separate directory for every attempt.
+"""A turn's clone of the repository, in a sandbox of any kind. Shell steps make it and read it.
 
-    ROOT/SESSION/mirror.git       a bare repository that keeps the session's work branch
-    ROOT/SESSION/RUN-ATTEMPT/     one attempt's clone, removed when the attempt ends
+    $OUTWAKE_HOME/repo              the clone, with the work branch checked out
+    $OUTWAKE_HOME/git-credentials   mode 600, present only while a step needs it
 
 How the work of one turn reaches the next:
-1. An attempt clones the repository and checks out the work branch. It starts from the mirror's branch if
-   an earlier turn left one there. If the repository's own work branch contains that commit, it starts from
-   the repository's branch. If the mirror has no branch, it starts from the repository's work branch, or
-   else from the target branch.
-2. The agent works. Attempts never share a directory. So an attempt that lost its lease and still runs does
-   not harm its successor.
-3. `keep` commits what the agent left uncommitted and pushes the branch to the mirror, on condition that
-   the mirror still has the commit seen in step 1. So only one of two attempts succeeds.
-4. The attempt removes its directory. If its worker died, the session's next attempt removes it: a live
-   worker holds a lock on its directory, and the kernel drops that lock with the process.
-
-Nothing is ever pushed to the repository itself. All turns of a session must use the same ROOT.
+1. Clone the repository, unless an earlier turn left its clone in this sandbox. Start from the commits stored
+   with the session. If the repository's own work branch contains those commits, start from that branch. If
+   no commits are stored, start from the repository's work branch, or else from the target branch.
+2. The agent works. The sandbox holds no credentials during this time.
+3. `keep` commits what the agent left uncommitted. If pushing is enabled, it pushes the branch, on condition
+   that the repository still has the commit seen in step 1. If the branch was not pushed, `keep` returns the
+   commits as a Git bundle, which is stored with the session in the transaction that ends the turn. So no work
+   is lost with its sandbox or its host, and an attempt that lost its lease stores nothing.
 """
 
 import asyncio
-import fcntl
-import os
-import shutil
+import base64
+import binascii
+import hashlib
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from uuid import UUID
+from dataclasses import dataclass, field
 
-import structlog
-
-from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.repo.git import Git, GitError
+from outwake.telemetry.log import get_logger
+from outwake.worker.errors import PermanentError, SessionError, TransientError
+from outwake.worker.repo import steps
+from outwake.worker.repo.git import explain
+from outwake.worker.sandboxes.base import Sandbox, StepError
 
 COMMITS = 1000
+BUNDLE_LIMIT = 16 * 2**20
 AUTHOR = ("user.name=Outwake agent", "user.email=agent@outwake.invalid")
+_CHUNK = 96 * 1024  # bytes of a bundle printed by one step
+_PUSH_AGAIN = (1.0, 5.0)
+_FORGET_TIMEOUT = 10.0  # seconds; used when something has already gone wrong
 
-_log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,262 +46,182 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """An attempt's clone, made by `open_workspace`.
+class Remote:
+    """The repository as a sandbox reaches it. url: accepted by `outwake/session/names.py`."""
 
-    path: the work tree. branch: the work branch, checked out. base: the commit from which the branch
-    started in this attempt.
+    url: str
+    push: bool = False
+    allow_file: bool = False
+    credentials: bytes | None = field(default=None, repr=False)
+
+    @property
+    def transports(self) -> str:
+        """The transports that git may use for this repository."""
+        return "https:ssh:file" if self.allow_file else "https:ssh"
+
+    @asynccontextmanager
+    async def credentials_in(self, sandbox: Sandbox, path: str) -> AsyncIterator[None]:
+        """Put the credentials into the sandbox, in a file of mode 600; remove the file on leaving.
+
+        If this process dies, the file stays until the sandbox is swept, before its next use or its return.
+        """
+        if self.credentials is None:
+            yield
+            return
+        # The directory is closed to other users, whatever mode the sandbox gives a new file.
+        await sandbox.write(f"{path.rpartition('/')[0]}/git-credentials", self.credentials)
+        try:
+            yield
+        except BaseException:
+            with suppress(SessionError, StepError):
+                script = steps.GIT + steps.FORGET
+                await sandbox.run("remove the credentials", script, timeout=_FORGET_TIMEOUT)
+            raise
+        await _run(sandbox, "remove the credentials", steps.FORGET)
+
+
+@dataclass
+class Workspace:
+    """The clone in a sandbox, made by `open_workspace`.
+
+    path: the work tree in the sandbox. branch: the work branch, checked out. base: the commit from which
+    the branch started in this attempt.
+    bundle, problem: set by `keep`: the commits that only we have, and why the branch was not pushed.
     """
 
-    path: Path
+    path: str
     branch: str
     base: str
-    _git: Git
-    _mirror: Path
-    _known: str  # the mirror's commit at the start, empty if it had none
+    _sandbox: Sandbox
+    _remote: Remote
+    _known: str  # the repository's commit of the work branch at the start, empty if it had none
+    _target: str
+    bundle: bytes | None = None
+    problem: str | None = None
 
     async def commits(self) -> list[Commit]:
-        """The work branch's commits since `base`, oldest first; the last 1,000 at most.
-
-        Raises SessionError if git cannot list them: the agent may have broken the repository.
-        """
-        since = f"{self.base}..refs/heads/{self.branch}"
-        options = (f"--max-count={COMMITS}", "--reverse", "--topo-order", "--no-show-signature")
-        try:
-            lines = await self._run("log", *options, "--format=%H %s", since, "--")
-        except GitError as error:
-            raise error.explain("cannot list the commits") from error
-        return [Commit(*line.split(" ", 1)) for line in lines.split("\n") if line]
+        """The work branch's commits since `base`, oldest first; the last 1,000 at most."""
+        lines = await self._run("list the commits", steps.LOG, str(COMMITS), self.base, self.branch)
+        marked = (line.partition(" ") for line in lines.split("\n"))
+        return [Commit(*rest.partition(" ")[::2]) for mark, _, rest in marked if mark == "="]
 
     async def keep(self) -> str:
         """Save the work for the session's next turn and return the work branch's commit.
 
-        First commits what is uncommitted on the work branch, except files that Git ignores.
-        Raises TransientError if another attempt has saved its work meanwhile, SessionError if the work
-        can't be saved.
+        Raises SessionError if the work can't be saved.
         """
-        ref = f"refs/heads/{self.branch}"
-        try:
-            if await self._head() == ref:
-                await self._commit_rest()
-            await self._git(
-                *("push", "--quiet", "--no-verify", f"--force-with-lease={ref}:{self._known}"),
-                *("--", str(self._mirror), f"{ref}:{ref}"),
-                cwd=self.path,
-                transports="file",
-            )
-            return await self._run("rev-parse", "--verify", ref)
-        except GitError as error:
-            if "stale info" in error.reason or "cannot lock ref" in error.reason:
-                raise TransientError("another attempt of this session saved its work") from error
-            raise error.explain("cannot save the work branch") from error
+        arguments = (self.branch, self._known, self._target)
+        head, ours = _pair(await self._run("save the work branch", steps.SAVE, *arguments))
+        if ours and not (self._remote.push and await self._push()):
+            self.bundle = await self._read_bundle()
+        return head
 
-    async def _head(self) -> str:
-        """The ref that is checked out, empty if the agent detached it."""
-        try:
-            return await self._run("symbolic-ref", "--quiet", "HEAD")
-        except GitError as error:
-            if error.code == 1:
-                return ""
-            raise
+    async def _push(self) -> bool:
+        """Whether the branch was pushed; else `problem` says why. A failed push does not repeat the turn."""
+        remote = self._remote
+        for pause in (*_PUSH_AGAIN, None):
+            try:
+                async with remote.credentials_in(self._sandbox, self.path):
+                    arguments = (remote.transports, remote.url, self.branch, self._known)
+                    await self._sandbox.run("push", steps.GIT + steps.PUSH, *arguments)
+                log.info("pushed", branch=self.branch)
+                return True
+            except StepError as error:
+                moved = "stale info" in error.output
+                explained = explain(error, "the work branch was not pushed")
+                if moved or pause is None or isinstance(explained, PermanentError):
+                    self.problem = (
+                        "the work branch was not pushed: somebody else has moved it"
+                        if moved
+                        else str(explained)
+                    )
+                    log.warning("push_failed", reason=self.problem)
+                    return False
+                await asyncio.sleep(pause)
+        return False
 
-    async def _commit_rest(self) -> None:
-        # An agent that is killed inside git leaves git's lock; no process holds that lock any more.
-        await asyncio.to_thread((self.path / ".git" / "index.lock").unlink, missing_ok=True)
-        await self._run("add", "--all", "--", ".")
-        if await self._run("status", "--porcelain", "--untracked-files=no"):
-            await self._run("commit", "--quiet", "-m", "Save what the agent left uncommitted")
+    async def _read_bundle(self) -> bytes:
+        digest, told = _pair(await self._run("save the work branch", steps.BUNDLE, self.branch))
+        size = int(told) if told.isdigit() else 0
+        if size > BUNDLE_LIMIT:
+            raise PermanentError(f"the turn's commits are over {BUNDLE_LIMIT >> 20} MiB: they must be pushed")
+        content = bytearray()
+        while len(content) < size:
+            arguments = (str(len(content) + 1), str(_CHUNK))
+            try:
+                chunk = base64.b64decode(await self._run("read the commits", steps.READ, *arguments))
+            except binascii.Error:
+                chunk = b""
+            if not chunk:
+                break
+            content += chunk
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise TransientError("the commits could not be read from the sandbox")
+        return bytes(content)
 
-    async def _run(self, *arguments: str) -> str:
-        return await self._git(*arguments, cwd=self.path)
+    async def _run(self, step: str, script: str, *arguments: str) -> str:
+        return await _run(self._sandbox, step, script, *arguments)
 
 
-def attempt_directory(root: Path, session: UUID, run: UUID, attempt: int) -> Path:
-    """The path of that attempt's directory, whether or not it exists."""
-    return root / str(session) / f"{run}-{attempt}"
-
-
-@asynccontextmanager
 async def open_workspace(
-    root: Path,
+    sandbox: Sandbox,
+    remote: Remote,
     *,
-    session: UUID,
-    run: UUID,
-    attempt: int,
-    url: str,
     target_branch: str,
     branch: str,
-    git: Git,
-    allow_file: bool = False,
-) -> AsyncIterator[Workspace]:
-    """Clone `url` for one attempt and check out the work branch; the clone is removed on leaving.
+    bundle: bytes | None,
+    used: bool,
+) -> Workspace:
+    """Clone the repository in the sandbox and check out the work branch.
 
-    url, target_branch, branch: accepted by `outwake/session/names.py`.
-    allow_file: whether `url` may be a file:// URL.
+    bundle: the commits stored by the session's last turn. used: whether that turn's clone is still there.
 
-    Raises PermanentError (no such repository or branch, an empty repository, no access) or
-    TransientError (the network, a full disk, a timeout).
+    Raises PermanentError (no such repository or branch, an empty repository, no access) or TransientError
+    (the network, the sandbox, a full disk, a timeout).
     """
-    async with own_directory(root, session, run, attempt) as place:
-        transports = "https:ssh:file" if allow_file else "https:ssh"
-        path = place / "repo"
-        mirror = place.parent / "mirror.git"
-        await _clone(git, url, path, transports)
-        base, known = await _start(git, path, mirror, target_branch, branch)
-        await _check_out(git, path, branch, base)
-        yield Workspace(path, branch, base, git, mirror, known)
-
-
-@asynccontextmanager
-async def own_directory(root: Path, session: UUID, run: UUID, attempt: int) -> AsyncIterator[Path]:
-    """A directory for one attempt, removed on leaving. Also removes those of the session's dead attempts.
-
-    Raises TransientError if the directory can't be made.
-    """
-    place = attempt_directory(root, session, run, attempt)
+    home = await _run(sandbox, "prepare the sandbox", steps.PREPARE, "used" if used else "new")
+    path = f"{home.splitlines()[-1] if home else ''}/repo"
+    if not path.startswith("/"):
+        raise TransientError("the sandbox did not say where its home is")
+    if used:
+        head, known = _pair(await _run(sandbox, "find the work branch", steps.REUSE, branch))
+        return Workspace(path, branch, head, sandbox, remote, known, target_branch)
+    await _clone(sandbox, remote, path)
+    if bundle is not None:
+        await sandbox.write(f"{path.rpartition('/')[0]}/work.bundle", bundle)
     try:
-        lock = _claim(place)
-    except OSError as error:
-        raise TransientError(f"cannot make a workspace: {error.strerror}") from error
-    try:
-        await asyncio.to_thread(_remove_all_dead, place.parent, place)
-        yield place
-    finally:
-        await asyncio.shield(asyncio.to_thread(_remove, place, lock))
+        stored = "bundle" if bundle is not None else ""
+        start = await sandbox.run("check out", steps.GIT + steps.START, target_branch, branch, stored)
+    except StepError as error:
+        match error.code:
+            case 65:
+                raise PermanentError(f"the repository has no branch {target_branch}") from error
+            case 66:
+                raise PermanentError("the repository is empty: it has no branch to start from") from error
+        raise explain(error, f"cannot check out {branch}") from error
+    base, known = _pair(start)
+    return Workspace(path, branch, base, sandbox, remote, known, target_branch)
 
 
-async def _clone(git: Git, url: str, path: Path, transports: str) -> None:
+async def _clone(sandbox: Sandbox, remote: Remote, path: str) -> None:
     settings = [part for setting in AUTHOR for part in ("--config", setting)]
-    options = ("--quiet", "--no-checkout", "--template=", "--origin=origin", *settings)
     try:
-        await git("clone", *options, "--", url, str(path), cwd=path.parent, transports=transports)
-    except GitError as error:
-        raise error.explain("cannot clone the repository") from error
+        async with remote.credentials_in(sandbox, path):
+            await sandbox.run("clone", steps.GIT + steps.CLONE, remote.transports, remote.url, *settings)
+    except StepError as error:
+        raise explain(error, "cannot clone the repository") from error
 
 
-async def _start(git: Git, path: Path, mirror: Path, target_branch: str, branch: str) -> tuple[str, str]:
-    """The commit to start from, and the mirror's commit, which is empty if the mirror has none."""
+def _pair(output: str) -> tuple[str, str]:
+    """The two words of the last line; the second may be empty. stderr's text may come before that line."""
+    first, _, second = output.rpartition("\n")[2].partition(" ")
+    if not re.fullmatch("[0-9a-f]{40,64}", first):
+        raise TransientError("the sandbox did not answer a step as its script would")
+    return first, second.strip()
+
+
+async def _run(sandbox: Sandbox, step: str, script: str, *arguments: str) -> str:
     try:
-        heads = await _refs(git, path, "refs/remotes/origin/", target_branch, branch)
-        if target_branch not in heads:
-            if await git("for-each-ref", "--count=1", cwd=path):
-                raise PermanentError(f"the repository has no branch {target_branch}")
-            raise PermanentError("the repository is empty: it has no branch to start from")
-        theirs = heads.get(branch)
-        await _make_mirror(git, mirror)
-        kept = (await _refs(git, mirror, "refs/heads/", branch)).get(branch)
-        if not kept:
-            return theirs or heads[target_branch], ""
-        await git(
-            *("fetch", "--quiet", "--no-tags", "--no-write-fetch-head"),
-            *("--", str(mirror), f"refs/heads/{branch}"),
-            cwd=path,
-            transports="file",
-        )
-        if theirs and await _contains(git, path, theirs, kept):
-            return theirs, kept
-        return kept, kept
-    except GitError as error:
-        raise error.explain("cannot find where to start") from error
-
-
-async def _make_mirror(git: Git, mirror: Path) -> None:
-    """Make the mirror, or finish one whose creator died."""
-    await git("init", "--quiet", "--bare", "--template=", "--", str(mirror), cwd=mirror.parent)
-    # The push ends all its processes when it ends, so git must not run gc in the background.
-    await git(f"--git-dir={mirror}", "config", "gc.autoDetach", "false", cwd=mirror.parent)
-
-
-async def _check_out(git: Git, path: Path, branch: str, commit: str) -> None:
-    try:
-        await git("checkout", "--quiet", "--no-track", "-B", branch, commit, "--", cwd=path)
-    except GitError as error:
-        raise error.explain(f"cannot check out {branch}") from error
-
-
-async def _refs(git: Git, repository: Path, prefix: str, *names: str) -> dict[str, str]:
-    """The branches that exist, with their commits."""
-    lines = await git(
-        *("for-each-ref", "--format=%(objectname) %(refname)"),
-        *(prefix + name for name in names),
-        cwd=repository,
-    )
-    pairs = (line.split(" ", 1) for line in lines.split("\n") if line)
-    return {ref.removeprefix(prefix): commit for commit, ref in pairs}
-
-
-async def _contains(git: Git, path: Path, commit: str, ancestor: str) -> bool:
-    try:
-        await git("merge-base", "--is-ancestor", ancestor, commit, cwd=path)
-    except GitError as error:
-        if error.code == 1:
-            return False
-        raise
-    return True
-
-
-def _claim(place: Path) -> int:
-    """Make the directory, lock it and return the lock. Close the lock when the directory is removed.
-
-    Another attempt may take the directory for dead and remove it before we lock it. The lock then belongs to
-    a directory without a name, and we start again.
-    """
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    while True:
-        with suppress(FileExistsError):
-            place.mkdir(mode=0o700)
-        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(place.stat(), os.fstat(lock)):
-                return lock
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
-
-
-def _remove_all_dead(home: Path, own: Path) -> None:
-    """Remove the directories of the same session's attempts whose worker is dead."""
-    for place in home.iterdir():
-        if place not in (own, home / "mirror.git"):
-            remove_dead(place)
-
-
-def remove_dead(place: Path) -> None:
-    """Remove an attempt's directory unless its worker lives; a live worker removes its own."""
-    with suppress(OSError):  # locked, or gone
-        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise
-        _remove(place, lock)
-
-
-def _remove(place: Path, lock: int) -> None:
-    """Remove the directory and drop its lock. The next attempt removes what can't be removed now."""
-    try:
-        shutil.rmtree(place)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        try:
-            _make_writable(place)
-            shutil.rmtree(place)
-        except OSError as error:
-            _log.warning("workspace_not_removed", path=str(place), error=str(error))
-    finally:
-        os.close(lock)
-
-
-def _make_writable(place: Path) -> None:
-    os.chmod(place, 0o700)
-    for parent, directories, _ in os.walk(place):  # top down: writable before it is entered
-        for name in directories:
-            path = Path(parent, name)
-            if not path.is_symlink():
-                path.chmod(0o700)
+        return await sandbox.run(step, steps.GIT + script, *arguments)
+    except StepError as error:
+        raise explain(error, f"cannot {step}") from error

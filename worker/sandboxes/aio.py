@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
@@ -20,42 +20,43 @@ import httpx
 
 from outwake.telemetry import trace
 from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.sandboxes.ask import NoAnswer, ask
+from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError
 
-STEP_TIMEOUT = 600.0
-_CONNECT, _ANSWER = 10.0, 60.0
+_ANSWER = 60.0  # seconds for an answer, beyond what a step may take
 _WAIT = 30  # seconds of one /v1/shell/wait
 _PAUSE = 0.05
 _KILL_TIMEOUT = 10.0
-_SAID = 1000  # characters of a failed step's output that its error quotes
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 _SLACK = 10.0  # seconds that the sandbox has to report its own timeout
 
 
-class StepError(Exception):
-    """A shell step ended with an exit code other than 0; `said` is the end of its output."""
-
-    def __init__(self, step: str, code: int, said: str) -> None:
-        super().__init__(f"{step}: exit code {code}" + (f": {said}" if said else ""))
-        self.code = code
-        self.said = said
-
-
-class Sandbox:
+class AioSandbox:
     """A client of one sandbox; made by `connect`."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
+    def __init__(self, client: httpx.AsyncClient, mcp_config: str) -> None:
         self._client = client
+        self._mcp_config = mcp_config
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, item: Any) -> AsyncIterator["Sandbox"]:
+    async def connect(cls, item: Any) -> AsyncIterator["AioSandbox"]:
         """Connect to the sandbox of an allocator's item. Raises PermanentError if the item names none."""
         url = item.get("api_url") if isinstance(item, dict) else None
         if not isinstance(url, str) or not url.startswith(("http://", "https://")):
             raise PermanentError("the allocator's item has no api_url")
         # Without the environment's proxy, which serves external hosts: sandboxes are internal.
         async with httpx.AsyncClient(base_url=url, headers=trace.headers(), trust_env=False) as client:
-            yield cls(client)
+            config = item.get("mcp_json_string")
+            yield cls(client, config if isinstance(config, str) else "")
+
+    def agent_argv(self, argv: Sequence[str]) -> Sequence[str]:
+        """As given: the agent runs on this worker, and reaches the sandbox by MCP."""
+        return argv
+
+    def mcp_config(self) -> str:
+        """The item's MCP configuration, unchecked; empty if it has none."""
+        return self._mcp_config
 
     async def write(self, path: str, content: bytes) -> None:
         """Write a file. Raises TransientError or PermanentError if the sandbox does not confirm it."""
@@ -90,7 +91,7 @@ class Sandbox:
         if not isinstance(code, int):
             raise TransientError(f"{step}: the sandbox gave no exit code")
         if code != 0:
-            raise StepError(step, code, _last_lines(output))
+            raise StepError(step, code, output.replace("\0", "\ufffd"))
         return output.replace("\0", "\ufffd").rstrip("\n")
 
     async def _exec(self, step: str, shell: str, command: str, timeout: float) -> dict[str, Any]:
@@ -119,25 +120,17 @@ class Sandbox:
                 await self._call("shell/kill", {"id": shell})
 
     async def _call(self, route: str, body: dict[str, Any], timeout: float = 0) -> dict[str, Any]:
-        limit = httpx.Timeout(_ANSWER + timeout, connect=_CONNECT)
         try:
-            response = await self._client.post(f"/v1/{route}", json=body, timeout=limit)
-        except httpx.HTTPError as error:
-            raise TransientError(f"the sandbox can't be reached: {type(error).__name__}") from error
-        if response.is_client_error:
-            raise PermanentError(f"the sandbox refused {route} with status {response.status_code}")
-        try:
-            answer = response.json() if response.is_success else None
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise TransientError(f"the sandbox answered {route} with status {response.status_code}")
+            status, answer = await ask(
+                self._client, "POST", f"/v1/{route}", body=body, seconds=_ANSWER + timeout
+            )
+        except NoAnswer as error:
+            raise TransientError(f"the sandbox can't be reached: {error}") from error
+        if 400 <= status < 500:
+            raise PermanentError(f"the sandbox refused {route} with status {status}")
+        if not isinstance(answer, dict) or not 200 <= status < 300:
+            raise TransientError(f"the sandbox answered {route} with status {status}")
         if answer.get("success") is not True:
             raise TransientError(f"the sandbox failed at {route}: {str(answer.get('message'))[:200]}")
         data = answer.get("data")
         return data if isinstance(data, dict) else {}
-
-
-def _last_lines(output: str) -> str:
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
-    return "; ".join(lines[-4:])[-_SAID:]

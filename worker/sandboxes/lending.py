@@ -25,7 +25,7 @@ from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 from outwake.worker.errors import SessionError, Unclear
 from outwake.worker.messages import outlast
-from outwake.worker.sandboxes.directory import Allocator, Sandbox
+from outwake.worker.sandboxes.base import Item, Request, SandboxProvider
 
 log = get_logger(__name__)
 
@@ -39,13 +39,13 @@ _OWE = in_schema(
 _FORGET = in_schema("DELETE FROM :schema.sandbox_borrow WHERE id = %s")
 _NOTE = in_schema("UPDATE :schema.sandbox_borrow SET error = %s WHERE id = %s")
 
-_asking: set[asyncio.Task[Sandbox]] = set()  # the event loop holds tasks only weakly
+_asking: set[asyncio.Task[Item]] = set()  # the event loop holds tasks only weakly
 
 
-async def borrow(job: Job, session_id: UUID, run: UUID, allocator: Allocator) -> tuple[Sandbox, bool]:
+async def borrow(job: Job, session_id: UUID, run: UUID, provider: SandboxProvider) -> tuple[Item, bool]:
     """Return the sandbox that the session now holds, and whether an earlier turn has used it.
 
-    run: the name of the turn. Raises HandBack if no sandbox is free, SessionError if the allocator refuses,
+    run: the name of the turn. Raises HandBack if no sandbox is free, SessionError if the provider refuses,
     Fenced or Cancelled.
     """
     intent = uuid4()
@@ -55,13 +55,13 @@ async def borrow(job: Job, session_id: UUID, run: UUID, allocator: Allocator) ->
     assert row is not None
     if row[0] is not None:
         return row[0], True
-    asking = asyncio.create_task(_ask(job, session_id, run, allocator, intent))
+    asking = asyncio.create_task(_ask(job, Request(intent, session_id, run, job.row.attempt), provider))
     _asking.add(asking)
     asking.add_done_callback(_asking.discard)
     return await _never_abandon(asking), False
 
 
-async def _never_abandon(asking: asyncio.Task[Sandbox]) -> Sandbox:
+async def _never_abandon(asking: asyncio.Task[Item]) -> Item:
     stopped: asyncio.CancelledError | None = None
     while not asking.done():
         try:
@@ -74,9 +74,10 @@ async def _never_abandon(asking: asyncio.Task[Sandbox]) -> Sandbox:
     return asking.result()
 
 
-async def _ask(job: Job, session_id: UUID, run: UUID, allocator: Allocator, intent: UUID) -> Sandbox:
+async def _ask(job: Job, request: Request, provider: SandboxProvider) -> Item:
+    intent, session_id = request.intent, request.session_id
     try:
-        sandbox = await allocator.borrow(intent, session_id, run, job.row.attempt)
+        held = await provider.acquire(request)
     except Unclear as error:
         await _note(job, intent, str(error))
         log.error("borrow_unclear", borrow_id=str(intent), error=str(error))
@@ -85,26 +86,26 @@ async def _ask(job: Job, session_id: UUID, run: UUID, allocator: Allocator, inte
         await _forget(job, intent)
         raise
     try:
-        await outlast(lambda: _hold(job, session_id, sandbox, intent))
+        await outlast(lambda: _hold(job, session_id, held, intent))
     except (Fenced, Cancelled, HandBack):
-        await outlast(lambda: _owe(job, session_id, sandbox, intent))
+        await outlast(lambda: _owe(job, session_id, held, intent))
         log.warning("borrowed_too_late", borrow_id=str(intent))
         raise
-    log.info("borrowed", borrow_id=str(intent))
-    return sandbox
+    log.info("borrowed", borrow_id=str(intent), kind=provider.kind)
+    return held
 
 
-async def _hold(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
+async def _hold(job: Job, session_id: UUID, held: Item, intent: UUID) -> None:
     async with job.transaction() as conn:
-        cursor = await conn.execute(_HOLD, (intent, session_id, Jsonb(sandbox)))
+        cursor = await conn.execute(_HOLD, (intent, session_id, Jsonb(held)))
         row = await cursor.fetchone()
         if row is None or not row[0]:
             raise HandBack("the session was deleted")
 
 
-async def _owe(job: Job, session_id: UUID, sandbox: Sandbox, intent: UUID) -> None:
+async def _owe(job: Job, session_id: UUID, held: Item, intent: UUID) -> None:
     async with job.connection() as conn:
-        await conn.execute(_OWE, (intent, session_id, Jsonb(sandbox)))
+        await conn.execute(_OWE, (intent, session_id, Jsonb(held)))
 
 
 async def _forget(job: Job, intent: UUID) -> None:

@@ -15,7 +15,7 @@ COMMENT ON COLUMN session.inbox_status IS
     'active (work waits) -> pending (a worker has it) -> completed; a new prompt makes it active again; archived.';
 COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
-COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"item", "borrow_token"}, and while it is kept for the next turn "keep_until"; null when none is.';
+COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"kind", "item", "borrow_token"}, and while it is kept for the next turn "keep_until"; null when none is.';
 COMMENT ON COLUMN session.callback_url IS 'Where its webhooks go; each time something of it ends.';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 COMMENT ON TABLE prompt IS 'One user turn of a session.';

@@ -1,0 +1,38 @@
+"""Which provider lends a session's sandbox, and which one gets it back."""
+
+from pathlib import Path
+
+from outwake.settings import Settings
+from outwake.worker.errors import TransientError
+from outwake.worker.sandboxes.allocator import AllocatorProvider
+from outwake.worker.sandboxes.base import Item, SandboxProvider
+from outwake.worker.sandboxes.directory import DirectoryProvider
+
+
+def provider(settings: Settings) -> SandboxProvider:
+    """The one that lends: OUTWAKE_SANDBOX's kind, or else the allocator where there is one."""
+    kind = settings.sandbox or ("directory" if settings.ip_allocator_url is None else "allocator")
+    return _of_kind(kind, settings)
+
+
+def provider_of(held: Item, settings: Settings) -> SandboxProvider:
+    """The one that lent what the session holds, whatever kind this worker lends itself.
+
+    Raises TransientError if this worker is not configured for that kind: another one may be.
+    """
+    kind = held.get("kind")
+    if kind is None:  # stored by a version that had two kinds and named neither
+        item = held.get("item")
+        kind = "directory" if isinstance(item, dict) and "workspace" in item else "allocator"
+    return _of_kind(str(kind), settings)
+
+
+def _of_kind(kind: str, settings: Settings) -> SandboxProvider:
+    match kind:
+        case DirectoryProvider.kind:
+            return DirectoryProvider(Path(settings.workspace_root))
+        case AllocatorProvider.kind:
+            if settings.ip_allocator_url is None:
+                raise TransientError("the sandbox is an allocator's, and IP_ALLOCATOR_URL is not set here")
+            return AllocatorProvider(settings.ip_allocator_url, settings.borrow_wait, settings.sandbox_keep)
+    raise TransientError(f"this worker knows no sandboxes of kind {kind[:50]!r}")
