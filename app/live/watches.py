@@ -75,11 +75,12 @@ class Watches:
             except TimeoutError:
                 pause = min(pause * 2, last)
             self._to_do.clear()
-            if self.current is None:
+            watch = self.current  # the connection may be lost, or another, while these wait
+            if watch is None:
                 continue
             try:
-                await self._update(self.current)
-                await self._proceed(self.current)
+                await self._update(watch)
+                await self._proceed(watch)
             except (psycopg.Error, Problem) as error:
                 log.warning("watch_failed", error=str(error))
                 await self._database.wait_available()
