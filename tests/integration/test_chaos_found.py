@@ -1,21 +1,18 @@
 """What the chaos run has found, and what looking for why it had not, each as the shortest list of steps."""
 
-import asyncio
 import time
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from psycopg import errors
 
-from outwake import Cancelled, Handler, Job, register
+from outwake import Cancelled, Job, register
 from outwake._claim import reconnect
 from outwake.schema import in_schema
-from outwake.settings import Settings
-from outwake.worker.engine.worker import Worker
 from tests.conftest import Connect
 from tests.support.proxy import Proxy
 from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
-from tests.support.worker import Watched, hang, watched
+from tests.support.worker import hang, watched
 
 
 async def test_key_whose_first_row_came_late_goes_on_after_a_hand_back(connect: Connect) -> None:
@@ -115,17 +112,18 @@ async def test_row_locked_when_its_worker_left_is_freed_by_one_that_sleeps(
         assert not worker.draining
 
 
-async def test_worker_without_free_slots_does_not_wake_for_a_row_that_is_due(database: str) -> None:
+async def test_worker_without_free_slots_does_not_wake_for_a_row_that_is_due(
+    connect: Connect, database: str
+) -> None:
     """It can't start it: it would spin until a slot is free."""
-    worker = Worker(Settings(database_url=database), {"t": Handler("t", hang)}, concurrency=1)
-    worker._look_at = time.monotonic() - 1
-    worker._running = {1: None}  # type: ignore[dict-item]
-    worker._lease.renew_at = time.monotonic() + 3600
-    sleeping = asyncio.create_task(worker._sleep())
-    await asyncio.wait([sleeping], timeout=0.05)
-    assert not sleeping.done()
-    worker._event.set()
-    await sleeping
+    psql = await connect()
+    async with watched(database, run=hang, concurrency=1) as worker:
+        await worker.has_run(await add(psql))
+        await worker.rests()
+        await psql.execute("SELECT pg_notify('outwake_wake', 't@1')")  # due since 1970
+        await worker.hears_nothing_more(psql)
+        assert await worker.rests() > 60
+        assert worker.parts.timers.row_at < time.monotonic()
 
 
 async def test_flag_of_a_sleeper_that_has_just_come_back_stays_up(connect: Connect) -> None:
@@ -198,15 +196,13 @@ async def test_worker_leaves_although_its_path_has_gone_silent(database: str) ->
     proxy = Proxy("p", (address.hostname, address.port))
     await proxy.open()
 
-    class GoesSilent(Watched):
-        async def _leave(self) -> None:
-            for connection in proxy.connections[:2]:
-                connection.swallow_up = True
-            await super()._leave()
-
     url = urlunsplit(address._replace(netloc=f"{address.username}@127.0.0.1:{proxy.port}"))
     try:
-        async with watched(url, kind=GoesSilent, lease=1.0):
-            pass  # it is drained, and must end
+        async with watched(url, lease=1.0) as worker:
+            leaving = worker.hold("leave")
+            worker.drain()
+            await leaving.wait()
+            for connection in proxy.connections[:2]:
+                connection.swallow_up = True
     finally:
         await proxy.close()

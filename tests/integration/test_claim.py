@@ -318,7 +318,7 @@ async def test_handler_that_ends_while_a_completion_is_on_its_way(
     async def overlaps(self: Claims, tokens: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
         refused = await complete(self, tokens)
         gates[b].set()
-        while b in worker._running:  # noqa: ASYNC110 - a few turns of the loop
+        while b in worker.parts.running.attempts:  # noqa: ASYNC110 - a few turns of the loop
             await asyncio.sleep(0)
         return refused
 

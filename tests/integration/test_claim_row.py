@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 import outwake
-from outwake.worker.engine import worker as loop
+from outwake.worker.engine import wakes
 from tests.conftest import Connect
 from tests.support.plans import explain
 from tests.support.steps import (
@@ -46,7 +46,7 @@ async def claim_row(
 @pytest.fixture(autouse=True)
 def every_row_is_lone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that follows another at once, for which a worker takes its flag down."""
-    monkeypatch.setattr(loop, "_BUSY", -1.0)
+    monkeypatch.setattr(wakes, "BUSY", -1.0)
 
 
 @with_and_without
@@ -57,13 +57,13 @@ async def test_sleeper_takes_the_row_without_a_look(rule: Rule, connect: Connect
         named = "0 || coalesce('#' || lone || coalesce(named, ''), '')"
         await take_out(psql, "outbox_notify", named, "0::text")
     async with watched(database, concurrency=5) as worker:
-        looks = worker.looks
+        looks = worker.scans
         for _ in range(3):
             row = await add(psql)
             await worker.has_run(row)
             await until(psql, DONE, row)
             await worker.asleep()
-        assert (worker.looks == looks) == (rule == "kept")
+        assert (worker.scans == looks) == (rule == "kept")
         assert await one(psql, "SELECT parked FROM worker")
 
 
@@ -74,14 +74,14 @@ async def test_row_that_another_took(connect: Connect, database: str) -> None:
     psql = await connect()
     other = await new_worker(psql, "t")
     async with watched(database, concurrency=5) as worker:
-        looks = worker.looks
+        looks = worker.scans
         await psql.execute("BEGIN")
         row = await add(psql)
         assert await one(psql, ROW, other, row) == row
         await psql.execute("COMMIT")
         await worker.hears_nothing_more(psql)
         await worker.asleep()
-        assert worker.looks == looks
+        assert worker.scans == looks
         assert worker.ran == []
 
 

@@ -117,12 +117,12 @@ async def test_restart_of_postgres(mode: Literal["fast", "immediate"], postgres:
             row = await add(conn)
         async with awaiting("the handler to start"):
             await reached.wait()
-        worker._lease.renew_at = math.inf  # so that it is the LISTEN connection that tells
+        worker.parts.lease.renew_at = math.inf  # so that it is the LISTEN connection that tells
         await asyncio.to_thread(postgres.stop, mode)
         held = worker.hold("connect")
         await held.wait()
         held.release()
-        ended = worker._lease._until
+        ended = time.monotonic() + worker.parts.lease.remaining()
         while time.monotonic() < ended:  # noqa: ASYNC110 - its lease goes by, and nobody tells of that
             await asyncio.sleep(0.05)
         assert worker.readiness() | {"stage": ""} == {

@@ -26,7 +26,7 @@ from tests.support.steps import (
     waits,
     with_and_without,
 )
-from tests.support.worker import Watched, watched
+from tests.support.worker import ObservedWorker, watched
 
 CLAIM = (
     "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s, %s, %s)"
@@ -183,16 +183,16 @@ async def test_under_load_looks_begin_where_the_last_ended_unless_a_key_was_free
         assert set(keyed) <= set(worker.ran)
 
 
-def keep_looks(worker: Watched, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+def keep_looks(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
     """What it looks for from now on."""
     looks: list[Look] = []
-    real = worker._front.look
+    real = worker.parts.cursor.look
 
     def look(topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Look:
         looks.append(real(topics, slots, now, busy=busy))
         return looks[-1]
 
-    monkeypatch.setattr(worker._front, "look", look)
+    monkeypatch.setattr(worker.parts.cursor, "look", look)
     return looks
 
 
@@ -207,7 +207,7 @@ def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIterator[Watched]:
+async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIterator[ObservedWorker]:
     """Its front is far, it has claimed rows of topic t, and sleeps."""
     async with watched(database, *topics, concurrency=4) as worker:
         # Two, so that they are looked for, and not claimed by their ids.
@@ -216,8 +216,8 @@ async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIter
         ):
             await worker.has_run(row)
         await worker.asleep_for(math.inf)
-        assert worker._front.far
-        assert worker._front.ends
+        assert worker.parts.cursor.far
+        assert worker.parts.cursor.ends
         yield worker
 
 
@@ -242,7 +242,7 @@ async def test_what_looks_do_not_see_is_found_while_the_load_goes_on(database: s
         await until(psql, "SELECT NOT EXISTS (SELECT FROM outbox WHERE state <> 'done' AND topic <> %s)",
                     "outbox.prune")  # fmt: skip
         assert {*missed, back, *keyed} < set(worker.ran)
-        assert worker._front.far
+        assert worker.parts.cursor.far
 
 
 @pytest.mark.usefixtures("always_far")
@@ -258,12 +258,12 @@ async def test_a_worker_sleeps_only_when_a_scout_saw_nothing_due(database: str, 
         row = await add(late, available_at=OLD)
         await psql.execute("UPDATE worker SET parked = true")
         held.release()
-        await worker.looked(worker.looks + 3)
+        await worker.scanned(worker.scans + 3)
         assert worker.ran == []
         await late.execute("COMMIT")
         await worker.has_run(row)
         await worker.asleep_for(math.inf)
-        assert worker._front.far
+        assert worker.parts.cursor.far
 
 
 @pytest.mark.usefixtures("always_far")
@@ -302,7 +302,7 @@ async def test_a_front_that_is_quick_again_is_used_again(
     async with watched(database, "t", concurrency=4) as worker:
         await worker.has_run(await add(psql))
         await until(psql, "SELECT state = 'done' FROM outbox WHERE topic = 't'")
-        assert not worker._front.far
+        assert not worker.parts.cursor.far
 
 
 async def test_an_end_does_not_wait_for_a_scout_on_a_silent_path(

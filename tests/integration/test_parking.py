@@ -16,8 +16,11 @@ from outwake._handshake import Handshake
 from outwake._notify import ListenConnection
 from outwake.schema import in_schema
 from outwake.worker.engine import listen
-from outwake.worker.engine.listen import WAKE, Listener
+from outwake.worker.engine.claimer import Claimer
+from outwake.worker.engine.cursor import Front
+from outwake.worker.engine.listen import Listener
 from outwake.worker.engine.parking import Parking, Stage
+from outwake.worker.engine.timers import Timers
 from tests.conftest import Connect
 from tests.support.sleepers import end_listener, is_missed, runs
 from tests.support.steps import (
@@ -29,7 +32,18 @@ from tests.support.steps import (
     until,
     with_and_without,
 )
-from tests.support.worker import Watched, watched
+from tests.support.worker import watched
+
+
+def forgets_due_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take step 5 out: a worker sets no timer for rows."""
+    keep_announced = Timers.keep_announced
+
+    def forgets(self: Timers) -> None:
+        keep_announced(self)
+        self.row_at = math.inf
+
+    monkeypatch.setattr(Timers, "keep_announced", forgets)
 
 
 @with_and_without
@@ -79,7 +93,7 @@ async def test_producer_that_missed_the_flag_and_commits_late(
         await psql.execute("BEGIN")
         row = await add(psql)
         if rule == "kept":
-            await worker.looked(4)
+            await worker.scanned(4)
             assert worker.readiness()["stage"] == "settling"
         else:
             await worker.asleep()
@@ -97,21 +111,14 @@ async def test_writers_are_noted_after_the_flag(
     parked. 3. W sets its flag (kept: and notes P). 4. P commits, without a word.
     """
 
-    class NotesFirst(Watched):
-        async def _claim(self, *arguments: Any) -> Any:
-            rows = await super()._claim(*arguments)
-            if self._parking.stage is Stage.AWAKE:
-                self.early = await super()._writers()
-                await self._step("park")
-            return rows
-
-        async def _writers(self) -> list[str]:
-            return self.early if rule == "taken out" else await super()._writers()
-
+    saw_writers = Parking.saw_writers
     psql = await connect()
-    async with watched(database, kind=NotesFirst, started=False) as worker:
+    async with watched(database, started=False) as worker:
         before_flag = worker.hold("park")
         await before_flag.wait()
+        if rule == "taken out":
+            early = await one(psql, "SELECT outbox_writers()")
+            monkeypatch.setattr(Parking, "saw_writers", lambda self, writers: saw_writers(self, early))
         await psql.execute("BEGIN")
         row = await add(psql)
         before_flag.release()
@@ -121,30 +128,35 @@ async def test_writers_are_noted_after_the_flag(
 
 
 @with_and_without
-async def test_last_look_comes_after_the_writers_ended(rule: Rule, connect: Connect, database: str) -> None:
+async def test_last_scan_comes_after_the_writers_ended(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Step 4: claim once more. (Step 5 would find this row too, so it is out in both.)
 
     1. P inserts; nobody is parked. 2. W sets its flag, notes P, looks. 3. P commits. 4. W sees that all
-    it noted have ended. Taken out: it does not look again.
+    it noted have ended. Taken out: it does not scan again.
     """
+    ended = False
+    saw_writers, claim = Parking.saw_writers, Claimer.claim
 
-    class Hasty(Watched):
-        async def _claim(self, *arguments: Any) -> Any:
-            settling = self._parking.stage is Stage.SETTLING
-            if rule == "taken out" and settling and self._parking._handshake.over:
-                self._front._seen_all = math.inf  # it takes itself to have looked
-                return 0
-            return await super()._claim(*arguments)
+    def notes(self: Parking, writers: Iterable[str]) -> bool:
+        nonlocal ended
+        ended = saw_writers(self, writers)
+        return ended
 
-        async def _schedule(self) -> None:
-            await super()._schedule()
-            self._look_at = math.inf
+    async def claims_nothing_more(self: Claimer, slots: int, *, stay_parked: bool) -> int:
+        return 0 if ended else await claim(self, slots, stay_parked=stay_parked)
 
+    forgets_due_rows(monkeypatch)
+    if rule == "taken out":
+        monkeypatch.setattr(Parking, "saw_writers", notes)
+        monkeypatch.setattr(Claimer, "claim", claims_nothing_more)
+        monkeypatch.setattr(Front, "is_clear", lambda self, since: True)  # it takes itself to have scanned
     psql = await connect()
-    async with watched(database, kind=Hasty, started=False) as worker:
+    async with watched(database, started=False) as worker:
         await psql.execute("BEGIN")
         row = await add(psql)
-        await worker.looked(3)
+        await worker.scanned(3)
         again = worker.hold("writers")
         await again.wait()
         await psql.execute("COMMIT")
@@ -173,9 +185,9 @@ async def test_prepared_transaction(rule: Rule, prepares: str, connect: Connect,
     async with watched(database, started=False) as worker:
         try:
             if prepares == "after it was noted":
-                await worker.looked(3)
+                await worker.scanned(3)
                 await producer.execute(f"PREPARE TRANSACTION '{name}'".encode())
-            await (worker.looked(worker.looks + 4) if rule == "kept" else worker.asleep())
+            await (worker.scanned(worker.scans + 4) if rule == "kept" else worker.asleep())
         finally:
             await psql.execute(f"COMMIT PREPARED '{name}'".encode())
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
@@ -300,8 +312,8 @@ async def test_long_writer_costs_looks_that_back_off_and_end_with_it(connect: Co
     await unrelated.execute("BEGIN")
     await unrelated.execute("UPDATE outbox SET priority = 1 WHERE false")
     async with watched(database, started=False) as worker:
-        await worker.looked(10)
-        waits = [wait for wait in worker.waits if 0 < wait < math.inf]
+        await worker.scanned(10)
+        waits = [wait for wait in worker.seen.waits if 0 < wait < math.inf]
         # Of a timer of a few milliseconds a busy machine has used up any part before it is read.
         longer = [wait for wait in waits if wait > 0.02]
         assert longer
@@ -332,59 +344,53 @@ async def test_writers_that_come_later_keep_nobody_awake(
     await first.execute("BEGIN")
     await first.execute("UPDATE outbox SET priority = 1 WHERE false")
     async with watched(database, started=False) as worker:
-        await worker.looked(3)
+        await worker.scanned(3)
         await second.execute("BEGIN")
         await second.execute("UPDATE outbox SET priority = 1 WHERE false")
         await first.execute("COMMIT")
         if rule == "kept":
             assert await worker.asleep() == math.inf
         else:
-            await worker.looked(worker.looks + 4)
+            await worker.scanned(worker.scans + 4)
             assert worker.readiness()["stage"] == "settling"
         await second.execute("COMMIT")
 
 
 @with_and_without
-async def test_row_that_was_only_skipped_as_locked(rule: Rule, connect: Connect, database: str) -> None:
+async def test_row_that_was_only_skipped_as_locked(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Step 5: no sleep while a due row is visible and locked.
 
     1. L locks a row that is due. 2. W skips it. 3. L rolls back, without a word.
     """
-
-    class Sleepy(Watched):
-        async def _schedule(self) -> None:
-            await super()._schedule()
-            if rule == "taken out":
-                self._look_at = math.inf
-
+    if rule == "taken out":
+        forgets_due_rows(monkeypatch)
     locker = await connect()
     row = await add(locker)
     await locker.execute("BEGIN")
     await locker.execute("SELECT FROM outbox FOR UPDATE")
-    async with watched(database, kind=Sleepy, started=False) as worker:
-        await (worker.looked(8) if rule == "kept" else worker.asleep())
+    async with watched(database, started=False) as worker:
+        await (worker.scanned(8) if rule == "kept" else worker.asleep())
         await locker.execute("ROLLBACK")
         await (runs(worker, row) if rule == "kept" else is_missed(worker, locker, row))
         if rule == "kept":
-            assert max(wait for wait in worker.waits if wait < math.inf) <= 1.0
+            assert max(wait for wait in worker.seen.waits if wait < math.inf) <= 1.0
             assert await worker.asleep() == math.inf
 
 
 @with_and_without
-async def test_lost_listen_connection_starts_at_step_1(rule: Rule, connect: Connect, database: str) -> None:
+async def test_lost_listen_connection_starts_at_step_1(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1. W sleeps. 2. Its LISTEN connection is terminated. 3. P inserts: the notification reaches nobody.
     4. W reconnects. Taken out: it goes on where it was.
     """
-
-    class GoesOn(Watched):
-        async def _introduce(self) -> None:
-            stage = self._parking.stage
-            await super()._introduce()
-            if rule == "taken out" and stage is Stage.PARKED:
-                self._parking.stage, self._look = stage, False
-
     psql = await connect()
-    async with watched(database, kind=GoesOn) as worker:
+    async with watched(database) as worker:
+        if rule == "taken out":
+            monkeypatch.setattr(worker.parts.parking, "wake", lambda: None)
+            monkeypatch.setattr(worker.parts.wakes, "reset", lambda: None)
         before = worker.hold("connect")
         await end_listener(psql)
         await before.wait()
@@ -402,31 +408,29 @@ async def test_listen_comes_before_the_claim(
     """1. W connects (kept: and listens), parks, has its last look. 2. P inserts, sees the flag and
     notifies. 3. W sleeps. Taken out: it begins to listen only now.
     """
-    real_start = Listener.start
+    start, silent = Listener.start, []
 
     async def open_silent(url: str, lease: Any, heard: Any, earlier: int | None) -> Listener:
-        silent = await ListenConnection.open(url, "outwake worker listen", lease, (), listen._LOCK, earlier)
-        return Listener(silent, heard)
-
-    class ListensLate(Watched):
-        async def _sleep(self) -> None:
-            if rule == "taken out" and self._parking.stage is Stage.PARKED:
-                await self._step("listen")
-                await self._listener._connection.conn.execute(f"LISTEN {WAKE}")
-                await self._listener._connection.conn.execute(f"LISTEN {listen.CANCEL}")
-                real_start(self._listener, self._event.set)
-                self._parking.stage = Stage.PARKED
-            await super()._sleep()
+        connection = await ListenConnection.open(
+            url, "outwake worker listen", lease, (), listen._LOCK, earlier
+        )
+        listener = Listener(connection, heard)
+        silent.append((connection.conn, listener))
+        return listener
 
     if rule == "taken out":
         monkeypatch.setattr(Listener, "open", open_silent)
         monkeypatch.setattr(Listener, "start", lambda self, ended: None)
     psql = await connect()
-    async with watched(database, kind=ListensLate, started=False) as worker:
-        last = worker.hold("listen" if rule == "taken out" else "sleep")
+    async with watched(database, started=False) as worker:
+        last = worker.hold("sleep")
         await last.wait()
         await until(psql, "SELECT parked FROM worker")
         row = await add(psql)
+        for conn, listener in silent:
+            for channel in (listen.WAKE, listen.CANCEL):
+                await conn.execute(f"LISTEN {channel}")
+            start(listener, worker.parts.wakes.event.set)
         last.release()
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
 

@@ -194,8 +194,6 @@ async def test_blocking_handler_runs_in_a_thread_and_the_lease_is_renewed(
     """A plain function that blocks does not stop renewal: a third of a lease later the loop still turns."""
     import threading
 
-    from outwake import Handler
-
     released, began = threading.Event(), threading.Event()
 
     def blocks(job: Job) -> None:
@@ -203,8 +201,7 @@ async def test_blocking_handler_runs_in_a_thread_and_the_lease_is_renewed(
         released.wait(20)
 
     psql = await connect()
-    async with watched(database, lease=0.6) as worker:
-        worker._handlers = {"t": Handler("t", blocks)}
+    async with watched(database, run=blocks, lease=0.6) as worker:
         row = await add(psql)
         try:
             await worker.renewed(4)

@@ -76,7 +76,7 @@ async def test_two_workers_fall_silent_again_after_one_job(connect: Connect, dat
         assert a.ran + b.ran == [row]
         for worker in (a, b):
             while await worker.asleep() < math.inf:
-                await worker.looked(worker.looks + 1)
+                await worker.scanned(worker.scans + 1)
         for worker in (a, b):
             assert await worker.sleeps_for_ever(psql)
 
@@ -85,11 +85,11 @@ async def test_rows_of_other_topics_wake_nobody(connect: Connect, database: str)
     """No notification is sent for a topic that no parked worker serves, nor is one of it looked for."""
     psql = await connect()
     async with watched(database) as worker:
-        looks = worker.looks
+        looks = worker.scans
         row = await add(psql, "other")
         assert await worker.sleeps_for_ever(psql)
-        assert (worker.looks, await get(psql, row)) == (looks, "ready")
-        assert not [mark for mark in worker._marks if mark.startswith("other")]
+        assert (worker.scans, await get(psql, row)) == (looks, "ready")
+        assert not [text for text in worker.seen.payloads if text.startswith("other")]
 
 
 @pytest.mark.parametrize("rows", [0, 3])

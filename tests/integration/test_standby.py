@@ -4,8 +4,6 @@ A and B sleep. Who is drawn is decided by the test (`names`).
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -30,37 +28,31 @@ from tests.support.steps import (
     with_and_without,
 )
 from tests.support.waits import awaiting
-from tests.support.worker import Watched, hang, watched
+from tests.support.worker import ObservedWorker, hang, watched
 
 STAND_IN = "SELECT outbox_stand_in(%s, %s)"
 PARKED = "SELECT parked FROM worker WHERE id = %s"
 
 
-class Counting(Watched):
-    """Counts the rows that it asks for by their ids."""
+class Deaf:
+    """While it stands, the worker hears nothing. Then it hears all of it at once."""
 
-    asks = 0
+    def __init__(self, worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        inbox = worker.worker.inbox
+        self._heard, self._later = inbox.heard, list[tuple[str, ...]]()
+        self._stands = True
+        monkeypatch.setattr(inbox, "heard", self._hear)
 
-    def _ask(self, row_id: int, now: float) -> None:
-        self.asks += 1
-        super()._ask(row_id, now)
-
-
-class Deaf(Watched):
-    """Hears what the others hear when the test says so."""
-
-    later: list[Callable[[], None]] | None = None
-
-    def _heard(self, channel: str, payload: str) -> None:
-        if self.later is None:
-            super()._heard(channel, payload)
+    def _hear(self, *news: str) -> None:
+        if self._stands:
+            self._later.append(news)
         else:
-            self.later.append(partial(super()._heard, channel, payload))
+            self._heard(*news)
 
     def hears_again(self) -> None:
-        heard, self.later = self.later, None
-        for news in heard or ():
-            news()
+        self._stands = False
+        for news in self._later:
+            self._heard(*news)
 
 
 @pytest.fixture
@@ -76,9 +68,9 @@ async def absent(conn: Connection, presence: int | None = 7) -> UUID:
     return worker
 
 
-async def names(conn: Connection, worker: Watched | int) -> None:
+async def names(conn: Connection, worker: ObservedWorker | int) -> None:
     """From now on this one is drawn, by its presence."""
-    presence = worker if isinstance(worker, int) else worker._listener.presence
+    presence = worker if isinstance(worker, int) else worker.presence
     await take_out(conn, "outbox_notify", "asleep[1 + floor(random() * sleepers)::integer]", str(presence))
 
 
@@ -91,17 +83,15 @@ async def test_only_the_one_that_is_named_asks(
     if rule == "taken out":
         await take_out(psql, "outbox_notify", "coalesce(named, '')", "''")
     async with (
-        watched(database, kind=Counting, concurrency=5) as a,
-        watched(database, kind=Counting, concurrency=5) as b,
+        watched(database, concurrency=5) as a,
+        watched(database, concurrency=5) as b,
     ):
         await names(psql, a)
         row = await add(psql)
         await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
         for worker in (a, b):
             await worker.hears_nothing_more(psql)
-        assert isinstance(a, Counting)
-        assert isinstance(b, Counting)
-        assert (a.asks, b.asks) == ((1, 0) if rule == "kept" else (1, 1))
+        assert (a.seen.asks, b.seen.asks) == ([row], [] if rule == "kept" else [row])
 
 
 @with_and_without
@@ -136,18 +126,17 @@ async def test_one_that_comes_late_parks_anew(
     """Step 4. 1. A is named and hangs. 2. B stands in, and takes A's flag down. 3. A goes on. 4. B leaves.
     5. A row is inserted: A runs it. Taken out: A sleeps on, its flag down.
     """
-    async with watched(database, kind=Deaf) as a:
+    async with watched(database) as a:
         await names(psql, a)
-        assert isinstance(a, Deaf)
-        if rule == "taken out":
-            monkeypatch.setattr(a._parking, "wake", lambda: None)
         async with watched(database) as b:
-            a.later = []
+            deaf = Deaf(a, monkeypatch)
             row = await add(psql)
             await b.has_run(row)
             await until(psql, "SELECT NOT parked FROM worker WHERE id = %s", a.id)
             await b.asleep()
-        a.hears_again()
+        deaf.hears_again()
+        if rule == "taken out":
+            monkeypatch.setattr(a.parts.parking, "wake", lambda: None)
         await a.asleep()
         row = await add(psql)
         await (runs(a, row) if rule == "kept" else is_missed(a, psql, row))

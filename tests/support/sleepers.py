@@ -1,15 +1,15 @@
 """What becomes of a row beside a worker that sleeps, and the end of its connections."""
 
 from tests.support.steps import Connection, get, one
-from tests.support.worker import Watched
+from tests.support.worker import ObservedWorker
 
 
-async def runs(worker: Watched, row_id: int) -> None:
+async def runs(worker: ObservedWorker, row_id: int) -> None:
     """The row is not missed."""
     await worker.has_run(row_id)
 
 
-async def is_missed(worker: Watched, conn: Connection, row_id: int) -> None:
+async def is_missed(worker: ObservedWorker, conn: Connection, row_id: int) -> None:
     """The harm: the worker sleeps, nothing will wake it, and the row waits."""
     await worker.asleep()
     assert await worker.sleeps_for_ever(conn)

@@ -1,6 +1,7 @@
 """A notification that is not understood means "look": a newer version may say more than this one knows."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from outwake.app.live.hub import Hub
 from outwake.app.live.streams import Stream
 from outwake.session import watch
 from outwake.settings import Settings
+from outwake.worker.engine.inbox import Inbox
 from outwake.worker.engine.listen import CANCEL, PROBE, WAKE
 from outwake.worker.engine.worker import Worker
 
@@ -25,14 +27,31 @@ async def nothing(job: Job) -> None:
     """A handler with nothing to do."""
 
 
+class Hearing:
+    """A worker that has scanned all there was, and has not connected to anything, hears."""
+
+    def __init__(self) -> None:
+        handlers = {topic: Handler(topic, nothing) for topic in ("t", "a.b")}
+        self.parts = parts = Worker(Settings(database_url="postgresql://nowhere.invalid"), handlers, 2).parts
+        self.wakes = parts.wakes
+        self.wakes.reasons.clear()
+        self.singles: list[int] = []
+        self.heard = Inbox(
+            PRESENCE,
+            parts.handlers,
+            parts.running,
+            parts.parking,
+            parts.wakes,
+            parts.timers,
+            parts.probe,
+            parts.backup,
+            self.singles.append,
+        ).heard
+
+
 @pytest.fixture
-async def worker() -> Worker:
-    """One that has seen all there was, and has not connected to anything."""
-    handlers = {topic: Handler(topic, nothing) for topic in ("t", "a.b")}
-    worker = Worker(Settings(database_url="postgresql://nowhere.invalid"), handlers, 2)
-    worker._listener = cast(Any, SimpleNamespace(presence=PRESENCE))
-    worker._look = False
-    return worker
+async def worker() -> Hearing:
+    return Hearing()
 
 
 @pytest.fixture
@@ -66,59 +85,61 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("payload", NONSENSE)
-async def test_nonsense_makes_a_worker_look(payload: str, worker: Worker) -> None:
-    worker._heard(WAKE, payload)
-    assert worker._look
-    assert worker._event.is_set()
-    assert worker._told == []
-    assert worker._standby.own == set()
-    assert worker._standby._others == {}
+async def test_nonsense_makes_a_worker_look(payload: str, worker: Hearing) -> None:
+    worker.heard(WAKE, payload)
+    assert worker.wakes.reasons
+    assert worker.wakes.event.is_set()
+    assert worker.singles == []
+    assert worker.parts.backup.own == set()
+    assert worker.parts.backup.ask_at == math.inf
 
 
 @pytest.mark.parametrize(
     "payload",
     ["other@0", "other@0#1,2,3", "other@4102444800001", "o_t-h.er2@0", f"#{OTHER}@0", "other@in a new form"],
 )
-async def test_what_is_for_others_does_not(payload: str, worker: Worker, logged: list[Any]) -> None:
-    worker._heard(WAKE, payload)
-    assert not worker._look
-    assert not worker._event.is_set()
+async def test_what_is_for_others_does_not(payload: str, worker: Hearing, logged: list[Any]) -> None:
+    worker.heard(WAKE, payload)
+    assert not worker.wakes.reasons
+    assert not worker.wakes.event.is_set()
     assert logged == []
 
 
 @pytest.mark.parametrize(("payload", "told"), [("t@0#5", [5]), ("a.b@0#5,7,2", [5]), ("t@0#5,8,2", [])])
-async def test_a_lone_row_is_understood(payload: str, told: list[int], worker: Worker) -> None:
-    worker._heard(WAKE, payload)
-    assert worker._told == told
-    assert not worker._look
+async def test_a_lone_row_is_understood(payload: str, told: list[int], worker: Hearing) -> None:
+    worker.heard(WAKE, payload)
+    assert worker.singles == told
+    assert not worker.wakes.reasons
 
 
 @pytest.mark.parametrize("payload", ["*@0", "t@0", "a.b@0"])
-async def test_rows_are_understood(payload: str, worker: Worker, logged: list[Any]) -> None:
-    worker._heard(WAKE, payload)
-    assert worker._look
+async def test_rows_are_understood(payload: str, worker: Hearing, logged: list[Any]) -> None:
+    worker.heard(WAKE, payload)
+    assert worker.wakes.reasons
     assert logged == []
 
 
 @pytest.mark.parametrize(("payload", "asks"), [("now", True), ("5 all", True), ("", True), ("5", False)])
-async def test_a_cancel_that_is_not_understood_is_asked_for(payload: str, asks: bool, worker: Worker) -> None:
+async def test_a_cancel_that_is_not_understood_is_asked_for(
+    payload: str, asks: bool, worker: Hearing
+) -> None:
     """A renewal says which rows are to be cancelled."""
-    worker._heard(CANCEL, payload)
-    assert worker._renew_asked is asks
-    assert worker._event.is_set() is asks
-    assert not worker._look
+    worker.heard(CANCEL, payload)
+    assert worker.wakes.renewal is asks
+    assert worker.wakes.event.is_set() is asks
+    assert not worker.wakes.reasons
 
 
-async def test_a_probe_of_another_is_none_of_ours(worker: Worker, logged: list[Any]) -> None:
-    worker._heard(PROBE, "8.1")
-    assert not worker._event.is_set()
+async def test_a_probe_of_another_is_none_of_ours(worker: Hearing, logged: list[Any]) -> None:
+    worker.heard(PROBE, "8.1")
+    assert not worker.wakes.event.is_set()
     assert logged == []
 
 
-async def test_is_said_once_of_each_channel(worker: Worker, logged: list[Any]) -> None:
+async def test_is_said_once_of_each_channel(worker: Hearing, logged: list[Any]) -> None:
     for payload in ("new", "newer"):
-        worker._heard(WAKE, payload)
-        worker._heard(CANCEL, payload)
+        worker.heard(WAKE, payload)
+        worker.heard(CANCEL, payload)
     assert [(event["log_level"], event["channel"], event["payload"]) for event in logged] == [
         ("info", WAKE, "new"),
         ("info", CANCEL, "new"),

@@ -1,6 +1,7 @@
 """The background scan ("scout") of the queue's head ("front"): steps 4 to 7 of worker/engine/cursor.py."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -13,6 +14,7 @@ from outwake.connect import bounded, cut
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 from outwake.worker.engine.cursor import CARRIES, Ends, Front, Seen
+from outwake.worker.engine.timers import Timers
 
 log = get_logger(__name__)
 
@@ -46,6 +48,17 @@ class Scout:
         """Start a scan if one is due."""
         if not self.under_way and self._front.scout_is_due(time.monotonic()):
             self._task = asyncio.create_task(self._go(list(topics)), name="scout")
+
+    def next_at(self, since: float, timers: Timers) -> float:
+        """When the worker has to scan again, if the head is far and the last scan was asked for at `since`:
+        when a background scan may begin, or when a row that one saw falls due.
+        """
+        front = self._front
+        if front.missed:
+            return -math.inf
+        if not front.is_clear(since):
+            return math.inf if self.under_way else front.scout_at
+        return math.inf if front.next_due is None else timers.here(front.next_due.timestamp())
 
     async def close(self) -> None:
         """End the scan under way. Not by a cancel: psycopg would ask the server to cancel too, and wait."""

@@ -9,7 +9,7 @@ from outwake.handler import Connection
 from outwake.schema import in_schema
 from outwake.telemetry import trace
 from outwake.telemetry.log import get_logger
-from outwake.worker.engine.running import End, Outcome
+from outwake.worker.engine.attempt import End, Outcome
 
 log = get_logger(__name__)
 

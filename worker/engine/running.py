@@ -1,180 +1,113 @@
-"""One attempt at one row: it runs the row's handler and tells how that ended.
+"""What a worker runs, how many slots are free, and which outcomes are not written yet.
 
-The reason why a handler was stopped decides what becomes of its row, so each stop names its cause.
+A slot is taken from the claim of its row on. A claimed row first counts as `arriving`, until the claim's
+answer is read and its handler starts. So it never counts as free, nor as ended.
 """
 
-import asyncio
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
-from enum import Enum
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+from uuid import UUID
 
-from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
-from outwake.handler import Handler, Job, Run
-from outwake.telemetry import trace
-from outwake.telemetry.log import about, debugging, get_logger
+import psycopg
 
-log = get_logger(__name__)
+from outwake._claim import Claimed
+from outwake.handler import Handler, Job
+from outwake.worker.engine.attempt import Attempt, End, Outcome, Stop
+from outwake.worker.engine.lease import Lease
+from outwake.worker.engine.metrics import Stats
 
-
-class Stop(Enum):
-    """Why a handler was stopped."""
-
-    CANCEL = "cancel"
-    """Somebody cancelled the row."""
-    DRAIN = "drain"
-    """The worker shuts down: the row is handed back."""
-    LOST = "lost"
-    """The lease must be taken for lost: the row is handed back if it is still ours."""
-    FENCED = "fenced"
-    """The row was taken away: nothing is written."""
+Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
 
-class End(Enum):
-    """What is to be done with the row."""
-
-    COMPLETE = "complete"
-    FAIL = "fail"
-    HAND_BACK = "hand_back"
-    CANCELLED = "cancelled"
-    NOTHING = "nothing"
-    """The handler ended the row itself, or the row is no longer ours."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How an attempt ended."""
-
-    job: Job
-    end: End
-    reason: str = ""
-    delay: timedelta | None = None
-    permanent: bool = False
-
-
-_BY_STOP = {
-    Stop.CANCEL: End.CANCELLED,
-    Stop.DRAIN: End.HAND_BACK,
-    Stop.LOST: End.HAND_BACK,
-    Stop.FENCED: End.NOTHING,
-}
-
-
-class Attempt:
-    """A handler that runs for a row, in its own task."""
-
-    __slots__ = ("_ended", "_handler", "_stop", "_task", "job", "started_at")
+class Running:
+    """The attempts of one worker. `connect` returns what lends a handler's jobs their connections. `ended` is
+    called when an attempt has ended.
+    """
 
     def __init__(
-        self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
+        self,
+        handlers: Mapping[str, Handler],
+        concurrency: int,
+        lease: Lease,
+        connect: Callable[[Handler], Connect],
+        ended: Callable[[], None],
+        stats: Stats,
     ) -> None:
-        self.job = job
-        self.started_at = started_at
-        self._handler = handler
+        self.attempts: dict[int, Attempt] = {}
+        self.outcomes: list[Outcome] = []
+        """How attempts ended, until that is written."""
+        self.arriving = 0
+        """How many rows are claimed and not read yet."""
+        self.worker_id: UUID | None = None
+        """The id of this life. What an earlier life ran is no longer written."""
+        self.draining = False
+        self.stops_all = False
+        """The drain's time is over: what is claimed now is handed back."""
+        self._handlers = handlers
+        self.concurrency = concurrency
+        self._lease = lease
+        self._connect = connect
         self._ended = ended
-        self._stop: Stop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._stats = stats
 
-    def start(self) -> asyncio.Task[None]:
-        """Start the handler if it does not run yet."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-            self._task.add_done_callback(self._done)
-        return self._task
+    @property
+    def free(self) -> int:
+        """How many rows may be claimed now."""
+        return 0 if self.draining else self.concurrency - len(self.attempts) - self.arriving
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs, arrives or is to be written."""
+        return not self.attempts and not self.outcomes and not self.arriving
+
+    def start(self, rows: Sequence[Claimed], asked_at: float) -> None:
+        """Start the handlers of rows that were claimed by a query sent at `asked_at`."""
+        assert self.worker_id is not None
+        if rows:
+            self._lease.claimed(asked_at)
+        for row in rows:
+            handler = self._handlers[row.topic]
+            job = Job(row, self.worker_id, self._lease, self._connect(handler))
+            attempt = Attempt(job, handler, asked_at, self._attempt_ended)
+            self.attempts[row.id] = attempt
+            attempt.start()
+        if self.stops_all:
+            self.stop(Stop.DRAIN)
 
     def stop(self, cause: Stop) -> None:
-        """Interrupt the handler. The first cause counts, but FENCED replaces any other."""
-        if self._stop is None:
-            self._stop = cause
-            self.start().cancel()
-        elif cause is Stop.FENCED:
-            self._stop = cause
+        """Stop all handlers."""
+        for attempt in self.attempts.values():
+            attempt.stop(cause)
+        if cause is Stop.DRAIN:
+            self.stops_all = True
 
-    async def _run(self) -> None:
-        row = self.job.row
-        about.set(self._log_fields)
-        if row.traceparent is None and not trace.exporting():
-            await self._call()
-            return
-        with trace.span(
-            f"{row.topic} attempt",
-            row.traceparent,
-            "consumer",
-            {
-                "outwake.topic": row.topic,
-                "outwake.outbox_id": row.id,
-                "outwake.attempt": row.attempt,
-                "outwake.waited_seconds": row.waited.total_seconds(),
-            },
-            not_errors=(HandBack, Cancelled, Fenced),
-        ) as span:
-            self.job.traceparent = span.traceparent
-            await self._call()
+    def end_life(self) -> None:
+        """The worker's life was ended, and its rows are no longer ours."""
+        for attempt in self.attempts.values():
+            attempt.stop(Stop.FENCED)
+        self.outcomes.clear()
+        self.worker_id = None
 
-    def _log_fields(self) -> dict[str, object]:
-        row = self.job.row
-        fields: dict[str, object] = {"outbox_id": row.id, "attempt": row.attempt, "topic": row.topic}
-        if isinstance(session := row.payload.get("session_id"), str):
-            fields["session_id"] = session
-        return fields
+    def tokens(self) -> list[tuple[int, int]]:
+        """Id and attempt of each row that runs, and of each whose outcome is to be written."""
+        return [a.job.token for a in self.attempts.values()] + [o.job.token for o in self.outcomes]
 
-    async def _call(self) -> None:
-        if debugging():
-            log.debug("started")
-        handler, job = self._handler, self.job
-        running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
-        assert running is not None
-        timeout = job.row.timeout or handler.timeout
-        if timeout is None:  # asyncio.timeout(None) would cost time for nothing
-            await running
-        else:
-            async with asyncio.timeout(timeout.total_seconds()):
-                await running
+    def completed(self) -> list[Outcome]:
+        """The outcomes that the next claim writes. The others are finalized one by one."""
+        return [outcome for outcome in self.outcomes if outcome.end is End.COMPLETE]
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._ended(self, self._outcome(task))
+    def written(self, outcomes: Iterable[Outcome]) -> None:
+        """Forget outcomes that are committed. Only these: more handlers have ended since they were sent."""
+        gone = set(map(id, outcomes))
+        self.outcomes = [outcome for outcome in self.outcomes if id(outcome) not in gone]
 
-    def _outcome(self, task: asyncio.Task[None]) -> Outcome:
-        job = self.job
-        if task.cancelled():
-            cause = self._stop
-            if cause is None:
-                return Outcome(job, End.FAIL, "the handler was cancelled, by nobody here")
-            return Outcome(job, End.NOTHING if job.settled else _BY_STOP[cause], f"stopped: {cause.value}")
-        error = task.exception()
-        if job.settled or self._stop is Stop.FENCED:
-            return Outcome(job, End.NOTHING)
-        match error:
-            case None:
-                return Outcome(job, End.COMPLETE)
-            case Fenced():
-                return Outcome(job, End.NOTHING, str(error))
-            case Cancelled():
-                return Outcome(job, End.CANCELLED, str(error))
-            case HandBack():
-                return Outcome(job, End.HAND_BACK, str(error), error.delay)
-            case Retry():
-                return Outcome(job, End.FAIL, str(error), error.delay)
-            case Permanent():
-                return Outcome(job, End.FAIL, str(error), permanent=True)
-            case TimeoutError() if not str(error):
-                return Outcome(job, End.FAIL, "timed out")
-            case _:
-                log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
-                return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
-
-
-async def _in_thread(run: Run, job: Job) -> None:
-    """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
-    interrupted: a stop takes effect when it returns, because until then it still works on the row.
-    """
-    thread = asyncio.ensure_future(asyncio.to_thread(run, job))
-    try:
-        await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        while not thread.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([thread])
-        thread.exception()
-        raise
+    def _attempt_ended(self, attempt: Attempt, outcome: Outcome) -> None:
+        row = attempt.job.row
+        if self.attempts.get(row.id) is attempt:
+            del self.attempts[row.id]
+        self._stats.ran(row.topic, time.monotonic() - attempt.started_at)
+        if outcome.job.worker_id == self.worker_id:
+            self.outcomes.append(outcome)
+        self._ended()

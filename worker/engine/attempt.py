@@ -1,0 +1,180 @@
+"""One attempt at one row: it runs the row's handler and tells how that ended.
+
+The reason why a handler was stopped decides what becomes of its row, so each stop names its cause.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
+from outwake.handler import Handler, Job, Run
+from outwake.telemetry import trace
+from outwake.telemetry.log import about, debugging, get_logger
+
+log = get_logger(__name__)
+
+
+class Stop(Enum):
+    """Why a handler was stopped."""
+
+    CANCEL = "cancel"
+    """Somebody cancelled the row."""
+    DRAIN = "drain"
+    """The worker shuts down: the row is handed back."""
+    LOST = "lost"
+    """The lease must be taken for lost: the row is handed back if it is still ours."""
+    FENCED = "fenced"
+    """The row was taken away: nothing is written."""
+
+
+class End(Enum):
+    """What is to be done with the row."""
+
+    COMPLETE = "complete"
+    FAIL = "fail"
+    HAND_BACK = "hand_back"
+    CANCELLED = "cancelled"
+    NOTHING = "nothing"
+    """The handler ended the row itself, or the row is no longer ours."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How an attempt ended."""
+
+    job: Job
+    end: End
+    reason: str = ""
+    delay: timedelta | None = None
+    permanent: bool = False
+
+
+_BY_STOP = {
+    Stop.CANCEL: End.CANCELLED,
+    Stop.DRAIN: End.HAND_BACK,
+    Stop.LOST: End.HAND_BACK,
+    Stop.FENCED: End.NOTHING,
+}
+
+
+class Attempt:
+    """A handler that runs for a row, in its own task."""
+
+    __slots__ = ("_ended", "_handler", "_stop", "_task", "job", "started_at")
+
+    def __init__(
+        self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
+    ) -> None:
+        self.job = job
+        self.started_at = started_at
+        self._handler = handler
+        self._ended = ended
+        self._stop: Stop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Start the handler if it does not run yet."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(self._done)
+        return self._task
+
+    def stop(self, cause: Stop) -> None:
+        """Interrupt the handler. The first cause counts, but FENCED replaces any other."""
+        if self._stop is None:
+            self._stop = cause
+            self.start().cancel()
+        elif cause is Stop.FENCED:
+            self._stop = cause
+
+    async def _run(self) -> None:
+        row = self.job.row
+        about.set(self._log_fields)
+        if row.traceparent is None and not trace.exporting():
+            await self._call()
+            return
+        with trace.span(
+            f"{row.topic} attempt",
+            row.traceparent,
+            "consumer",
+            {
+                "outwake.topic": row.topic,
+                "outwake.outbox_id": row.id,
+                "outwake.attempt": row.attempt,
+                "outwake.waited_seconds": row.waited.total_seconds(),
+            },
+            not_errors=(HandBack, Cancelled, Fenced),
+        ) as span:
+            self.job.traceparent = span.traceparent
+            await self._call()
+
+    def _log_fields(self) -> dict[str, object]:
+        row = self.job.row
+        fields: dict[str, object] = {"outbox_id": row.id, "attempt": row.attempt, "topic": row.topic}
+        if isinstance(session := row.payload.get("session_id"), str):
+            fields["session_id"] = session
+        return fields
+
+    async def _call(self) -> None:
+        if debugging():
+            log.debug("started")
+        handler, job = self._handler, self.job
+        running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
+        assert running is not None
+        timeout = job.row.timeout or handler.timeout
+        if timeout is None:  # asyncio.timeout(None) would cost time for nothing
+            await running
+        else:
+            async with asyncio.timeout(timeout.total_seconds()):
+                await running
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._ended(self, self._outcome(task))
+
+    def _outcome(self, task: asyncio.Task[None]) -> Outcome:
+        job = self.job
+        if task.cancelled():
+            cause = self._stop
+            if cause is None:
+                return Outcome(job, End.FAIL, "the handler was cancelled, by nobody here")
+            return Outcome(job, End.NOTHING if job.settled else _BY_STOP[cause], f"stopped: {cause.value}")
+        error = task.exception()
+        if job.settled or self._stop is Stop.FENCED:
+            return Outcome(job, End.NOTHING)
+        match error:
+            case None:
+                return Outcome(job, End.COMPLETE)
+            case Fenced():
+                return Outcome(job, End.NOTHING, str(error))
+            case Cancelled():
+                return Outcome(job, End.CANCELLED, str(error))
+            case HandBack():
+                return Outcome(job, End.HAND_BACK, str(error), error.delay)
+            case Retry():
+                return Outcome(job, End.FAIL, str(error), error.delay)
+            case Permanent():
+                return Outcome(job, End.FAIL, str(error), permanent=True)
+            case TimeoutError() if not str(error):
+                return Outcome(job, End.FAIL, "timed out")
+            case _:
+                log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
+                return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
+
+
+async def _in_thread(run: Run, job: Job) -> None:
+    """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
+    interrupted: a stop takes effect when it returns, because until then it still works on the row.
+    """
+    thread = asyncio.ensure_future(asyncio.to_thread(run, job))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        while not thread.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([thread])
+        thread.exception()
+        raise

@@ -1,0 +1,77 @@
+"""The moments at which a worker has to do something although nothing happened.
+
+All are on this host's monotonic clock. What the database says is by the server's clock, so each answer with
+deadlines also measures how far the two clocks are apart.
+"""
+
+import math
+import time
+
+_AGAIN_FIRST, _AGAIN_LAST = 0.002, 1.0
+"""Seconds until a scan is repeated, which double each time."""
+
+
+class Timers:
+    """The deadlines of rows and of other workers' leases."""
+
+    def __init__(self) -> None:
+        self.row_at = math.inf
+        """A row falls due, or a scan is to be repeated."""
+        self.rescue_at = math.inf
+        """Another worker's lease ends."""
+        self._announced = math.inf
+        """The earliest deadline that was announced and that no query for deadlines is sure to have seen."""
+        self._offset = 0.0
+        """The server's clock minus ours."""
+        self._again = _AGAIN_FIRST
+
+    def reset(self) -> None:
+        """The LISTEN connection is new. Everything is scanned, and the deadlines are asked for after that."""
+        self.row_at = self.rescue_at = math.inf
+
+    def asks(self) -> None:
+        """The query for deadlines begins. It sees what was announced before, but perhaps not what is
+        announced meanwhile.
+        """
+        self._announced = math.inf
+
+    def passes(self, now: float) -> None:
+        """A deadline that has passed is acted upon now."""
+        if self._announced <= now:
+            self._announced = math.inf
+
+    def found(self, row_due: float | None, lease_end: float | None, server_time: float) -> None:
+        """Set the deadlines, in seconds from now, that the query has found."""
+        now = time.monotonic()
+        self._offset = server_time - now
+        self.row_at = math.inf if row_due is None else now + row_due
+        self.rescue_at = math.inf if lease_end is None else now + max(lease_end, self._again)
+
+    def keep_announced(self) -> None:
+        """What was announced and not asked for counts too."""
+        self.row_at = min(self.row_at, self._announced)
+        self.rescue_at = min(self.rescue_at, self._announced)
+
+    def bring_forward(self, due: float) -> bool:
+        """A row or a lease may be due then, by the server's clock. Whether a deadline has changed."""
+        at = self.here(due)
+        self._announced = min(self._announced, at)
+        if at >= min(self.row_at, self.rescue_at):
+            return False
+        self.row_at = self.rescue_at = at
+        return True
+
+    def repeat_scan(self) -> None:
+        """Scan again after a backoff."""
+        now = time.monotonic()
+        again = now + self._again
+        self.row_at = again if self.row_at <= now else min(self.row_at, again)
+        self._again = min(self._again * 2, _AGAIN_LAST)
+
+    def rows_came(self) -> None:
+        """The backoff begins anew."""
+        self._again = _AGAIN_FIRST
+
+    def here(self, server_time: float) -> float:
+        """A time of the server's clock, in seconds of its epoch, on our clock."""
+        return server_time - self._offset
