@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from outwake.app.api import health, messages, metrics, models, rows, sessions
+from outwake.app.api import handlers, health, metrics, models
 from outwake.app.api.body import check_accept
 from outwake.app.api.problems import KINDS
 from outwake.app.auth.identity import Identity
@@ -63,19 +63,19 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         "/sessions",
-        sessions.create_session,
+        handlers.create_session,
         "Create a session and the work it causes, in one transaction",
         {201: ("Created, or created before under this key.", models.SessionDetail)},
         ("branch-taken", "key-reused", "too-many-sessions"),
         body=models.SessionCreate,
-        body_types=sessions.JSON,
+        body_types=handlers.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
         answer_headers={201: ("Location", "Idempotent-Replayed")},
     ),
     Endpoint(
         "GET",
         "/sessions",
-        sessions.list_sessions,
+        handlers.list_sessions,
         "List sessions, newest first",
         {200: ("A page.", models.SessionPage)},
         query=models.SessionQuery,
@@ -83,43 +83,43 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         SESSION,
-        sessions.show_session,
+        handlers.show_session,
         "Show a session with its prompts",
         {200: ("The session.", models.SessionDetail)},
     ),
     Endpoint(
         "PATCH",
         SESSION,
-        sessions.rename_session,
+        handlers.rename_session,
         "Rename a session",
         {200: ("The session as it is now.", models.Session)},
         ("archived",),
         body=models.SessionPatch,
-        body_types=sessions.PATCH,
+        body_types=handlers.PATCH,
     ),
     Endpoint(
         "DELETE",
         SESSION,
-        sessions.archive_session,
+        handlers.archive_session,
         "Cancel a session's turns and archive it",
         {204: ("Archived, now or before.", None)},
     ),
     Endpoint(
         "POST",
         f"{SESSION}/prompts",
-        sessions.create_prompt,
+        handlers.create_prompt,
         "Add a turn to a session",
         {201: ("Created, or created before under this key.", models.PromptCreated)},
         ("archived", "key-reused", "too-many-sessions"),
         body=models.PromptCreate,
-        body_types=sessions.JSON,
+        body_types=handlers.JSON,
         request_headers=("Idempotency-Key", "traceparent"),
         answer_headers={201: ("Idempotent-Replayed",)},
     ),
     Endpoint(
         "POST",
         f"{SESSION}/cancel",
-        sessions.cancel_session,
+        handlers.cancel_session,
         "Cancel a session's turns",
         {
             200: ("All had ended or ended at once.", models.Cancelled),
@@ -129,7 +129,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         f"{SESSION}/messages",
-        messages.list_messages,
+        handlers.list_messages,
         "List what the agent said, in order",
         {200: ("A page.", models.MessagePage)},
         query=models.MessageQuery,
@@ -154,7 +154,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         "/outbox",
-        rows.list_rows,
+        handlers.list_rows,
         "List dead rows, last ended first",
         {200: ("A page.", models.RowPage)},
         query=models.RowQuery,
@@ -163,7 +163,7 @@ ENDPOINTS = [
     Endpoint(
         "GET",
         ROW,
-        rows.show_row,
+        handlers.show_row,
         "Show a row of the outbox",
         {200: ("The row.", models.Row)},
         access="operator",
@@ -171,7 +171,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/retry",
-        rows.retry_row,
+        handlers.retry_row,
         "Make a dead or cancelled row ready again, its failures forgiven",
         {200: ("The row as it is now.", models.Row)},
         ("wrong-state",),
@@ -180,7 +180,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/discard",
-        rows.discard_row,
+        handlers.discard_row,
         "End a dead row for good",
         {200: ("The row as it is now.", models.Row)},
         ("wrong-state",),
@@ -189,7 +189,7 @@ ENDPOINTS = [
     Endpoint(
         "POST",
         f"{ROW}/cancel",
-        rows.cancel_row,
+        handlers.cancel_row,
         "Cancel a row that waits or runs",
         {
             200: ("The row as it is now.", models.Row),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -9,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from outwake.app.api.problems import Problem, invalid
 from outwake.app.context import context
+from outwake.settings import Settings
 from outwake.telemetry import trace
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,6 +37,11 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
     except (ValueError, RecursionError) as error:
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem("malformed", f"The body is not JSON in UTF-8{where}.") from None
+    return check_body(model, content, settings)
+
+
+def check_body(model: type[Model], content: Any, settings: Settings) -> Model:
+    """The content of a body or of a form as `model`. Raises Problem (invalid)."""
     try:
         return model.model_validate(content, context={"settings": settings})
     except ValidationError as error:
@@ -72,6 +79,11 @@ def read_query(request: Request, model: type[Model]) -> Model:
                 errors=[{"parameter": name, "detail": "is given twice"}],
             )
         given[name] = value
+    return check_query(model, given)
+
+
+def check_query(model: type[Model], given: Mapping[str, Any]) -> Model:
+    """Parameters as `model`. Raises Problem (invalid)."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -83,9 +95,20 @@ def idempotency_key(request: Request) -> str | None:
     given = request.headers.getlist("idempotency-key")
     if not given:
         return None
-    if len(given) > 1 or not _KEY.fullmatch(given[0]):
-        raise _bad_header("Idempotency-Key", "must be one string of 1 to 255 ASCII characters")
-    return given[0].strip('"')
+    if len(given) > 1:
+        raise _bad_key()
+    return check_key(given[0])
+
+
+def check_key(text: str) -> str:
+    """The Idempotency-Key without quotes. Raises Problem (invalid)."""
+    if not _KEY.fullmatch(text):
+        raise _bad_key()
+    return text.strip('"')
+
+
+def _bad_key() -> Problem:
+    return _bad_header("Idempotency-Key", "must be one string of 1 to 255 ASCII characters")
 
 
 def last_event_id(request: Request) -> int | None:

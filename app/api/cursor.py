@@ -1,13 +1,15 @@
-"""Cursors of keyset pagination. A cursor holds a time and an id; clients treat it as opaque."""
+"""Keyset pagination. A cursor holds the time and id of a page's last row; clients treat it as opaque."""
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
 
+from outwake.app.api.answer import Page
 from outwake.app.api.problems import Problem
+from outwake.app.connection import Row
 
 Key = TypeVar("Key", UUID, int)
 
@@ -15,6 +17,13 @@ Key = TypeVar("Key", UUID, int)
 def encode(at: datetime, key: UUID | int) -> str:
     position = json.dumps([at.isoformat(), str(key)], separators=(",", ":"))
     return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
+
+
+def page(rows: Sequence[Row], limit: int) -> Page[str]:
+    """The first `limit` of these rows of (JSON, time, id). If there are more, another page follows."""
+    shown = rows[:limit]
+    following = encode(shown[-1][1], shown[-1][2]) if len(rows) > limit else None
+    return Page([row[0] for row in shown], following)
 
 
 def decode(cursor: str | None, parse: Callable[[str], Key]) -> tuple[datetime | None, Key | None]:
@@ -39,6 +48,10 @@ def uuid(text: str) -> UUID:
 def row_id(text: str) -> int:
     """An id of an outbox row. Raises ValueError if no row can have it."""
     number = int(text)
-    if not 0 < number < 2**63:
+    if not is_row_id(number):
         raise ValueError
     return number
+
+
+def is_row_id(number: int) -> bool:
+    return 0 < number < 2**63

@@ -1,16 +1,12 @@
-"""Pages of the agent's messages."""
+"""Pages of the agent's messages: what the API's route and the dashboard's pages both call."""
 
-import json
+from uuid import UUID
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from outwake.app.api.answer import json_response
-from outwake.app.api.body import read_query
+from outwake.app.api.answer import Page
 from outwake.app.api.models import MessageQuery
 from outwake.app.api.sessions import no_session
 from outwake.app.auth.identity import Identity
-from outwake.app.context import context
+from outwake.app.context import Context
 from outwake.schema import in_schema
 
 PAGE_BYTES = 4_000_000  # compressed, as stored; the first message of a page may be larger
@@ -58,17 +54,18 @@ FROM target
 """)
 
 
-async def list_messages(request: Request, identity: Identity) -> Response:
-    asked = read_query(request, MessageQuery)
+async def list_messages(
+    here: Context, identity: Identity, session_id: UUID, asked: MessageQuery
+) -> Page[int]:
+    """In order. `next` is the last seq of the page. Raises Problem (not-found, unavailable)."""
     values = {
         **asked.model_dump(),
-        "id": request.path_params["id"],
+        "id": session_id,
         "scope": identity.scope,
         "page_bytes": PAGE_BYTES,
     }
-    row = await context(request).database.row(_LIST, values)
+    row = await here.database.row(_LIST, values)
     if row is None:
         raise no_session()
     messages, last, more = row
-    following = last if more else None
-    return json_response(f'{{"messages": [{", ".join(messages)}], "next": {json.dumps(following)}}}')
+    return Page(messages, last if more else None)

@@ -1,30 +1,31 @@
-"""Sessions and their prompts."""
+"""Sessions and their prompts: what the API's routes and the dashboard's pages both call.
+
+Each function decides by `identity` what this user may see and do. A session of another user is not found.
+Answers are the database's JSON, as text.
+"""
 
 import hashlib
 import json
 import re
 import unicodedata
-from typing import Any
+from typing import Any, LiteralString, NamedTuple
+from uuid import UUID
 
 from psycopg import errors as pg
 from psycopg import sql
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import Response
 
 from outwake._statement import Statement
 from outwake.app.api import cursor
-from outwake.app.api.answer import json_response
-from outwake.app.api.body import idempotency_key, read_body, read_query, traceparent
+from outwake.app.api.answer import Page
 from outwake.app.api.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
-from outwake.app.context import context
+from outwake.app.connection import Row
+from outwake.app.context import Context
 from outwake.schema import in_schema
 
-JSON = ("application/json",)
 SESSION_RETRY = 30  # seconds, because a turn takes minutes
-PATCH = ("application/merge-patch+json", "application/json")
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 # One statement, so the session, prompt, outbox row and idempotency key commit together or not at all.
@@ -125,10 +126,28 @@ SELECT (SELECT r.answer FROM renamed AS r) FROM found
 """)
 
 
-async def create_session(request: Request, identity: Identity) -> Response:
-    asked = await read_body(request, SessionCreate, JSON)
-    key = idempotency_key(request)
-    here = context(request)
+class Created(NamedTuple):
+    """A new session or turn. `replayed`: an earlier request with this key made it."""
+
+    session_id: str
+    answer: str
+    replayed: bool
+
+
+class Cancelled(NamedTuple):
+    """How many turns ended at once, and how many a worker has yet to stop."""
+
+    cancelled: int
+    cancelling: int
+
+
+async def create_session(
+    here: Context, identity: Identity, asked: SessionCreate, *, key: str | None, trace: str | None
+) -> Created:
+    """`key` is the client's Idempotency-Key, `trace` a traceparent.
+
+    Raises Problem (invalid, branch-taken, key-reused, too-many-sessions, unavailable).
+    """
     title = asked.title or _first_line(asked.prompt or "") or asked.repo[-200:]
     values = {
         **vars(asked),
@@ -139,7 +158,7 @@ async def create_session(request: Request, identity: Identity) -> Response:
         "worker_present": await here.presence.present(),
         "key": key,
         "request_hash": _hash("POST /sessions", asked) if key else None,
-        "trace": traceparent(request),
+        "trace": trace,
         "most_sessions": None if identity.operator else here.settings.max_sessions,
     }
     for attempt in range(3):
@@ -162,16 +181,20 @@ async def create_session(request: Request, identity: Identity) -> Response:
         raise Problem("invalid", "1 field cannot be accepted.", errors=[wrong])
     outcome, session_id, answer = row
     _check_outcome(outcome)
-    request.state.session = session_id
     here.stuck.work_came()
-    return json_response(answer, 201, {"Location": f"/sessions/{session_id}", **_replay_mark(outcome)})
+    return Created(session_id, answer, outcome == "replayed")
 
 
-async def create_prompt(request: Request, identity: Identity) -> Response:
-    asked = await read_body(request, PromptCreate, JSON)
-    here = context(request)
-    session_id = str(request.path_params["id"])
-    key = idempotency_key(request)
+async def create_prompt(
+    here: Context,
+    identity: Identity,
+    session_id: UUID,
+    asked: PromptCreate,
+    *,
+    key: str | None,
+    trace: str | None,
+) -> Created:
+    """Raises Problem (not-found, archived, key-reused, too-many-sessions, unavailable)."""
     values = {
         "id": session_id,
         "scope": identity.scope,
@@ -179,7 +202,7 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
         "worker_present": await here.presence.present(),
         "key": key,
         "request_hash": _hash(f"POST /sessions/{session_id}/prompts", asked) if key else None,
-        "trace": traceparent(request),
+        "trace": trace,
         "user_id": identity.user_id,
         "most_sessions": None if identity.operator else here.settings.max_sessions,
     }
@@ -196,11 +219,11 @@ async def create_prompt(request: Request, identity: Identity) -> Response:
         raise archived()
     _check_outcome(outcome)
     here.stuck.work_came()
-    return json_response(answer, 201, _replay_mark(outcome))
+    return Created(str(session_id), answer, outcome == "replayed")
 
 
-async def list_sessions(request: Request, identity: Identity) -> Response:
-    asked = read_query(request, SessionQuery)
+async def list_sessions(here: Context, identity: Identity, asked: SessionQuery) -> Page[str]:
+    """Newest first. Raises Problem (invalid, unavailable)."""
     at, key = cursor.decode(asked.cursor, cursor.uuid)
     values: dict[str, Any] = {
         **asked.model_dump(),
@@ -214,55 +237,41 @@ async def list_sessions(request: Request, identity: Identity) -> Response:
         values["session_status"] = None
     applying = [text for name, text in _CONDITIONS.items() if values[name] is not None]
     query = _LIST.format(conditions=sql.SQL(" AND ").join(applying or [sql.SQL("true")]))
-    rows = await context(request).database.rows(query, values)
-    page, more = rows[: asked.limit], len(rows) > asked.limit
-    following = cursor.encode(page[-1][1], page[-1][2]) if more else None
-    return json_response(
-        f'{{"sessions": [{", ".join(row[0] for row in page)}], "next": {json.dumps(following)}}}'
-    )
+    return cursor.page(await here.database.rows(query, values), asked.limit)
 
 
-async def show_session(request: Request, identity: Identity) -> Response:
-    here = context(request)
-    row = await here.database.row(
-        _SHOW,
-        {
-            "id": request.path_params["id"],
-            "scope": identity.scope,
-            "worker_present": await here.presence.present(),
-        },
-    )
-    if row is None:
-        raise no_session()
-    return json_response(row[0])
+async def show_session(here: Context, identity: Identity, session_id: UUID) -> str:
+    """The session with its prompts. Raises Problem (not-found, unavailable)."""
+    present = await here.presence.present()
+    values = {"id": session_id, "scope": identity.scope, "worker_present": present}
+    return str((await _found(here, _SHOW, values))[0])
 
 
-async def rename_session(request: Request, identity: Identity) -> Response:
-    asked = await read_body(request, SessionPatch, PATCH)
-    values = {"id": request.path_params["id"], "scope": identity.scope, "title": asked.title}
-    row = await context(request).database.row(_RENAME, values)
-    if row is None:
-        raise no_session()
-    if row[0] is None:
+async def rename_session(here: Context, identity: Identity, session_id: UUID, asked: SessionPatch) -> str:
+    """The session as it is now. Raises Problem (not-found, archived, unavailable)."""
+    values = {"id": session_id, "scope": identity.scope, "title": asked.title}
+    answer = (await _found(here, _RENAME, values))[0]
+    if answer is None:
         raise archived()
-    return json_response(row[0])
+    return str(answer)
 
 
-async def archive_session(request: Request, identity: Identity) -> Response:
-    values = {"id": request.path_params["id"], "scope": identity.scope}
-    if await context(request).database.row(_ARCHIVE, values) is None:
-        raise no_session()
-    return Response(status_code=204)
+async def archive_session(here: Context, identity: Identity, session_id: UUID) -> None:
+    """Cancel the session's turns and archive it. Raises Problem (not-found, unavailable)."""
+    await _found(here, _ARCHIVE, {"id": session_id, "scope": identity.scope})
 
 
-async def cancel_session(request: Request, identity: Identity) -> Response:
-    values = {"id": request.path_params["id"], "scope": identity.scope}
-    row = await context(request).database.row(_CANCEL, values)
+async def cancel_session(here: Context, identity: Identity, session_id: UUID) -> Cancelled:
+    """Cancel the session's turns. Raises Problem (not-found, unavailable)."""
+    return Cancelled(*await _found(here, _CANCEL, {"id": session_id, "scope": identity.scope}))
+
+
+async def _found(here: Context, query: LiteralString, values: dict[str, Any]) -> Row:
+    """The one row of a query that has none if this user may not see the session."""
+    row = await here.database.row(query, values)
     if row is None:
         raise no_session()
-    cancelled, cancelling = row
-    answer = json.dumps({"cancelled": cancelled, "cancelling": cancelling})
-    return json_response(answer, 202 if cancelling else 200)
+    return row
 
 
 def no_session() -> Problem:
@@ -282,10 +291,6 @@ def _check_outcome(outcome: str) -> None:
             "You have as many unfinished sessions as you may; wait for one, or cancel it.",
             headers={"Retry-After": str(SESSION_RETRY)},
         )
-
-
-def _replay_mark(outcome: str) -> dict[str, str]:
-    return {"Idempotent-Replayed": "true"} if outcome == "replayed" else {}
 
 
 def _hash(target: str, asked: BaseModel) -> bytes:

@@ -54,6 +54,16 @@ class Identity:
         """The user whose sessions this user may see. None means all users."""
         return None if self.operator else self.user_id
 
+    def sees(self, user_id: str | None) -> bool:
+        """Whether this user may see the sessions of that one."""
+        return self.operator or self.user_id == user_id
+
+
+def check_operator(identity: Identity) -> None:
+    """Raise Problem (forbidden) if this user may not see the outbox."""
+    if not identity.operator:
+        raise Problem("forbidden", "Only operators may see the outbox.")
+
 
 class Authenticator:
     """Identifies users by their tokens."""

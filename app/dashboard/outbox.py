@@ -1,5 +1,6 @@
 """Pages for operators: the outbox by state with charts, one row, dead rows, and workers."""
 
+import json
 import time
 from collections import defaultdict
 from datetime import timedelta
@@ -11,12 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outwake.app.api import rows
+from outwake.app.api.body import check_query
+from outwake.app.api.models import RowQuery
 from outwake.app.api.problems import Problem
-from outwake.app.auth.identity import Identity
+from outwake.app.api.rows import Change
+from outwake.app.auth.identity import Identity, check_operator
 from outwake.app.context import context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.charts import charts
-from outwake.app.dashboard.page import ask, back, go, read_form, render
+from outwake.app.dashboard.page import back, go, read_form, render
 from outwake.app.dashboard.queries import Bin, Running
 from outwake.app.database import Database
 
@@ -26,7 +30,7 @@ RANGES = {
     "day": (timedelta(minutes=20), 72, "24 hours"),
     "week": (timedelta(hours=2), 84, "7 days"),
 }
-CHANGES = {"retry": rows.retry_row, "discard": rows.discard_row, "cancel": rows.cancel_row}
+CHANGES: dict[str, Change] = {"retry": "retry", "discard": "discard", "cancel": "cancel"}
 
 
 class Timelines:
@@ -51,7 +55,7 @@ _TIMELINES = Timelines()
 
 
 async def show_outbox(request: Request, identity: Identity) -> Response:
-    _check_operator(identity)
+    check_operator(identity)
     here = context(request)
     state = request.query_params.get("state", "ready")
     state = state if state in STATES else "ready"
@@ -82,11 +86,10 @@ async def show_outbox(request: Request, identity: Identity) -> Response:
 
 async def show_dead(request: Request, identity: Identity) -> Response:
     cursor = request.query_params.get("cursor")
-    found = await ask(
-        rows.list_rows, request, identity, query={"limit": 30} | ({"cursor": cursor} if cursor else {})
-    )
-    shown = [{**row, "told": _errors(row["errors"])} for row in found["rows"]]
-    return await render(request, identity, "dead.html", rows=shown, next=found["next"], cursor=cursor)
+    asked = check_query(RowQuery, {"limit": 30, "cursor": cursor or None})
+    found = await rows.list_rows(context(request), identity, asked)
+    shown = [{**row, "told": _errors(row["errors"])} for row in map(json.loads, found.items)]
+    return await render(request, identity, "dead.html", rows=shown, next=found.next, cursor=cursor)
 
 
 def _errors(errors: Any) -> list[dict[str, str]]:
@@ -98,24 +101,24 @@ def _errors(errors: Any) -> list[dict[str, str]]:
 
 
 async def show_row(request: Request, identity: Identity) -> Response:
-    id_ = request.path_params["id"]
-    row = await ask(rows.show_row, request, identity, id=id_)
-    history = await queries.history(context(request).database, row["id"])
+    here = context(request)
+    row = json.loads(await rows.show_row(here, identity, request.path_params["id"]))
+    history = await queries.history(here.database, row["id"])
     return await render(request, identity, "row.html", row=row, history=history)
 
 
 async def change_row(request: Request, identity: Identity) -> Response:
     """Retry, discard or cancel a row. Then show the form's page again."""
     form = await read_form(request)
-    id_, change = request.path_params["id"], request.path_params["change"]
-    if change not in CHANGES:
+    id_, change = request.path_params["id"], CHANGES.get(request.path_params["change"])
+    if change is None:
         raise Problem("not-found", "There is no such page.")
-    await ask(CHANGES[change], request, identity, id=id_)
+    await rows.change_row(context(request), identity, id_, change)
     return go(back(form, f"/ui/outbox/{id_}"))
 
 
 async def show_workers(request: Request, identity: Identity) -> Response:
-    _check_operator(identity)
+    check_operator(identity)
     database = context(request).database
     workers = await queries.workers(database)
     running: defaultdict[UUID, list[Running]] = defaultdict(list)
@@ -129,8 +132,3 @@ async def show_workers(request: Request, identity: Identity) -> Response:
         ended=[worker for worker in workers if worker.ended_at is not None],
         running=running,
     )
-
-
-def _check_operator(identity: Identity) -> None:
-    if not identity.operator:
-        raise Problem("forbidden", "Only operators may see the outbox.")

@@ -6,7 +6,6 @@ names another site. Programs can use the JSON API instead.
 """
 
 import hashlib
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import cache
@@ -22,7 +21,6 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import Message
 
 from outwake.app.api.body import read_bytes
 from outwake.app.api.problems import Problem, of_database
@@ -192,39 +190,6 @@ async def read_form(request: Request) -> dict[str, str]:
     except ValueError:
         raise Problem("malformed", "The form cannot be read.") from None
     return {name: value.replace("\r\n", "\n") for name, value in pairs}
-
-
-async def ask(
-    handler: Handler,
-    request: Request,
-    identity: Identity,
-    *,
-    query: Mapping[str, object] | None = None,
-    body: Mapping[str, object] | None = None,
-    key: str | None = None,
-    **path: object,
-) -> Any:
-    """The API's answer to this user. Calls its handler with a request made from these parts.
-
-    Raises Problem as the handler does.
-    """
-    content = json.dumps(body).encode() if body is not None else b""
-    headers = [(b"content-type", b"application/json")]
-    if key:
-        headers.append((b"idempotency-key", f'"{key}"'.encode("ascii", "replace")))
-    headers += [pair for pair in request.scope["headers"] if pair[0] == b"traceparent"]
-    scope = {
-        **request.scope,
-        "headers": headers,
-        "path_params": path,
-        "query_string": urlencode(query or {}).encode(),
-    }
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": content, "more_body": False}
-
-    response = await handler(Request(scope, receive), identity)
-    return json.loads(bytes(response.body)) if response.body else None
 
 
 def go(path: str) -> Response:

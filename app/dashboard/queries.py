@@ -1,4 +1,4 @@
-"""The pages' own queries, for data that the API's handlers do not answer.
+"""The pages' own queries, for data that the API does not answer.
 
 The views of sql/outbox/functions/ tell what waits and why, which worker runs what, and what happened.
 """
@@ -309,13 +309,13 @@ async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
     return {str(row[0]): Turns(*row) for row in rows}
 
 
-async def turn_rows(database: Database, session: str) -> dict[str | None, TurnRow]:
+async def turn_rows(database: Database, session: UUID) -> dict[str | None, TurnRow]:
     """By prompt id. Pruned rows are missing."""
-    found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (session,)))
+    found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (str(session),)))
     return {row.prompt_id: row for row in found}
 
 
-async def last_seq(database: Database, session: str) -> int:
+async def last_seq(database: Database, session: UUID) -> int:
     row = await database.row(_LAST_SEQ, (session,))
     return row[0] if row else 0
 

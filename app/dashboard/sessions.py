@@ -1,9 +1,10 @@
 """The pages of sessions: the list, the form for a new session, and a live conversation."""
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -12,13 +13,21 @@ from starlette.responses import Response
 
 from outwake.app.api import messages, sessions
 from outwake.app.api.answer import json_response
-from outwake.app.api.models import MAX_SEQ
+from outwake.app.api.body import check_body, check_key, check_query, traceparent
+from outwake.app.api.models import (
+    MAX_SEQ,
+    MessageQuery,
+    PromptCreate,
+    SessionCreate,
+    SessionPatch,
+    SessionQuery,
+)
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.conversation import attempts_of, outcome_of
-from outwake.app.dashboard.page import ask, go, read_form, render
+from outwake.app.dashboard.page import go, read_form, render
 from outwake.app.dashboard.words import pretty
 from outwake.app.live.events import HEARTBEAT, Following
 from outwake.app.live.streams import Stream
@@ -33,20 +42,21 @@ FIELDS = ("repo", "target_branch", "prompt", "title", "branch", "parent")
 
 async def list_sessions(request: Request, identity: Identity) -> Response:
     chosen = {name: request.query_params[name] for name in FILTERS if request.query_params.get(name)}
-    cursor = request.query_params.get("cursor")
-    query: dict[str, object] = {**chosen, "limit": LIST} | ({"cursor": cursor} if cursor else {})
-    found = await ask(sessions.list_sessions, request, identity, query=query)
-    turns = await queries.turns(context(request).database, [s["id"] for s in found["sessions"]])
-    moving = [s["id"] for s in found["sessions"] if s["inbox_status"] in ("active", "pending")]
+    here, cursor = context(request), request.query_params.get("cursor")
+    asked = check_query(SessionQuery, {**chosen, "limit": LIST, "cursor": cursor or None})
+    found = await sessions.list_sessions(here, identity, asked)
+    shown = [json.loads(item) for item in found.items]
+    turns = await queries.turns(here.database, [s["id"] for s in shown])
+    moving = [s["id"] for s in shown if s["inbox_status"] in ("active", "pending")]
     return await render(
         request,
         identity,
         "sessions.html",
-        sessions=found["sessions"],
+        sessions=shown,
         turns=turns,
         chosen=chosen,
         cursor=cursor,
-        older="/?" + urlencode({**chosen, "cursor": found["next"]}) if found["next"] else None,
+        older="/?" + urlencode({**chosen, "cursor": found.next}) if found.next else None,
         events="/ui/sessions/events?" + urlencode({"id": moving}, doseq=True) if moving else None,
     )
 
@@ -72,7 +82,7 @@ async def follow_sessions(request: Request, identity: Identity) -> Response:
     try:
         for stream in streams:
             await stream.begin()
-            if identity.scope not in (None, stream.user_id):
+            if not identity.sees(stream.user_id):
                 raise sessions.no_session()
     except BaseException:
         leave()
@@ -106,13 +116,20 @@ async def create_session(request: Request, identity: Identity) -> Response:
     given = {name: form.get(name, "") for name in FIELDS}
     # Blank fields are left out. The key ensures that a form sent twice creates one session.
     body = {name: value for name, value in given.items() if value.strip()}
+    here, trace = context(request), traceparent(request)
     try:
-        created = await ask(sessions.create_session, request, identity, body=body, key=form.get("key"))
+        asked = check_body(SessionCreate, body, here.settings)
+        created = await sessions.create_session(here, identity, asked, key=_key(form), trace=trace)
     except Problem as problem:
         if problem.kind not in ("invalid", "branch-taken", "key-reused"):
             raise
         return await _form(request, identity, given, problem)
-    return go(f"/ui/sessions/{created['id']}")
+    request.state.session = created.session_id
+    return go(f"/ui/sessions/{created.session_id}")
+
+
+def _key(form: Mapping[str, str]) -> str | None:
+    return check_key(form["key"]) if form.get("key") else None
 
 
 async def _form(
@@ -132,15 +149,14 @@ async def _form(
 
 async def show_session(request: Request, identity: Identity) -> Response:
     """The page. With `after` and `live=1`: only messages after that seq, and what may have changed."""
-    session_id = str(request.path_params["id"])
-    database = context(request).database
-    session = await ask(sessions.show_session, request, identity, id=request.path_params["id"])
+    here, id_ = context(request), request.path_params["id"]
+    session = json.loads(await sessions.show_session(here, identity, id_))
     live = request.query_params.get("live") == "1"
-    last = await queries.last_seq(database, session_id)
-    after = _after(request, max(last - WINDOW, 0))
-    query = {"after": after, "limit": BATCH if live else WINDOW, "attempts": "all"}
-    found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
-    said = attempts_of(found["messages"])
+    after = _after(request, max(await queries.last_seq(here.database, id_) - WINDOW, 0))
+    asked = MessageQuery(after=after, limit=BATCH if live else WINDOW, attempts="all")
+    found = await messages.list_messages(here, identity, id_, asked)
+    shown = [json.loads(item) for item in found.items]
+    said = attempts_of(shown)
     turns = [
         {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
         for prompt in session["prompts"]
@@ -154,23 +170,24 @@ async def show_session(request: Request, identity: Identity) -> Response:
         "session.html",
         session=session,
         turns=turns,
-        rows=await queries.turn_rows(database, session_id),
+        rows=await queries.turn_rows(here.database, id_),
         cost=sum(costs) if costs else None,
         after=after,
         earlier=max(after - WINDOW, 0) if after and not live else None,
-        seen=found["messages"][-1]["seq"] if found["messages"] else after,
-        more=found["next"],
+        seen=shown[-1]["seq"] if shown else after,
+        more=found.next,
     )
 
 
 async def show_message(request: Request, identity: Identity) -> Response:
     """One message as JSON. The page links to it if a message is too long to show."""
-    seq = request.path_params["seq"]
-    query = {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"}
-    found = await ask(messages.list_messages, request, identity, query=query, id=request.path_params["id"])
-    if not found["messages"] or found["messages"][0]["seq"] != seq:
+    seq, id_ = request.path_params["seq"], request.path_params["id"]
+    asked = check_query(MessageQuery, {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"})
+    found = await messages.list_messages(context(request), identity, id_, asked)
+    message = json.loads(found.items[0]) if found.items else {"seq": None}
+    if message["seq"] != seq:
         raise Problem("not-found", "There is no such message.")
-    return json_response(pretty(found["messages"][0]))
+    return json_response(pretty(message))
 
 
 def _after(request: Request, otherwise: int) -> int:
@@ -179,28 +196,28 @@ def _after(request: Request, otherwise: int) -> int:
 
 
 async def prompt(request: Request, identity: Identity) -> Response:
-    form = await read_form(request)
-    body = {"prompt": form.get("prompt", "")}
-    if body["prompt"].strip():
-        id_ = request.path_params["id"]
-        await ask(sessions.create_prompt, request, identity, body=body, key=form.get("key"), id=id_)
+    form, here, id_ = await read_form(request), context(request), request.path_params["id"]
+    if form.get("prompt", "").strip():
+        asked = check_body(PromptCreate, {"prompt": form["prompt"]}, here.settings)
+        key, trace = _key(form), traceparent(request)
+        await sessions.create_prompt(here, identity, id_, asked, key=key, trace=trace)
     return go(_path(request))
 
 
 async def cancel(request: Request, identity: Identity) -> Response:
-    await ask(sessions.cancel_session, request, identity, id=request.path_params["id"])
+    await sessions.cancel_session(context(request), identity, request.path_params["id"])
     return go(_path(request))
 
 
 async def archive(request: Request, identity: Identity) -> Response:
-    await ask(sessions.archive_session, request, identity, id=request.path_params["id"])
+    await sessions.archive_session(context(request), identity, request.path_params["id"])
     return go(_path(request))
 
 
 async def rename(request: Request, identity: Identity) -> Response:
-    form = await read_form(request)
-    body = {"title": form.get("title", "")}
-    await ask(sessions.rename_session, request, identity, body=body, id=request.path_params["id"])
+    form, here = await read_form(request), context(request)
+    asked = check_body(SessionPatch, {"title": form.get("title", "")}, here.settings)
+    await sessions.rename_session(here, identity, request.path_params["id"], asked)
     return go(_path(request))
 
 

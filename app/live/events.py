@@ -46,7 +46,7 @@ async def follow_session(request: Request, identity: Identity) -> Response:
 
     try:
         await stream.begin()
-        if identity.scope not in (None, stream.user_id):
+        if not identity.sees(stream.user_id):
             raise no_session()
     except BaseException:
         leave()
