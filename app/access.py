@@ -42,6 +42,8 @@ class Access:
             ended = time.perf_counter()
             metrics.IN_PROGRESS.dec()
             state = scope.get("state", {})
+            if release := state.get("release"):  # app/auth/limits.py
+                release()
             route = state.get("route")  # set by the routes; None if no route matched
             metrics.count(scope["method"], route, status, (answered or ended) - begun)
             if writes(logging.INFO):

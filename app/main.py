@@ -17,6 +17,7 @@ from outwake.app.api import problems, reference
 from outwake.app.auth.identity import Authenticator, check_host
 from outwake.app.auth.limits import Limits
 from outwake.app.auth.oidc import check_issuer
+from outwake.app.connections import limited
 from outwake.app.context import Context
 from outwake.app.database import Database
 from outwake.app.live.hub import Hub
@@ -91,12 +92,12 @@ def _end_with_the_hub(running: asyncio.Task[None]) -> None:
 class Server(uvicorn.Server):
     """Ends the streams first, because uvicorn waits for open responses before it ends the lifespan."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, settings: Settings) -> None:
         self._app = app
         config = uvicorn.Config(
             app,
             loop="uvloop" if os.name == "posix" else "asyncio",
-            http="httptools",
+            http=limited(settings),
             ws="none",
             log_config=None,
             access_log=False,
@@ -128,7 +129,7 @@ def run(settings: Settings) -> None:
     trace.configure("outwake-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:
-        server = Server(app)
+        server = Server(app, settings)
         # Before uvicorn installs its handlers, a signal aborts the start. After its shutdown uvicorn raises
         # the signal again; the handler then does nothing, because that is a normal end.
         previous = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}

@@ -13,6 +13,7 @@ from outwake.app.api import handlers, health, metrics, models
 from outwake.app.api.body import check_accept
 from outwake.app.api.problems import KINDS
 from outwake.app.auth.identity import Identity
+from outwake.app.auth.limits import admit
 from outwake.app.context import context
 from outwake.app.live import events
 
@@ -246,7 +247,7 @@ def _route(path: str, methods: Mapping[str, Endpoint]) -> Route:
         if endpoint.access != "anybody":
             here = context(request)
             identity = await here.authenticator.identify(request)
-            here.limits.admit(identity)
+            admit(request, here.limits, identity)
         return await endpoint.handler(request, identity)
 
     return Route(path, handle, methods=list(methods))

@@ -221,6 +221,12 @@ class Settings(BaseSettings):
     max_process_streams: Annotated[int, Field(ge=1)] = 5000
     """Event streams that one API process keeps open, whoever opens them."""
 
+    max_connections: Annotated[int, Field(ge=1)] = 10_000
+    """Connections that one API process keeps open; fewer if it may not open as many descriptors."""
+
+    max_address_connections: Annotated[int, Field(ge=1)] = 256
+    """Connections of one client address that have not shown a token. Behind a proxy all have its address."""
+
     pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
     """Connections an API process opens at most."""
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+SLICE = 65_536  # bytes
 
 Place = TypeVar("Place", str, int)
 
@@ -17,5 +20,17 @@ class Page(Generic[Place]):
     next: Place | None
 
 
+class Answer(Response):
+    """An answer that is sent in slices. Each waits until the client has taken the ones before, so a client
+    that does not read keeps its request open, and Limits counts that."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytes(self.body)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, max(len(body), 1), SLICE):
+            part, more = body[start : start + SLICE], start + SLICE < len(body)
+            await send({"type": "http.response.body", "body": part, "more_body": more})
+
+
 def json_response(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(text, status, headers, "application/json")
+    return Answer(text, status, headers, "application/json")

@@ -15,6 +15,8 @@ from outwake.telemetry import trace
 
 Model = TypeVar("Model", bound=BaseModel)
 
+MAX_FIELDS = 50
+
 _KEY = re.compile(r'"[\x20\x21\x23-\x7e]{1,255}"|[\x21\x23-\x7e]{1,255}')
 
 
@@ -42,6 +44,8 @@ async def read_body(request: Request, model: type[Model], media_types: tuple[str
 
 def check_body(model: type[Model], content: Any, settings: Settings) -> Model:
     """The content of a body or of a form as `model`. Raises Problem (invalid)."""
+    if isinstance(content, dict) and len(content) > MAX_FIELDS:  # each would be an error of its own
+        raise Problem("invalid", f"The body has more than {MAX_FIELDS} fields.")
     try:
         return model.model_validate(content, context={"settings": settings})
     except ValidationError as error:
@@ -53,14 +57,20 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
+    limits, user = context(request).limits, getattr(request.state, "user", "")
     read = bytearray()
+    held = 0
     try:
         async for chunk in request.stream():
+            held += len(chunk)
+            limits.hold_body(user, len(chunk))
             read += chunk
             if len(read) > limit:
                 raise _too_large(limit)
     except ClientDisconnect:
         raise Problem("malformed", "The body ended early.") from None
+    finally:
+        limits.drop_body(user, held)
     return bytes(read)
 
 
@@ -72,6 +82,8 @@ def read_query(request: Request, model: type[Model]) -> Model:
     """The query string as `model`. Raises Problem (invalid)."""
     given: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
+        if len(given) > MAX_FIELDS:
+            raise Problem("invalid", f"The query has more than {MAX_FIELDS} parameters.")
         if name in given:
             raise Problem(
                 "invalid",

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outwake.app.auth.identity import Identity, unauthorized
+from outwake.app.auth.limits import admit
 from outwake.app.context import context
 
 VALID_FOR = 8 * 3600  # seconds until a user must sign in again
@@ -26,7 +27,7 @@ async def identify(request: Request) -> Identity:
         raise unauthorized("Sign in first.", None)
     else:
         identity = await here.authenticator.by_token(token)
-    here.limits.admit(identity)
+    admit(request, here.limits, identity)
     return identity
 
 

@@ -50,6 +50,7 @@ THEMES = ("auto", "light", "dark")
 THEME_COOKIE = "outwake_theme"
 NOBODY = Identity("", operator=False)
 YEAR = 365 * 86400
+STRANGERS_FORM = 16_384  # bytes, of somebody who has not signed in
 FORM = "application/x-www-form-urlencoded"
 
 log = get_logger("outwake.app.dashboard")
@@ -184,7 +185,9 @@ async def read_form(request: Request) -> dict[str, str]:
     """
     if request.headers.get("content-type", "").partition(";")[0] != FORM:
         raise Problem("unsupported-media-type", f"Send the form as {FORM}.")
-    content = await read_bytes(request, 3 * context(request).settings.max_body)  # %-escapes triple it
+    known = hasattr(request.state, "user")
+    limit = 3 * context(request).settings.max_body if known else STRANGERS_FORM  # %-escapes triple it
+    content = await read_bytes(request, limit)
     try:
         pairs = parse_qsl(content.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=50)
     except ValueError:

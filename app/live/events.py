@@ -65,6 +65,8 @@ class Following(StreamingResponse):
         self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if release := scope.get("state", {}).get("release"):
+            release()  # it counts as a stream, not as a request
         try:
             await super().__call__(scope, receive, send)
         finally:

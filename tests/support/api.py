@@ -96,7 +96,7 @@ async def serving(database: str, **changes: Any) -> AsyncIterator[Api]:
     """Serve until the block ends."""
     settings = Settings.model_validate({"DATABASE_URL": database, **changes})
     app = create_app(settings)
-    server = Server(app)
+    server = Server(app, settings)
     listening = bind(settings.host, 0)
     host, port = listening.getsockname()[:2]
     async with AsyncExitStack() as stack:
