@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from outwake.worker.engine import idle
 from tests.conftest import Connect
-from tests.support.steps import Connection, add, get, one, until
+from tests.support.steps import Connection, Rule, add, get, one, until, with_and_without
 from tests.support.worker import command, install, watched
 
 IDLE = float(os.environ.get("OUTWAKE_TEST_IDLE", "3"))
@@ -79,6 +80,61 @@ async def test_two_workers_fall_silent_again_after_one_job(connect: Connect, dat
                 await worker.scanned(worker.scans + 1)
         for worker in (a, b):
             assert await worker.sleeps_for_ever(psql)
+
+
+CLEARS_THE_LEASE = """
+CREATE FUNCTION clear() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    UPDATE worker SET lease_until = NULL WHERE id = OLD.worker_id; RETURN NULL;
+END $$;
+CREATE TRIGGER clear AFTER UPDATE ON outbox FOR EACH ROW WHEN (NEW.state = 'done') EXECUTE FUNCTION clear();
+"""
+
+
+@with_and_without
+async def test_a_trickle_of_jobs_announces_one_lease(rule: Rule, connect: Connect, database: str) -> None:
+    """1. Two workers sleep. 2. Rows come one by one, each when the one before is done and all sleep again.
+    Taken out: a worker that goes idle clears its lease, so each row brings a new one that all must hear of.
+    """
+    psql, listener = await connect(), await connect()
+    if rule == "taken out":
+        await psql.execute(CLEARS_THE_LEASE)
+    async with watched(database) as worker:
+        # One of another topic, to which leases are announced.
+        await psql.execute(PARKED.replace("{t,u}", "{u}"))
+        await listener.execute("LISTEN outwake_wake")
+        for _ in range(4):
+            row = await add(psql, payload={})
+            await until(psql, "SELECT state <> 'ready' AND state <> 'running' FROM outbox WHERE id = %s", row)
+            await worker.asleep()
+        assert len(worker.ran) == 4
+        announced = [payload for payload in await heard(psql, listener) if payload.startswith("*@")]
+        assert len(announced) == (1 if rule == "kept" else 4)
+
+
+@with_and_without
+async def test_an_awake_worker_that_finds_nothing_rests_before_it_parks(
+    rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. Rows fill all slots of a worker. 2. They are done, and nothing is left. 3. More rows come, at once:
+    it claims them, and nobody was notified. Taken out: it parks at once, so each of them notifies.
+    """
+    monkeypatch.setattr(idle, "_AWAKE", 600.0 if rule == "kept" else -600.0)
+    psql, listener = await connect(), await connect()
+    async with watched(database) as worker:
+        await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 9)")
+        await until(psql, DONE)
+        if rule == "taken out":
+            await worker.asleep()
+        await listener.execute("LISTEN outwake_wake")
+        for _ in range(5):
+            await worker.has_run(await add(psql))
+            await until(psql, DONE)
+            if rule == "taken out":
+                await worker.asleep()
+        assert bool(await heard(psql, listener)) == (rule == "taken out")
+
+
+DONE = "SELECT bool_and(state = 'done') FROM outbox WHERE topic = 't'"
 
 
 async def test_rows_of_other_topics_wake_nobody(connect: Connect, database: str) -> None:

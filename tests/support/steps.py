@@ -21,7 +21,6 @@ from psycopg.types.json import Jsonb
 import outwake
 from outwake import Claimed
 from outwake.schema import in_schema
-from tests.support.waits import TIMEOUT as TIMEOUT  # for tests/support/worker.py
 from tests.support.waits import awaiting
 
 Connection = AsyncConnection[Any]
