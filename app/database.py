@@ -25,7 +25,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from outwake.app.api.problems import unavailable
 from outwake.app.connection import Connection, Params, Query, Row
-from outwake.connect import bounded, conninfo, cut_after
+from outwake.connect import abort_after, conninfo, deadline
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 
@@ -105,8 +105,8 @@ class Database:
         """
         for attempt in range(3):
             conn = await self._take()
-            # `connection` and `bounded` would do the same, but their generators cost time.
-            timer = cut_after(conn, ANSWER_TIMEOUT)
+            # `connection` and `deadline` would do the same, but their generators cost time.
+            timer = abort_after(conn, ANSWER_TIMEOUT)
             try:
                 return await conn.rows(query, params)
             except pg.DeadlockDetected:
@@ -122,7 +122,7 @@ class Database:
         """A live connection. Raises Problem (unavailable) at once during an outage."""
         conn = await self._take()
         try:
-            with bounded(conn, ANSWER_TIMEOUT):
+            with deadline(conn, ANSWER_TIMEOUT):
                 yield conn
         finally:
             await self._give_back(conn)

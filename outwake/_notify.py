@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from outwake.connect import bounded, connect
+from outwake.connect import connect, deadline
 
 Heard = Callable[[str, str], None]
 """Called with the channel and the payload of a notification."""
@@ -55,7 +55,7 @@ class ListenConnection:
         """
         conn = await connect(url, name, silence)
         try:
-            with bounded(conn, silence.total_seconds()):
+            with deadline(conn, silence.total_seconds()):
                 presence = await _take_presence(conn, lock, earlier)
                 for channel in channels:
                     await conn.execute(f"LISTEN {channel}")

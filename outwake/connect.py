@@ -71,25 +71,25 @@ async def connect(
 
 
 @contextmanager
-def bounded(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
+def deadline(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
     """Break the connection if the block takes longer. What waits on it then fails with OperationalError.
 
     Cancelling the task is not enough: psycopg then asks the server to cancel and waits for its answer, which
     never comes over a silent path.
     """
-    timer = cut_after(conn, seconds)
+    timer = abort_after(conn, seconds)
     try:
         yield
     finally:
         timer.cancel()
 
 
-def cut_after(conn: psycopg.AsyncConnection[Any], seconds: float) -> asyncio.TimerHandle:
-    """The timer that `bounded` sets and cancels."""
-    return asyncio.get_running_loop().call_later(seconds, cut, conn)
+def abort_after(conn: psycopg.AsyncConnection[Any], seconds: float) -> asyncio.TimerHandle:
+    """The timer that `deadline` sets and cancels."""
+    return asyncio.get_running_loop().call_later(seconds, abort, conn)
 
 
-def cut(conn: psycopg.AsyncConnection[Any]) -> None:
+def abort(conn: psycopg.AsyncConnection[Any]) -> None:
     """Break the connection at once, without telling the server. What waits on it gets an error."""
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.pgconn.socket)) as peer:
         peer.shutdown(socket.SHUT_RDWR)

@@ -27,7 +27,7 @@ from typing import Any
 
 import psycopg
 
-from outwake.connect import bounded, cut
+from outwake.connect import abort, deadline
 from outwake.lean import without
 from outwake.schema import in_schema
 from outwake.settings import Settings
@@ -79,7 +79,7 @@ class StuckWatch:
         tasks = set(self._telling)
         if self._looking is not None:
             if self._conn is not None:
-                cut(self._conn)  # a cancelled psycopg would ask the server to cancel too, and wait
+                abort(self._conn)  # a cancelled psycopg would ask the server to cancel too, and wait
             else:
                 self._looking.cancel()
             tasks.add(self._looking)
@@ -104,7 +104,7 @@ class StuckWatch:
         try:
             async with self._connect() as conn:
                 self._conn = conn
-                with bounded(conn, _LONGEST):
+                with deadline(conn, _LONGEST):
                     await self.look(conn)
         except Exception as error:  # the database is away: others report that at a higher level
             log.info("stuck_look_failed", error=str(error).strip())

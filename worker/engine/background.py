@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import args_row
 
-from outwake.connect import bounded, cut
+from outwake.connect import abort, deadline
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 from outwake.worker.engine.cursor import CARRIES, Ends, Front, Seen
@@ -64,7 +64,7 @@ class Scout:
         """End the scan under way. Not by a cancel: psycopg would ask the server to cancel too, and wait."""
         if self._task is not None:
             if self._conn is not None:
-                cut(self._conn)
+                abort(self._conn)
             else:
                 self._task.cancel()
             await asyncio.wait([self._task])
@@ -74,7 +74,7 @@ class Scout:
         try:
             async with self._connect() as conn:
                 self._conn = conn
-                with bounded(conn, _LONGEST):
+                with deadline(conn, _LONGEST):
                     known = dict(self._front.ends)
                     began = time.monotonic()
                     seen = await _scout(conn, topics, known)

@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 
 from outwake._claim import Claimed
-from outwake.connect import cut_after
+from outwake.connect import abort_after
 from outwake.schema import in_schema
 from outwake.telemetry.log import debugging, get_logger
 from outwake.worker.engine.attempt import End
@@ -75,7 +75,7 @@ class Cycle:
         seconds = self._parts.settings.lease
         while True:
             self._link.listener.check()
-            timer = cut_after(self._link.control, seconds)
+            timer = abort_after(self._link.control, seconds)
             try:
                 await self._once()
             except psycopg.errors.DeadlockDetected as error:

@@ -78,7 +78,7 @@ class FastPath:
                 wakes.reasons.add(Reason.SINGLES)
         if self._reply is None:
             return None
-        with self._listener.bounded(longest):
+        with self._listener.deadline(longest):
             row = await self._reply.done  # its handler has begun by then
         self._reply = None
         return [] if row is None else [row]

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 
-from outwake.connect import bounded, connect
+from outwake.connect import connect, deadline
 from outwake.settings import Settings
 from outwake.telemetry.metrics import CONTENT_TYPE, database_metrics, render, unreachable
 from outwake.telemetry.ready import outbox_ready
@@ -95,7 +95,7 @@ async def _others(settings: Settings) -> dict[str, Any]:
     """What the database says, as in the API's /readyz?workers=1."""
     try:
         async with asyncio.timeout(_DATABASE_TIMEOUT), await _connect(settings) as conn:
-            with bounded(conn, _DATABASE_TIMEOUT):
+            with deadline(conn, _DATABASE_TIMEOUT):
                 found = await outbox_ready(conn, timedelta(seconds=settings.stuck_after))
     except (psycopg.Error, OSError, TimeoutError) as error:
         return {"outbox_ready": False, "reason": f"the database does not answer: {str(error).strip()}"}
@@ -105,7 +105,7 @@ async def _others(settings: Settings) -> dict[str, Any]:
 async def _database_metrics(settings: Settings) -> list[Any]:
     try:
         async with asyncio.timeout(_DATABASE_TIMEOUT), await _connect(settings) as conn:
-            with bounded(conn, _DATABASE_TIMEOUT):
+            with deadline(conn, _DATABASE_TIMEOUT):
                 return await database_metrics(conn)
     except (psycopg.Error, OSError, TimeoutError):
         return unreachable()

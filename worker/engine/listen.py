@@ -20,7 +20,7 @@ from psycopg import pq
 
 from outwake._notify import Heard, ListenConnection
 from outwake._statement import Statement, Statements, Values
-from outwake.connect import bounded
+from outwake.connect import deadline
 from outwake.schema import SCHEMA
 from outwake.worker.engine.reply import Reply
 
@@ -69,9 +69,9 @@ class Listener:
         self._reply = reply = Reply(self._connection.conn.pgconn, arrived)
         return reply
 
-    def bounded(self, seconds: float) -> AbstractContextManager[None]:
+    def deadline(self, seconds: float) -> AbstractContextManager[None]:
         """Break the connection if the block takes longer."""
-        return bounded(self._connection.conn, seconds)
+        return deadline(self._connection.conn, seconds)
 
     def _answered(self) -> None:
         if self._reply is not None and self._reply.read():

@@ -26,7 +26,7 @@ from uuid import UUID
 
 import psycopg
 
-from outwake.connect import bounded, connect
+from outwake.connect import connect, deadline
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
@@ -112,7 +112,7 @@ class Parent:
                 self._settings.database_url, "outwake parent", lease, pooled=self._settings.pooled
             )
             async with conn:
-                with bounded(conn, self._settings.lease):
+                with deadline(conn, self._settings.lease):
                     await conn.execute(_END_WORKER, (worker_id, f"its worker died: {cause}"))
             log.warning("rescued", workers=1, worker_id=str(worker_id))
         except (psycopg.Error, OSError) as error:

@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from outwake._claim import reconnect, register
 from outwake._migrate import Fit, check_schema
-from outwake.connect import bounded, connect, conninfo, grant, is_outage, will_not_pass
+from outwake.connect import connect, conninfo, deadline, grant, is_outage, will_not_pass
 from outwake.errors import SchemaError, WorkerEnded
 from outwake.handler import Connection, Handler
 from outwake.installed import has_sessions
@@ -172,7 +172,7 @@ class Worker:
             )
             stack.push_async_callback(control.close)
             set_json_loads(from_json, control)  # faster than json.loads
-            with bounded(control, settings.lease):
+            with deadline(control, settings.lease):
                 cycle = await self._introduce(control, listener)
                 stack.push_async_callback(cycle.claimer.close)
                 await parts.stuck.first_look(control)
@@ -182,7 +182,7 @@ class Worker:
             parts.stats.woken("reconnect")
             await cycle.run()
             await parts.observer.step("leave")
-            with bounded(control, settings.lease):
+            with deadline(control, settings.lease):
                 await self._leave(control)
 
     async def _introduce(self, control: Connection, listener: Listener) -> Cycle:
