@@ -116,10 +116,10 @@ class Messages(AbstractAsyncContextManager["Messages"]):
                 raise Cancelled("a cancel was requested")
             self._last_seq = last_seq
 
-        await outlast(append)
+        await retry_until_available(append)
 
 
-async def outlast(write: Callable[[], Awaitable[None]]) -> None:
+async def retry_until_available(write: Callable[[], Awaitable[None]]) -> None:
     """Retry `write()` while the database is away. The end of the lease cancels us, so it limits the retries.
     A write whose answer was lost may be executed twice, so it must be fenced or harmless.
     """

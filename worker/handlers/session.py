@@ -35,7 +35,7 @@ from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.turn import run_agent
 from outwake.worker.agents.verdict import Verdict
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.messages import outlast
+from outwake.worker.messages import retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.repo.workspace import Remote, Workspace, open_workspace
 from outwake.worker.sandboxes.base import Sandbox
@@ -157,7 +157,7 @@ async def _work(
     if summary.session and box.home:
         content = await asyncio.to_thread(adapter.memory, box.home)
         memory = None if content is None else Memory(summary.session, content)
-    await outlast(lambda: _conclude(job, turn, verdict, result, memory, workspace.bundle))
+    await retry_until_available(lambda: _conclude(job, turn, verdict, result, memory, workspace.bundle))
     log.info("turn_ended", status=verdict.status, reason=verdict.reason, head=result["head"])
 
 

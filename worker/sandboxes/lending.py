@@ -24,7 +24,7 @@ from outwake.handler import Job
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 from outwake.worker.errors import SessionError, Unclear
-from outwake.worker.messages import outlast
+from outwake.worker.messages import retry_until_available
 from outwake.worker.sandboxes.base import Item, Request, SandboxProvider
 
 log = get_logger(__name__)
@@ -86,9 +86,9 @@ async def _ask(job: Job, request: Request, provider: SandboxProvider) -> Item:
         await _forget(job, intent)
         raise
     try:
-        await outlast(lambda: _hold(job, session_id, held, intent))
+        await retry_until_available(lambda: _hold(job, session_id, held, intent))
     except (Fenced, Cancelled, HandBack):
-        await outlast(lambda: _owe(job, session_id, held, intent))
+        await retry_until_available(lambda: _owe(job, session_id, held, intent))
         log.warning("borrowed_too_late", borrow_id=str(intent))
         raise
     log.info("borrowed", borrow_id=str(intent), kind=provider.kind)
@@ -113,7 +113,7 @@ async def _forget(job: Job, intent: UUID) -> None:
         async with job.connection() as conn:
             await conn.execute(_FORGET, (intent,))
 
-    await outlast(forget)
+    await retry_until_available(forget)
 
 
 async def _note(job: Job, intent: UUID, error: str) -> None:
@@ -121,4 +121,4 @@ async def _note(job: Job, intent: UUID, error: str) -> None:
         async with job.connection() as conn:
             await conn.execute(_NOTE, (error, intent))
 
-    await outlast(note)
+    await retry_until_available(note)
