@@ -1,7 +1,7 @@
 """Logs: one JSON object a line on stderr, or readable text when stderr is a terminal.
 
 `event` is a word in snake_case that a person can search for and a test can wait for. Everything else is a
-field. Every line of a job carries the fields of `about` (`session_id`, `outbox_id`, `attempt`) and the fields
+field. Every line of a job carries the fields of `log_context` (`session_id`, `outbox_id`, `attempt`) and the fields
 bound with `structlog.contextvars`, also in threads that asyncio or anyio started for the job.
 
 The standard library's loggers (uvicorn, psycopg) are written in the same form, with the event `stdlib_log`
@@ -55,7 +55,7 @@ def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(module=name))
 
 
-about: ContextVar[Callable[[], Mapping[str, Any]] | None] = ContextVar("about", default=None)
+log_context: ContextVar[Callable[[], Mapping[str, Any]] | None] = ContextVar("log_context", default=None)
 """Returns the fields that every line of this context carries. It is called only when a line is written, so it
 costs less than structlog's bind_contextvars.
 """
@@ -76,7 +76,7 @@ def debugging() -> bool:
 
 
 def _merge_about(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    fields = about.get()
+    fields = log_context.get()
     return event if fields is None else {**fields(), **event}
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
 from outwake.handler import Handler, Job, Run
 from outwake.telemetry import trace
-from outwake.telemetry.log import about, debugging, get_logger
+from outwake.telemetry.log import debugging, get_logger, log_context
 
 log = get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Attempt:
 
     async def _run(self) -> None:
         row = self.job.row
-        about.set(self._log_fields)
+        log_context.set(self._log_fields)
         if row.traceparent is None and not trace.exporting():
             await self._call()
             return
