@@ -19,5 +19,5 @@ class TransientError(SessionError):
     """A retry may help: retry with backoff."""
 
 
-class Unclear(TransientError):
+class OutcomeUnknown(TransientError):
     """We asked for a sandbox and got no answer from the allocator: a sandbox may have leaked."""

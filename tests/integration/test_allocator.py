@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from outwake.errors import HandBack
-from outwake.worker.errors import PermanentError, TransientError, Unclear
+from outwake.worker.errors import OutcomeUnknown, PermanentError, TransientError
 from outwake.worker.sandboxes.aio import AioSandbox
 from outwake.worker.sandboxes.allocator import AllocatorProvider
 from outwake.worker.sandboxes.base import Request, StepError
@@ -88,10 +88,10 @@ async def test_a_return_that_fails_in_the_background_is_an_error(parts: Producti
         ((500, {"err": "broken", "msg": "no"}), TransientError),
         ((502, {"err": "subscriber", "msg": "refused"}), TransientError),
         # Not the allocator's words: whoever said this may have cut off its answer.
-        ((404, {"detail": "Not Found"}), Unclear),
-        ((504, "gateway timeout"), Unclear),
-        ((200, {"item": {}}), Unclear),
-        ((200, ["item"]), Unclear),
+        ((404, {"detail": "Not Found"}), OutcomeUnknown),
+        ((504, "gateway timeout"), OutcomeUnknown),
+        ((200, {"item": {}}), OutcomeUnknown),
+        ((200, ["item"]), OutcomeUnknown),
     ],
 )
 async def test_answers_to_a_borrow(
@@ -124,7 +124,7 @@ async def test_a_return_that_was_not_taken_is_an_error(parts: Production, answer
 async def test_an_allocator_that_is_not_there_was_not_asked() -> None:
     with pytest.raises(TransientError) as caught:
         await borrow(provider("http://127.0.0.1:1"))
-    assert not isinstance(caught.value, Unclear)
+    assert not isinstance(caught.value, OutcomeUnknown)
 
 
 async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
@@ -135,7 +135,7 @@ async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(Unclear, match="did not answer"):
+        with pytest.raises(OutcomeUnknown, match="did not answer"):
             await borrow(provider(f"http://127.0.0.1:{port}"))
 
 

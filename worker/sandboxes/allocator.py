@@ -17,7 +17,7 @@ import httpx
 from outwake.errors import HandBack
 from outwake.telemetry import trace
 from outwake.telemetry.log import get_logger
-from outwake.worker.errors import PermanentError, TransientError, Unclear
+from outwake.worker.errors import OutcomeUnknown, PermanentError, TransientError
 from outwake.worker.sandboxes.aio import AioSandbox
 from outwake.worker.sandboxes.ask import NoAnswer, NotSent, ask
 from outwake.worker.sandboxes.base import Item, Request, StepError
@@ -71,13 +71,13 @@ class AllocatorProvider:
         except NotSent as error:
             raise TransientError(f"the allocator can't be reached: {error}") from error
         except NoAnswer as error:
-            raise Unclear(f"the allocator did not answer: {error}") from error
+            raise OutcomeUnknown(f"the allocator did not answer: {error}") from error
         if 200 <= status < 300:
             if not isinstance(answer, dict) or "item" not in answer:
-                raise Unclear("the allocator answered 200 without item and borrow_token")
+                raise OutcomeUnknown("the allocator answered 200 without item and borrow_token")
             return self._held(answer["item"], answer.get("borrow_token"))
         if not isinstance(answer, dict) or "err" not in answer:
-            raise Unclear(f"status {status}, which is no answer of the allocator's")
+            raise OutcomeUnknown(f"status {status}, which is no answer of the allocator's")
         if status in _NONE_FREE:
             raise HandBack("no sandbox is free", timedelta(seconds=max(1.0, self._wait / 2)))
         kind = PermanentError if status in (400, 422) else TransientError
@@ -85,7 +85,7 @@ class AllocatorProvider:
 
     def _held(self, item: Any, token: Any) -> Item:
         if not isinstance(token, str):
-            raise Unclear("the allocator answered 200 without item and borrow_token")
+            raise OutcomeUnknown("the allocator answered 200 without item and borrow_token")
         keep = {"keep": self._keep} if self._keep else {}
         return {"kind": self.kind, "item": item, "borrow_token": token, **keep}
 

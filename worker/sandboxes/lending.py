@@ -23,7 +23,7 @@ from outwake.errors import Cancelled, Fenced, HandBack
 from outwake.handler import Job
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
-from outwake.worker.errors import SessionError, Unclear
+from outwake.worker.errors import OutcomeUnknown, SessionError
 from outwake.worker.messages import retry_until_available
 from outwake.worker.sandboxes.base import Item, Request, SandboxProvider
 
@@ -78,7 +78,7 @@ async def _ask(job: Job, request: Request, provider: SandboxProvider) -> Item:
     intent, session_id = request.intent, request.session_id
     try:
         held = await provider.acquire(request)
-    except Unclear as error:
+    except OutcomeUnknown as error:
         await _note(job, intent, str(error))
         log.error("borrow_unclear", borrow_id=str(intent), error=str(error))
         raise
