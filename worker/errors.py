@@ -3,7 +3,7 @@
 SessionError              the message may be shown to the session's user
 ├── PermanentError        a retry can't help: the repository or the command doesn't exist
 └── TransientError        a retry may help: the network, a full disk, a branch that moved
-    └── Unclear           the outcome of a borrow is unknown: a sandbox may have leaked
+    └── OutcomeUnknown    the outcome of a borrow is unknown: a sandbox may have leaked
 """
 
 

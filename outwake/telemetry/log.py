@@ -1,8 +1,8 @@
 """Logs: one JSON object a line on stderr, or readable text when stderr is a terminal.
 
 `event` is a word in snake_case that a person can search for and a test can wait for. Everything else is a
-field. Every line of a job carries the fields of `log_context` (`session_id`, `outbox_id`, `attempt`) and the fields
-bound with `structlog.contextvars`, also in threads that asyncio or anyio started for the job.
+field. Every line of a job carries the fields of `log_context` (`session_id`, `outbox_id`, `attempt`) and the
+fields bound with `structlog.contextvars`, also in threads that asyncio or anyio started for the job.
 
 The standard library's loggers (uvicorn, psycopg) are written in the same form, with the event `stdlib_log`
 and their text as `message`. Start uvicorn with `log_config=None`, or it writes its own lines.
