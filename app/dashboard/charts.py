@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from outwake.app.dashboard.formatting import duration
 from outwake.app.dashboard.queries import Bin
-from outwake.app.dashboard.words import duration
 
 WIDTH = 600
 HEIGHT = 120

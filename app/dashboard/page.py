@@ -26,7 +26,7 @@ from outwake.app.api.body import read_bytes
 from outwake.app.api.problems import Problem, of_database
 from outwake.app.auth.identity import Identity
 from outwake.app.context import context
-from outwake.app.dashboard import queries, words
+from outwake.app.dashboard import formatting, queries
 from outwake.app.dashboard.cookie import identify, signed_in
 from outwake.app.dashboard.queries import Overview
 from outwake.telemetry.log import get_logger
@@ -64,9 +64,9 @@ def _static(name: str) -> str:
 
 
 def _time(at: Any, text: str | None = None) -> Markup:
-    moment = words.moment(at)
+    moment = formatting.moment(at)
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        moment.isoformat(), f"{moment:%Y-%m-%d %H:%M:%S} UTC", text or words.ago(at)
+        moment.isoformat(), f"{moment:%Y-%m-%d %H:%M:%S} UTC", text or formatting.ago(at)
     )
 
 
@@ -79,12 +79,12 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.globals.update(static=_static, time=_time, themes=THEMES)
 _TEMPLATES.filters.update(
-    pretty=words.pretty,
-    duration=words.duration,
-    ago=words.ago,
-    money=words.money,
-    count=words.count,
-    moment=words.moment,
+    pretty=formatting.pretty,
+    duration=formatting.duration,
+    ago=formatting.ago,
+    money=formatting.money,
+    count=formatting.count,
+    moment=formatting.moment,
 )
 
 

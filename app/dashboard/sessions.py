@@ -27,8 +27,8 @@ from outwake.app.auth.identity import Identity
 from outwake.app.context import context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.conversation import attempts_of, outcome_of
+from outwake.app.dashboard.formatting import pretty
 from outwake.app.dashboard.page import go, read_form, render
-from outwake.app.dashboard.words import pretty
 from outwake.app.live.events import HEARTBEAT, Following
 from outwake.app.live.streams import Stream
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from outwake.app.dashboard.charts import HEIGHT, WIDTH, charts
 from outwake.app.dashboard.conversation import attempts_of, blocks_of
+from outwake.app.dashboard.formatting import ago, count, duration, money
 from outwake.app.dashboard.markdown import to_html
 from outwake.app.dashboard.queries import Bin
-from outwake.app.dashboard.words import ago, count, duration, money
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
