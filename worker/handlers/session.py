@@ -149,7 +149,7 @@ async def _work(
         asked = AgentTurn(turn.prompt, turn.branch, turn.memory)
         verdict, summary = await run_agent(job, ids, adapter, asked, box, sandbox, settings, secrets)
     result = {"branch": turn.branch, **summary.as_json()}
-    result["head"] = await workspace.keep()
+    result["head"] = await workspace.save()
     result["commits"] = [asdict(commit) for commit in await workspace.commits()]
     if workspace.problem and verdict.status == "succeeded":
         verdict = Verdict("failed", secrets.text(workspace.problem))

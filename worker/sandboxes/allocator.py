@@ -52,7 +52,8 @@ class AllocatorProvider:
         """Borrow a sandbox; wait up to `OUTWAKE_BORROW_WAIT` for one.
 
         Raises HandBack if no sandbox is free, TransientError or PermanentError if the allocator certainly
-        lent us none, OutcomeUnknown if it may have lent one: no answer, or an answer that is not the allocator's.
+        lent us none, OutcomeUnknown if it may have lent one: no answer, or an answer that is not the
+        allocator's.
         """
         about = {
             "borrow_id": str(request.intent),

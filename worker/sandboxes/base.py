@@ -79,7 +79,8 @@ class SandboxProvider(Protocol):
     async def acquire(self, request: Request) -> Item:
         """A sandbox for this attempt.
 
-        Raises HandBack if none is free, OutcomeUnknown if one may have been lent, SessionError if none was lent.
+        Raises HandBack if none is free, OutcomeUnknown if one may have been lent, SessionError if none was
+        lent.
         """
 
     def connect(self, held: Item) -> AbstractAsyncContextManager[Sandbox]:
