@@ -40,7 +40,7 @@ def token_of(request: Request) -> str | None:
     return request.cookies.get(_name(request))
 
 
-def keep(request: Request, response: Response, token: str) -> None:
+def save(request: Request, response: Response, token: str) -> None:
     response.set_cookie(
         _name(request),
         token,

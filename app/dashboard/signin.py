@@ -81,7 +81,7 @@ async def by_token(request: Request, identity: Identity) -> Response:
             raise
         return await _ask(request, identity, str(problem), 401)
     response = go(back(form, "/"))
-    cookie.keep(request, response, token)
+    cookie.save(request, response, token)
     return response
 
 
@@ -139,7 +139,7 @@ async def come_back(request: Request, identity: Identity) -> Response:
         valid_for = timedelta(seconds=cookie.VALID_FOR)
         _, session = await create(conn, known.user_id, NAME, operator=known.operator, valid_for=valid_for)
     response = go(back({"back": _unpack(target)}, "/"))
-    cookie.keep(request, response, session)
+    cookie.save(request, response, session)
     response.delete_cookie(PENDING, path=CALLBACK, secure=cookie.is_secure(request), httponly=True)
     return response
 

@@ -115,7 +115,7 @@ async def test_the_next_turn_goes_on_where_the_last_ended(opened: Open, origin: 
         await work(first, "one")
         (commit,) = await first.commits()
         assert commit.subject == "Note what was asked: one"
-        assert await first.keep() == commit.sha
+        assert await first.save() == commit.sha
     assert not Path(first.path).parent.exists()
     origin.commit("later.txt")
     async with opened(after=first) as second:
@@ -132,7 +132,7 @@ async def test_work_that_is_not_committed_is_kept(opened: Open) -> None:
     async with opened() as first:
         await work(first, "no-commit leave:draft.txt")
         Path(first.path, ".git", "index.lock").touch()
-        kept = await first.keep()
+        kept = await first.save()
         (commit,) = await first.commits()
         assert commit.sha == kept
     async with opened(after=first) as second:
@@ -141,14 +141,14 @@ async def test_work_that_is_not_committed_is_kept(opened: Open) -> None:
 
 async def test_a_turn_without_work_keeps_the_base(opened: Open) -> None:
     async with opened() as workspace:
-        assert await workspace.keep() == workspace.base
+        assert await workspace.save() == workspace.base
 
 
 async def test_a_detached_head_is_left_alone(opened: Open) -> None:
     async with opened() as workspace:
         await workspace._run("detach", 'cd "$repo"; git checkout --quiet --detach')
         Path(workspace.path, "draft.txt").touch()
-        assert await workspace.keep() == workspace.base
+        assert await workspace.save() == workspace.base
 
 
 async def test_an_existing_work_branch_is_the_start(opened: Open, origin: Repository) -> None:
@@ -158,7 +158,7 @@ async def test_an_existing_work_branch_is_the_start(opened: Open, origin: Reposi
     async with opened() as first:
         assert first.base == theirs
         await work(first, "one")
-        kept = await first.keep()
+        kept = await first.save()
         origin("fetch", "--quiet", first.path, "work/x")
     origin("checkout", "--quiet", "work/x")
     origin.commit("diverged.txt")
@@ -168,7 +168,7 @@ async def test_an_existing_work_branch_is_the_start(opened: Open, origin: Reposi
     merged = origin.commit("merged.txt")
     async with opened(after=first) as third:
         assert third.base == merged  # theirs has ours in it
-        assert await third.keep() == merged
+        assert await third.save() == merged
 
 
 async def test_work_that_version_1_0_kept_in_a_mirror_is_the_start(
@@ -181,7 +181,7 @@ async def test_work_that_version_1_0_kept_in_a_mirror_is_the_start(
     async with opened() as workspace:
         assert workspace.base == kept
         await work(workspace, "one")
-        latest = await workspace.keep()
+        latest = await workspace.save()
     async with opened(after=workspace) as following:
         assert following.base == latest
 
@@ -257,7 +257,7 @@ async def test_no_hook_runs(
     async with opened() as workspace:
         plant(Path(workspace.path, ".git", "hooks"))
         await work(workspace, "no-commit leave:x")
-        await workspace.keep()
+        await workspace.save()
         assert len(await workspace.commits()) == 1
     assert not ran.exists()
 

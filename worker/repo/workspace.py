@@ -8,8 +8,8 @@ How the work of one turn reaches the next:
    with the session. If the repository's own work branch contains those commits, start from that branch. If
    no commits are stored, start from the repository's work branch, or else from the target branch.
 2. The agent works. The sandbox holds no credentials during this time.
-3. `keep` commits what the agent left uncommitted. If pushing is enabled, it pushes the branch, on condition
-   that the repository still has the commit seen in step 1. If the branch was not pushed, `keep` returns the
+3. `save` commits what the agent left uncommitted. If pushing is enabled, it pushes the branch, on condition
+   that the repository still has the commit seen in step 1. If the branch was not pushed, `save` returns the
    commits as a Git bundle, which is stored with the session in the transaction that ends the turn. So no work
    is lost with its sandbox or its host, and an attempt that lost its lease stores nothing.
 """
@@ -86,7 +86,7 @@ class Workspace:
 
     path: the work tree in the sandbox. branch: the work branch, checked out. base: the commit from which
     the branch started in this attempt.
-    bundle, problem: set by `keep`: the commits that only we have, and why the branch was not pushed.
+    bundle, problem: set by `save`: the commits that only we have, and why the branch was not pushed.
     """
 
     path: str
@@ -105,7 +105,7 @@ class Workspace:
         marked = (line.partition(" ") for line in lines.split("\n"))
         return [Commit(*rest.partition(" ")[::2]) for mark, _, rest in marked if mark == "="]
 
-    async def keep(self) -> str:
+    async def save(self) -> str:
         """Save the work for the session's next turn and return the work branch's commit.
 
         Raises SessionError if the work can't be saved.
