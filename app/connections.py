@@ -127,12 +127,12 @@ class Connections:
         )
         if found is None:
             return False
-        self.tell(why, found.address)
+        self.report(why, found.address)
         found.transport.abort()
         self.remove(found)
         return True
 
-    def tell(self, why: str, address: str) -> None:
+    def report(self, why: str, address: str) -> None:
         """Log that a connection was refused or closed."""
         self._told[why] += 1
         now = time.monotonic()
@@ -182,7 +182,7 @@ class Connection(HttpToolsProtocol):
         if self.all.add(self):
             self._wait()
         else:
-            self.all.tell("no_room", self.address)
+            self.all.report("no_room", self.address)
             self._refuse(503)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -257,7 +257,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._refusal)
 
     def _refuse(self, status: int) -> None:
-        self.all.tell(f"refused_{status}", self.address)
+        self.all.report(f"refused_{status}", self.address)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             text = _REFUSALS[status]
             self.transport.write(

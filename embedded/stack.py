@@ -24,7 +24,7 @@ DATABASE = "outwake"
 _READY_TIMEOUT = 60.0
 _STOP_TIMEOUT = 30.0
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Stack:
 
 @asynccontextmanager
 async def running(
-    state: Path, tell: Tell, *, api_port: int = 0, postgres_port: int = 0
+    state: Path, report: Report, *, api_port: int = 0, postgres_port: int = 0
 ) -> AsyncIterator[Stack]:
-    """Start everything below the directory `state`, report each step with `tell`, stop it all at the end."""
+    """Start everything below the directory `state`, `report` each step, and stop it all at the end."""
     state.mkdir(parents=True, exist_ok=True)
     server = EmbeddedPostgres(state.absolute() / "postgres", port=postgres_port)
     async with AsyncExitStack() as stack:
@@ -49,7 +49,7 @@ async def running(
         database_url = server.url_of(DATABASE)
         await _create_database(server.url)
         applied = await migrate(database_url)
-        tell(
+        report(
             f"Postgres runs on port {psycopg.conninfo.conninfo_to_dict(database_url)['port']}, "
             f"{len(applied)} migrations applied"
         )
@@ -59,9 +59,9 @@ async def running(
         )
         api = await stack.enter_async_context(_process("api", "outwake.cli", ["api"], environment, state))
         await worker.event("registered")
-        tell(f"the worker listens (process {worker.pid})")
+        report(f"the worker listens (process {worker.pid})")
         ready = await api.event("api_ready")
-        tell(f"the API serves http://127.0.0.1:{ready['port']} (process {api.pid})")
+        report(f"the API serves http://127.0.0.1:{ready['port']} (process {api.pid})")
         yield Stack(f"http://127.0.0.1:{ready['port']}", database_url, server.psql)
 
 

@@ -86,13 +86,13 @@ _CALL: LiteralString = "NOTIFY :schema_wake, '*@0';\n"
 
 async def migrate(
     url: str,
-    tell: Callable[[str], None] = lambda name: None,
+    report: Callable[[str], None] = lambda name: None,
     *,
     only: Line | None = None,
     schema: Schema = SCHEMA,
     warn: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Migrate the database at `url` to this code's schema; call `tell` with each file's name first.
+    """Migrate the database at `url` to this code's schema; call `report` with each file's name first.
 
     `only` leaves the other line out; `outbox` alone is enough for a worker with its own handlers. `warn` is
     called with texts about what an operator must do by hand. Returns the names of the applied files; the list
@@ -115,7 +115,7 @@ async def migrate(
         lines = _chosen(only)
         for batch in _applicable(known, lines):
             for file in batch:
-                tell(file.name)
+                report(file.name)
             await _run(conn, _script(batch, schema))
             applied += [file.name for file in batch]
         if not applied and not is_newer(known, lines):

@@ -39,9 +39,9 @@ class Pruned:
 async def prune(
     connect: Connect,
     settings: Settings,
-    tell: Callable[[Pruned, float | None], None] = lambda pruned, done: None,
+    report: Callable[[Pruned, float | None], None] = lambda pruned, done: None,
 ) -> Pruned:
-    """Delete until nothing is left to delete. After each page `tell` is called with the totals so far and
+    """Delete until nothing is left to delete. After each page `report` is called with the totals so far and
     with the part of outbox that was scanned (0 to 1), or None while other tables are pruned.
 
     Raises psycopg.Error; earlier pages stay deleted.
@@ -61,7 +61,7 @@ async def prune(
         async with connect() as conn:
             deleted, from_id = await _call(conn, _PRUNE_ROWS, (finished_before, from_id, _PAGE))
         pruned.rows += deleted
-        tell(pruned, min(1.0, from_id / last_id) if from_id is not None and last_id else 1.0)
+        report(pruned, min(1.0, from_id / last_id) if from_id is not None and last_id else 1.0)
         await asyncio.sleep(time.monotonic() - began)
     for query, values in others:
         deleted = 1
@@ -70,7 +70,7 @@ async def prune(
             async with connect() as conn:
                 (deleted,) = await _call(conn, query, values)
             pruned.others += deleted
-            tell(pruned, None)
+            report(pruned, None)
             await asyncio.sleep(time.monotonic() - began)
     return pruned
 

@@ -142,7 +142,7 @@ async def _work(
     _on_signals(worker.drain)
     link = None if parent is None else await Link.open(parent, worker.drain, worker.snapshot)
     if link is not None:
-        worker.tell = link.tell
+        worker.report = link.report
     server = None
     if settings.health_port is not None and parent is None:
         server = await health.serve(settings, health.Source(worker.readiness, worker.snapshot))

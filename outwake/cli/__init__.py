@@ -212,11 +212,11 @@ async def _prune(settings: "Settings") -> int:
     from outwake.prune import prune
 
     async with await open_connection(settings) as conn:
-        with progress() as tell:
+        with progress() as report:
             pruned = await prune(
                 lambda: nullcontext(conn),
                 settings,
-                lambda so_far, done: tell(f"{so_far.rows} rows, {so_far.others} others", done),
+                lambda so_far, done: report(f"{so_far.rows} rows, {so_far.others} others", done),
             )
     print(f"deleted {pruned.rows} rows of outbox and {pruned.others} of other tables")
     return 0

@@ -90,11 +90,11 @@ def _migrate(url: str, only: Line | None) -> None:
     everything = [file for line in lines for file in files(line)]
     # The order of application: the functions come last.
     names = [file.name for file in sorted(everything, key=lambda file: file.number is None)]
-    with progress() as tell:
+    with progress() as report:
 
         def applying(name: str) -> None:
             print(f"applying {name}", flush=True)
-            tell(f"applying {name}", names.index(name) / len(names))
+            report(f"applying {name}", names.index(name) / len(names))
 
         asyncio.run(migrate(url, applying, only=only, warn=_warn))
     steps = asyncio.run(plan(url, only=only))

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-Tell = Callable[[str, float | None], None]
+Report = Callable[[str, float | None], None]
 """Called with the current step and the part of the work that is done, 0 to 1; None if that is unknown."""
 
 
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[Report]:
     """Yield a function that moves the bar."""
     terminal = Console(stderr=True)
     if not terminal.is_terminal:

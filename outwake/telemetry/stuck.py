@@ -127,7 +127,7 @@ class StuckWatch:
         after = timedelta(seconds=self._after)
         cursor = await conn.execute(_REPORT, (after, REPEAT))
         for report in await cursor.fetchall():
-            task = asyncio.create_task(self._tell(*report))  # a slow webhook delays nobody
+            task = asyncio.create_task(self._say(*report))  # a slow webhook delays nobody
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
         cursor = await conn.execute(_DEADLINE, (after,))
@@ -139,7 +139,7 @@ class StuckWatch:
             seconds = deadline.total_seconds()
             self._arm(seconds if seconds > 0 else self._after)
 
-    async def _tell(
+    async def _say(
         self, stuck: bool, topic: str, row_id: int | None, waited: timedelta, reason: str | None,
         detail: str | None,
     ) -> None:  # fmt: skip

@@ -70,7 +70,7 @@ class Claimer:
         if completed := self._running.completed():
             refused = await self._claims.complete([outcome.job.token for outcome in completed])
             self._running.written(completed)
-            self._tell(completed, refused)
+            self._report(completed, refused)
 
     async def claim(self, slots: int, *, stay_parked: bool) -> int:
         """Complete what has ended, and claim. Returns how many rows came."""
@@ -125,12 +125,12 @@ class Claimer:
         self._running.arriving = 0
         self._cursor.looked(look, rows, asked_at, asked_at + took)
         if completed:
-            self._tell(completed, refused)
+            self._report(completed, refused)
         self._running.start(rows, asked_at)
         self._came(rows)
         return len(rows)
 
-    def _tell(self, outcomes: list[Outcome], refused: set[tuple[int, int]]) -> None:
+    def _report(self, outcomes: list[Outcome], refused: set[tuple[int, int]]) -> None:
         """Count and log completions, of which the database refused some."""
         ended = Counter(o.job.row.topic for o in outcomes)
         lost = Counter(o.job.row.topic for o in outcomes if o.job.token in refused) if refused else Counter()

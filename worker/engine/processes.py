@@ -202,14 +202,14 @@ class Link:
         async def watch() -> None:
             with suppress(OSError):
                 while await reader.readline():  # there is one question only
-                    link.tell("counted", json.dumps(await snapshot()))
+                    link.report("counted", json.dumps(await snapshot()))
             log.warning("parent_gone")
             parent_gone()
 
         link = cls(writer, asyncio.create_task(watch()))
         return link
 
-    def tell(self, word: str, value: str) -> None:
+    def report(self, word: str, value: str) -> None:
         """Send one line of news."""
         self._writer.write(f"{word} {value}\n".encode())
 

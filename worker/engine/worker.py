@@ -72,7 +72,7 @@ class Worker:
         observer: WorkerObserver | None = None,
     ) -> None:
         self.connected = False
-        self.tell: Callable[[str, str], None] = lambda word, value: None
+        self.report: Callable[[str, str], None] = lambda word, value: None
         """Passes news on to a parent (worker/engine/processes.py)."""
         self.inbox: Inbox
         """Where the notifications of the present connection arrive."""
@@ -284,9 +284,9 @@ class Worker:
 
     def _set_connected(self, connected: bool) -> None:
         self.connected = connected
-        self.tell("connected", "yes" if connected else "no")
+        self.report("connected", "yes" if connected else "no")
         if connected:
-            self.tell("id", str(self.id))
+            self.report("id", str(self.id))
 
     def _lease_lost(self) -> None:
         running = self.parts.running
