@@ -351,8 +351,8 @@ async def test_an_agent_that_breaks_the_repository_is_not_run_again(
 ) -> None:
     async with running("worker", env=parts.environment(database)) as worker:
         created = await api.create(repo=parts.repo, prompt="tool: rm -rf {repo}/.git")
-        await worker.event("ended", topic="session.run", state="dead")
-        await worker.event("sandbox_returned")
+        await ended(worker, status="failed")
+        assert sum(event["event"] == "agent_started" for event in worker.events) == 1
     (prompt,) = (await shown(api, created))["prompts"]
     assert prompt["reason"].startswith("cannot save the work branch: fatal: not a git repository")
 
@@ -491,3 +491,49 @@ def _all_arguments() -> str:
             continue
     assert any("stub_claude" in line for line in lines)
     return "\n".join(lines)
+
+
+async def test_an_agent_runs_once_though_its_work_cannot_be_read_at_first(
+    parts: Production, database: str, api: Api
+) -> None:
+    """The sandbox fails while the work is saved, twice. The step is tried again, not the agent."""
+    steps = parts.steps
+    async with running("worker", env=parts.environment(database)) as worker:
+        tool = steps.arm("tool", Fault())
+        created = await api.create(repo=parts.repo, prompt=COMMIT)
+        await tool.reached()
+        for number in (1, 2):
+            steps.arm("exec", Fault((500, {})), nth=number)
+        tool.release()
+        await ended(worker, status="succeeded")
+        started = [event for event in worker.events if event["event"] == "agent_started"]
+    assert len(started) == 1
+    (prompt,) = (await shown(api, created))["prompts"]
+    assert [commit["subject"] for commit in prompt["result"]["commits"]] == ["Say more"]
+
+
+async def test_an_agent_runs_once_though_its_sandbox_goes_away(
+    parts: Production, database: str, api: Api, connect: Connect
+) -> None:
+    """What it did is lost, and the verdict says so. The conversation is kept, and so is the earlier work."""
+    conn = await connect()
+    async with running("worker", env=parts.environment(database)) as worker:
+        created = await api.create(repo=parts.repo, prompt=COMMIT)
+        await ended(worker, status="succeeded")
+        before = await rows(conn, "SELECT bundle FROM session_memory")
+        tool = parts.steps.arm("tool", Fault())
+        await follow_up(api, created, COMMIT)
+        await tool.reached()
+        for number in range(1, 10):
+            parts.steps.arm("exec", Fault((500, {})), nth=number)
+        tool.release()
+        await worker.event("turn_ended", status="failed")
+        started = [event for event in worker.events if event["event"] == "agent_started"]
+    assert len(started) == 2
+    prompt = (await shown(api, created))["prompts"][1]
+    assert "the sandbox answered shell/exec with status 500" in prompt["reason"]
+    assert await rows(conn, "SELECT bundle FROM session_memory") == before
+    ((status,),) = await rows(
+        conn, "SELECT state FROM outbox WHERE topic = 'session.run' ORDER BY id DESC LIMIT 1"
+    )
+    assert status == "done"

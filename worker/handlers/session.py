@@ -15,12 +15,13 @@ retry.
 """
 
 import asyncio
+import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from psycopg import DataError
+import psycopg
 from psycopg.types.json import Jsonb
 
 from outwake.errors import Permanent, Retry
@@ -29,11 +30,11 @@ from outwake.schema import in_schema
 from outwake.session.names import InvalidNameError, check_branch, clone_url
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.base import AgentTurn, Box, Memory
+from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Memory
 from outwake.worker.agents.kinds import adapter_for
 from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.turn import run_agent
-from outwake.worker.agents.verdict import Verdict
+from outwake.worker.agents.verdict import REASON, Verdict
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.messages import retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
@@ -148,17 +149,41 @@ async def _work(
         ids = (turn.session_id, turn.prompt_id)
         asked = AgentTurn(turn.prompt, turn.branch, turn.memory)
         verdict, summary = await run_agent(job, ids, adapter, asked, box, sandbox, settings, secrets)
+    # Nothing that goes wrong from here on may run the agent again.
+    kept = await workspace.save()
+    memory, problem = await asyncio.to_thread(_remember, adapter, summary, box)
+    verdict = _with_losses(verdict, [secrets.text(text) for text in (*kept.lost, *problem)])
     result = {"branch": turn.branch, **summary.as_json()}
-    result["head"] = await workspace.save()
-    result["commits"] = [asdict(commit) for commit in await workspace.commits()]
-    if workspace.problem and verdict.status == "succeeded":
-        verdict = Verdict("failed", secrets.text(workspace.problem))
-    memory = None
-    if summary.session and box.home:
-        content = await asyncio.to_thread(adapter.memory, box.home)
-        memory = None if content is None else Memory(summary.session, content)
-    await retry_until_available(lambda: _conclude(job, turn, verdict, result, memory, workspace.bundle))
+    result["head"] = kept.head or workspace.base
+    result["commits"] = [asdict(commit) for commit in kept.commits]
+    result["notes"] = [secrets.text(text) for text in kept.notes]
+    try:
+        await retry_until_available(lambda: _conclude(job, turn, verdict, result, memory, kept.bundle))
+    except (psycopg.DataError, ValueError) as error:
+        log.exception("result_not_stored")
+        verdict = _with_losses(verdict, [f"the result could not be stored: {type(error).__name__}"])
+        bare = {"branch": turn.branch, "head": result["head"]}
+        await retry_until_available(lambda: _conclude(job, turn, verdict, bare, memory, kept.bundle))
     log.info("turn_ended", status=verdict.status, reason=verdict.reason, head=result["head"])
+
+
+def _remember(adapter: AgentAdapter, summary: AgentSummary, box: Box) -> tuple[Memory | None, list[str]]:
+    """What the agent is to remember, and whether that could not be read."""
+    if not summary.session or box.home is None:
+        return None, []
+    try:
+        content = adapter.memory(box.home)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        return None, [f"the agent's memory of the conversation could not be read: {type(error).__name__}"]
+    return (None if content is None else Memory(summary.session, content)), []
+
+
+def _with_losses(verdict: Verdict, lost: list[str]) -> Verdict:
+    """The verdict, which also says what of the work could not be kept."""
+    if not lost:
+        return verdict
+    said = [verdict.reason] if verdict.reason else []
+    return Verdict("failed", "; ".join([*said, *lost])[:REASON])
 
 
 async def _load(job: Job) -> Turn | None:
@@ -171,7 +196,7 @@ async def _load(job: Job) -> Turn | None:
                 prepare=False,  # a plan made while the tables were empty would scan them completely
             )
             row = await cursor.fetchone()
-    except DataError as error:  # a row from psql may hold any payload
+    except psycopg.DataError as error:  # a row from psql may hold any payload
         raise Permanent(f"the payload names no session: {error}") from None
     return None if row is None else Turn(*row)
 

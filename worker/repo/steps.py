@@ -7,18 +7,27 @@ password, uses no transport that the step does not allow, follows no redirect, a
 A script's arguments are `$1`, `$2` …. What it prints goes together with what git prints as errors.
 """
 
+from pathlib import Path
+
 GIT = r"""
 export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_ATTR_NOSYSTEM=1 GIT_ALLOW_PROTOCOL=none
 export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS= SSH_ASKPASS= GIT_SSH_COMMAND='ssh -o BatchMode=yes'
 export GIT_NO_LAZY_FETCH=1
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_CONFIG_COUNT GIT_CONFIG_PARAMETERS
 home=${OUTWAKE_HOME:-$HOME/outwake}; repo=$home/repo; ours=$home/save.git
+work=$ours/work
 credentials=$home/git-credentials; bundle=$home/work.bundle
 git() {
     command git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.attributesFile=/dev/null \
         -c gc.auto=0 -c maintenance.auto=false -c commit.gpgSign=false -c http.followRedirects=false \
         -c credential.helper= -c credential.helper="store --file='$credentials'" "$@"
 }
+theirs() { git --git-dir="$repo/.git" "$@"; }
+inside() (
+    export GIT_DIR="$ours" GIT_WORK_TREE="$repo" GIT_INDEX_FILE="$ours/index"
+    export GIT_OBJECT_DIRECTORY="$repo/.git/objects"
+    git -c core.sparseCheckout=true -c core.excludesFile="$repo/.git/info/exclude" "$@"
+)
 """
 
 # $1: new, or used if an earlier turn left its clone here.
@@ -55,7 +64,7 @@ elif git --git-dir="$home/../mirror.git" rev-parse --quiet --verify "refs/heads/
 then source=$home/../mirror.git; fi
 if test -n "$source"; then
     GIT_ALLOW_PROTOCOL=file git fetch --quiet --no-tags --no-write-fetch-head \\
-        -- "$source" "+refs/heads/$branch:refs/outwake/kept" 2>&1
+        -- "$source" "+refs/heads/$branch:refs/outwake/kept" '+refs/outwake/aside/*:refs/outwake/aside/*' 2>&1
     kept=$(git rev-parse --verify refs/outwake/kept)
     if test -z "$theirs" || ! git merge-base --is-ancestor "$kept" "$theirs"; then start=$kept; fi
 fi
@@ -63,53 +72,52 @@ git checkout --quiet --no-track -B "$branch" "$start" -- 2>&1
 echo "$start $theirs"
 """
 
-# $1: work branch.
+# $1: work branch. Goes on from what SAVE found, in the sandbox that it found it in.
 REUSE = """
-cd "$repo"
-head=$(git rev-parse --verify "refs/heads/$1")
-theirs=$(git rev-parse --quiet --verify "refs/remotes/origin/$1" || :)
-echo "$head $theirs"
+cd "$repo"; branch=refs/heads/$1
+if test -d "$ours"; then
+    head=$(inside rev-parse --verify "$branch")
+    inside for-each-ref --format='update %(refname) %(objectname)' refs/outwake/aside \\
+        | theirs update-ref --stdin
+    theirs update-ref "$branch" "$head"
+    theirs symbolic-ref HEAD "$branch"
+    if test "$head" = "$(cat "$work/at")"; then cp "$ours/index" "$(theirs rev-parse --git-path index)"
+    else git reset --quiet --hard 2>&1; fi
+else
+    head=$(git rev-parse --verify "$branch")
+fi
+known=$(git rev-parse --quiet --verify "refs/remotes/origin/$1" || :)
+echo "$head $known"
 """
 
-# $1: work branch. $2: the repository's commit of it at the start, or empty. $3: target branch.
-SAVE = """
-cd "$repo"; branch=refs/heads/$1
-if test "$(git symbolic-ref --quiet HEAD || :)" = "$branch"; then
-    rm -f .git/index.lock
-    git add --all -- . 2>&1
-    left=$(git status --porcelain --untracked-files=no)
-    if test -n "$left"; then git commit --quiet -m 'Save what the agent left uncommitted' 2>&1; fi
-fi
-head=$(git rev-parse --verify "$branch")
-# Nothing is ours to save if the next turn would start from it anyhow. That the repository has the commits
-# under some other name is not enough.
-ours=ours
-if test -n "$2"; then test "$head" != "$2" || ours=
-elif git merge-base --is-ancestor "$head" "refs/remotes/origin/$3"; then ours=; fi
-echo "$head $ours"
-"""
+# Saves what the agent made: see there.
+SAVE = Path(__file__).with_name("save.sh").read_text()
 
 # $1: how many. $2: since. $3: work branch.
 LOG = """
-cd "$repo"
-git log --max-count="$1" --reverse --topo-order --no-show-signature --format='= %H %s' \\
+inside log --max-count="$1" --reverse --topo-order --no-show-signature --format='= %H %<(500,trunc)%s' \\
     "$2..refs/heads/$3" --
 """
 
 # $1: transports. $2: the URL. $3: work branch. $4: the repository's commit of it, or empty.
 PUSH = """
-cd "$repo"; chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; branch=refs/heads/$3
-git push --quiet --no-verify --force-with-lease="$branch:$4" -- "$2" "$branch:$branch" 2>&1
-git update-ref "refs/remotes/origin/$3" "$branch"
+chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; branch=refs/heads/$3
+inside push --porcelain --no-verify --force-with-lease="$branch:$4" -- "$2" "$branch:$branch" 2>&1
+theirs update-ref "refs/remotes/origin/$3" "$(inside rev-parse "$branch")" || :
 """
 
 # $1: work branch. Prints the bundle's SHA-256 and its size.
 BUNDLE = """
-cd "$repo"; rm -f "$bundle"; branch=refs/heads/$1
-set -- --remotes=origin
+rm -f "$bundle"; branch=refs/heads/$1
 # Git makes no empty bundle: if the repository has all of the commits, the last goes along.
-if test "$(git rev-list --count "$branch" --not --remotes=origin)" = 0; then set -- "$branch^@"; fi
-git bundle create --quiet "$bundle" "$branch" --not "$@" 2>&1
+if test -z "$(inside rev-list --max-count=1 "$branch" --stdin < "$work/known")"; then
+    head=$(inside rev-parse "$branch")
+    theirs for-each-ref --no-contains="$head" --format='^%(objectname)' refs/remotes/origin > "$work/known"
+    echo "^$head^@" >> "$work/known"
+fi
+{
+    cat "$work/known"; echo "$branch"; inside for-each-ref --format='%(refname)' refs/outwake/aside
+} | inside bundle create --quiet "$bundle" --stdin 2>&1
 digest=$(sha256sum < "$bundle"); size=$(wc -c < "$bundle")
 echo "${digest%% *} $size"
 """

@@ -8,10 +8,14 @@ How the work of one turn reaches the next:
    with the session. If the repository's own work branch contains those commits, start from that branch. If
    no commits are stored, start from the repository's work branch, or else from the target branch.
 2. The agent works. The sandbox holds no credentials during this time.
-3. `save` commits what the agent left uncommitted. If pushing is enabled, it pushes the branch, on condition
-   that the repository still has the commit seen in step 1. If the branch was not pushed, `save` returns the
-   commits as a Git bundle, which is stored with the session in the transaction that ends the turn. So no work
-   is lost with its sandbox or its host, and an attempt that lost its lease stores nothing.
+3. `save` commits what the agent left uncommitted, whatever it has done to the repository. If pushing is
+   enabled, it pushes the branch, on condition that the repository still has the commit seen in step 1. If the
+   branch was not pushed, `save` returns the commits as a Git bundle, which is stored with the session in the
+   transaction that ends the turn. So no work is lost with its sandbox or its host, and an attempt that lost
+   its lease stores nothing.
+
+After the agent has run, nothing may run it again. So `save` raises nothing: it tries again what may pass, and
+what could not be kept is part of its answer.
 """
 
 import asyncio
@@ -31,10 +35,14 @@ from outwake.worker.sandboxes.base import Sandbox, StepError
 
 COMMITS = 1000
 BUNDLE_LIMIT = 16 * 2**20
-AUTHOR = ("user.name=Outwake agent", "user.email=agent@outwake.invalid")
+AUTHOR = ("Outwake agent", "agent@outwake.invalid")
+TOLD = 20  # lines of a kind that a turn's result holds
 _CHUNK = 96 * 1024  # bytes of a bundle printed by one step
-_PUSH_AGAIN = (1.0, 5.0)
+_AGAIN = (1.0, 5.0)  # seconds between tries of what may pass
 _FORGET_TIMEOUT = 10.0  # seconds; used when something has already gone wrong
+
+_STALE = re.compile(r"^!\t.*\[rejected\] \(stale info\)$", re.MULTILINE)  # git push --porcelain
+_COMMIT = re.compile("[0-9a-f]{40,64}")
 
 log = get_logger(__name__)
 
@@ -80,86 +88,130 @@ class Remote:
         await _run(sandbox, "remove the credentials", steps.FORGET)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Saved:
+    """What has become of a turn's work.
+
+    head: the work branch's commit; None if it could not be read. commits: those since the turn's start,
+    oldest first; the last 1,000 at most. bundle: the commits that only we have; None if there are none.
+    lost: what could not be kept, or not pushed, in words for the user. notes: what was kept in another way
+    than the agent left it.
+    """
+
+    head: str | None
+    commits: list[Commit] = field(default_factory=list)
+    bundle: bytes | None = field(default=None, repr=False)
+    lost: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Workspace:
     """The clone in a sandbox, made by `open_workspace`.
 
     path: the work tree in the sandbox. branch: the work branch, checked out. base: the commit from which
-    the branch started in this attempt.
-    bundle, problem: set by `save`: the commits that only we have, and why the branch was not pushed.
+    the branch started in this attempt. stored: the commits stored by the session's last turn.
     """
 
     path: str
     branch: str
     base: str
+    stored: bytes | None = field(repr=False)
     _sandbox: Sandbox
     _remote: Remote
     _known: str  # the repository's commit of the work branch at the start, empty if it had none
     _target: str
-    bundle: bytes | None = None
-    problem: str | None = None
 
-    async def commits(self) -> list[Commit]:
-        """The work branch's commits since `base`, oldest first; the last 1,000 at most."""
-        lines = await self._run("list the commits", steps.LOG, str(COMMITS), self.base, self.branch)
-        marked = (line.partition(" ") for line in lines.split("\n"))
-        return [Commit(*rest.partition(" ")[::2]) for mark, _, rest in marked if mark == "="]
-
-    async def save(self) -> str:
-        """Save the work for the session's next turn and return the work branch's commit.
-
-        Raises SessionError if the work can't be saved.
-        """
-        arguments = (self.branch, self._known, self._target)
-        head, ours = _pair(await self._run("save the work branch", steps.SAVE, *arguments))
-        if ours and not (self._remote.push and await self._push()):
-            self.bundle = await self._read_bundle()
-        return head
-
-    async def _push(self) -> bool:
-        """Whether the branch was pushed; else `problem` says why. A failed push does not repeat the turn."""
-        remote = self._remote
-        for pause in (*_PUSH_AGAIN, None):
+    async def save(self) -> Saved:
+        """Save the work for the session's next turn. Raises no SessionError."""
+        try:
+            saved = await self._again("save the work branch", steps.SAVE, self._save_arguments())
+        except SessionError as error:
+            log.warning("work_not_saved", reason=str(error))
+            return Saved(None, bundle=self.stored, lost=[str(error)])
+        head, ours, lost, notes = _read_saved(saved)
+        if head is None:
+            return Saved(None, bundle=self.stored, lost=["the sandbox did not say what it saved"])
+        bundle = None
+        if ours and not (self._remote.push and await self._push(lost)):
             try:
-                async with remote.credentials_in(self._sandbox, self.path):
-                    arguments = (remote.transports, remote.url, self.branch, self._known)
-                    await self._sandbox.run("push", steps.GIT + steps.PUSH, *arguments)
-                log.info("pushed", branch=self.branch)
-                return True
-            except StepError as error:
-                moved = "stale info" in error.output
-                explained = explain(error, "the work branch was not pushed")
-                if moved or pause is None or isinstance(explained, PermanentError):
-                    self.problem = (
-                        "the work branch was not pushed: somebody else has moved it"
-                        if moved
-                        else str(explained)
-                    )
-                    log.warning("push_failed", reason=self.problem)
-                    return False
-                await asyncio.sleep(pause)
+                bundle = await self._read_bundle()
+            except SessionError as error:
+                lost.append(str(error))
+                bundle = self.stored
+        return Saved(head, await self._commits(lost), bundle, lost, notes)
+
+    def _save_arguments(self) -> tuple[str, ...]:
+        return (self.branch, self.base, self._known, self._target, *AUTHOR)
+
+    async def _commits(self, lost: list[str]) -> list[Commit]:
+        try:
+            arguments = (str(COMMITS), self.base, self.branch)
+            lines = await self._again("list the commits", steps.LOG, arguments)
+        except SessionError as error:
+            lost.append(str(error))
+            return []
+        marked = (line.partition(" ") for line in lines.split("\n"))
+        pairs = (rest.partition(" ") for mark, _, rest in marked if mark == "=")
+        return [Commit(sha, subject.rstrip()) for sha, _, subject in pairs]
+
+    async def _push(self, lost: list[str]) -> bool:
+        """Whether the branch was pushed; else `lost` says why."""
+        try:
+            for pause in (*_AGAIN, None):
+                try:
+                    await self._push_once()
+                    log.info("pushed", branch=self.branch)
+                    return True
+                except TransientError:
+                    if pause is None:
+                        raise
+                    await asyncio.sleep(pause)
+        except SessionError as error:
+            log.warning("push_failed", reason=str(error))
+            lost.append(str(error))
         return False
 
+    async def _push_once(self) -> None:
+        remote = self._remote
+        arguments = (remote.transports, remote.url, self.branch, self._known)
+        try:
+            async with remote.credentials_in(self._sandbox, self.path):
+                await self._sandbox.run("push", steps.GIT + steps.PUSH, *arguments)
+        except StepError as error:
+            if _STALE.search(error.output):
+                said = "the work branch was not pushed: somebody else has moved it"
+                raise PermanentError(said) from error
+            raise explain(error, "the work branch was not pushed") from error
+
     async def _read_bundle(self) -> bytes:
-        digest, told = _pair(await self._run("save the work branch", steps.BUNDLE, self.branch))
-        size = int(told) if told.isdigit() else 0
+        """Raises PermanentError if it is too large, TransientError if it can't be read."""
+        digest, told = _pair(await self._again("save the work branch", steps.BUNDLE, (self.branch,)))
+        size = int(told) if told.isdecimal() and len(told) < 16 else 0
         if size > BUNDLE_LIMIT:
             raise PermanentError(f"the turn's commits are over {BUNDLE_LIMIT >> 20} MiB: they must be pushed")
         content = bytearray()
         while len(content) < size:
             arguments = (str(len(content) + 1), str(_CHUNK))
             try:
-                chunk = base64.b64decode(await self._run("read the commits", steps.READ, *arguments))
+                chunk = base64.b64decode(await self._again("read the commits", steps.READ, arguments))
             except binascii.Error:
                 chunk = b""
             if not chunk:
                 break
-            content += chunk
+            content += chunk[: size - len(content)]
         if hashlib.sha256(content).hexdigest() != digest:
             raise TransientError("the commits could not be read from the sandbox")
         return bytes(content)
 
-    async def _run(self, step: str, script: str, *arguments: str) -> str:
+    async def _again(self, step: str, script: str, arguments: tuple[str, ...]) -> str:
+        """Run a step, again after a while if it failed for a reason that may pass."""
+        for pause in _AGAIN:
+            try:
+                return await _run(self._sandbox, step, script, *arguments)
+            except TransientError as error:
+                log.warning("step_failed", step=step, reason=str(error), retry_in=pause)
+                await asyncio.sleep(pause)
         return await _run(self._sandbox, step, script, *arguments)
 
 
@@ -185,7 +237,7 @@ async def open_workspace(
         raise TransientError("the sandbox did not say where its home is")
     if used:
         head, known = _pair(await _run(sandbox, "find the work branch", steps.REUSE, branch))
-        return Workspace(path, branch, head, sandbox, remote, known, target_branch)
+        return Workspace(path, branch, head, bundle, sandbox, remote, known, target_branch)
     await _clone(sandbox, remote, path)
     if bundle is not None:
         await sandbox.write(f"{path.rpartition('/')[0]}/work.bundle", bundle)
@@ -200,11 +252,12 @@ async def open_workspace(
                 raise PermanentError("the repository is empty: it has no branch to start from") from error
         raise explain(error, f"cannot check out {branch}") from error
     base, known = _pair(start)
-    return Workspace(path, branch, base, sandbox, remote, known, target_branch)
+    return Workspace(path, branch, base, bundle, sandbox, remote, known, target_branch)
 
 
 async def _clone(sandbox: Sandbox, remote: Remote, path: str) -> None:
-    settings = [part for setting in AUTHOR for part in ("--config", setting)]
+    name, mail = AUTHOR  # for the agent's own commits
+    settings = ("--config", f"user.name={name}", "--config", f"user.email={mail}")
     try:
         async with remote.credentials_in(sandbox, path):
             await sandbox.run("clone", steps.GIT + steps.CLONE, remote.transports, remote.url, *settings)
@@ -215,9 +268,29 @@ async def _clone(sandbox: Sandbox, remote: Remote, path: str) -> None:
 def _pair(output: str) -> tuple[str, str]:
     """The two words of the last line; the second may be empty. stderr's text may come before that line."""
     first, _, second = output.rpartition("\n")[2].partition(" ")
-    if not re.fullmatch("[0-9a-f]{40,64}", first):
+    if not _COMMIT.fullmatch(first):
         raise TransientError("the sandbox did not answer a step as its script would")
     return first, second.strip()
+
+
+def _read_saved(output: str) -> tuple[str | None, bool, list[str], list[str]]:
+    """What SAVE printed: the work branch's commit, whether it is ours to keep, what was lost, notes."""
+    head, ours = None, False
+    told: dict[str, list[str]] = {"lost": [], "note": []}
+    for line in output.split("\n"):
+        word, _, text = line.partition(" ")
+        if word in told:
+            told[word].append(text)
+        elif word == "head":
+            commit, _, mark = text.partition(" ")
+            head, ours = (commit, mark == "ours") if _COMMIT.fullmatch(commit) else (None, False)
+    lost, notes = (_few(told[word]) for word in ("lost", "note"))
+    return head, ours, [f"not kept: {text}" for text in lost], notes
+
+
+def _few(texts: list[str]) -> list[str]:
+    rest = len(texts) - TOLD
+    return texts if rest <= 0 else [*texts[:TOLD], f"and {rest} more"]
 
 
 async def _run(sandbox: Sandbox, step: str, script: str, *arguments: str) -> str:

@@ -87,12 +87,12 @@ class AioSandbox:
         except BaseException:
             await self._kill(shell)
             raise
-        code, output = data.get("exit_code"), _TERMINAL.sub("", str(data.get("output") or ""))
+        code, output = data.get("exit_code"), _text(data.get("output"))
         if not isinstance(code, int):
             raise TransientError(f"{step}: the sandbox gave no exit code")
         if code != 0:
-            raise StepError(step, code, output.replace("\0", "\ufffd"))
-        return output.replace("\0", "\ufffd").rstrip("\n")
+            raise StepError(step, code, output)
+        return output.rstrip("\n")
 
     async def _exec(self, step: str, shell: str, command: str, timeout: float) -> dict[str, Any]:
         until = time.monotonic() + timeout
@@ -134,3 +134,9 @@ class AioSandbox:
             raise TransientError(f"the sandbox failed at {route}: {str(answer.get('message'))[:200]}")
         data = answer.get("data")
         return data if isinstance(data, dict) else {}
+
+
+def _text(output: Any) -> str:
+    """What was printed, without a terminal's codes and without characters that Postgres refuses."""
+    text = _TERMINAL.sub("", str(output or "")).replace("\0", "\ufffd")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
