@@ -48,7 +48,7 @@ CLAIMED = ", ".join(Claimed._fields)
 """The columns that the claiming functions return, in the order of `Claimed`."""
 
 
-class Level(NamedTuple):
+class Lane(NamedTuple):
     """Where a scan begins within a topic and priority: at this place, in the order of available_at, id."""
 
     topic: str
@@ -148,17 +148,17 @@ async def complete_and_claim(
     lease: timedelta = LEASE,
     stay_parked: bool = False,
     connection: int | None = None,
-    levels: Sequence[Level] | None = None,
+    lanes: Sequence[Lane] | None = None,
 ) -> tuple[list[Claimed], set[tuple[int, int]]]:
     """`complete` and `claim` in one commit and one round trip. Returns the claimed rows, and those of
-    `completed` that were fenced. With `levels`, the claim scans these only.
+    `completed` that were fenced. With `lanes`, the claim scans these only.
 
     Raises WorkerEnded if a rescue came first.
     """
-    if levels is None:
+    if lanes is None:
         where: Sequence[Sequence[Any] | None] = (list(topics), None, None, None, None)
     else:
-        where = [list(column) for column in zip(*levels, strict=True)] or [[]] * len(Level._fields)
+        where = [list(column) for column in zip(*lanes, strict=True)] or [[]] * len(Lane._fields)
     try:
         async with conn.cursor(row_factory=args_row(Claimed)) as cursor:
             await cursor.execute(

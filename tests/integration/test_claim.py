@@ -69,7 +69,7 @@ async def test_connection_that_makes_something_else_of_a_row(connect: Connect, d
 
 
 @with_and_without
-async def test_row_updated_while_a_claim_looks_is_claimed_as_it_is(rule: Rule, connect: Connect) -> None:
+async def test_row_updated_while_a_claim_scans_is_claimed_as_it_is(rule: Rule, connect: Connect) -> None:
     """1. A's claim has its snapshot, and no row yet. 2. A row is updated. 3. A locks it as it is now.
 
     Taken out: rows are found again by the version that was locked. The snapshot does not show it.
@@ -102,7 +102,7 @@ async def test_row_updated_while_a_claim_looks_is_claimed_as_it_is(rule: Rule, c
 
 
 @with_and_without
-async def test_a_look_in_vain_costs_no_commit(rule: Rule, connect: Connect) -> None:
+async def test_a_scan_in_vain_costs_no_commit(rule: Rule, connect: Connect) -> None:
     """One row wakes every worker asleep: those that find nothing take no lock, so that nothing is written.
 
     Taken out: the worker's row is locked all the same, which takes a transaction id and a commit on disk.

@@ -1,4 +1,4 @@
-"""A lone row, claimed by the id that its notification names (outbox_claim_row)."""
+"""A single row, claimed by the id that its notification names (outbox_claim_row)."""
 
 import math
 from typing import Any
@@ -44,49 +44,49 @@ async def claim_row(
 
 
 @pytest.fixture(autouse=True)
-def every_row_is_lone(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_row_is_single(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that follows another at once, for which a worker takes its flag down."""
     monkeypatch.setattr(wakes, "BUSY", -1.0)
 
 
 @with_and_without
-async def test_sleeper_takes_the_row_without_a_look(rule: Rule, connect: Connect, database: str) -> None:
+async def test_sleeper_takes_the_row_without_a_scan(rule: Rule, connect: Connect, database: str) -> None:
     """1. W sleeps. 2. A row is inserted. 3. W runs and ends it, and has not claimed in general."""
     psql = await connect()
     if rule == "taken out":  # an id in the payload
         named = "0 || coalesce('#' || lone || coalesce(named, ''), '')"
         await take_out(psql, "outbox_notify", named, "0::text")
     async with watched(database, concurrency=5) as worker:
-        looks = worker.scans
+        scans = worker.scans
         for _ in range(3):
             row = await add(psql)
             await worker.has_run(row)
             await until(psql, DONE, row)
             await worker.asleep()
-        assert (worker.scans == looks) == (rule == "kept")
+        assert (worker.scans == scans) == (rule == "kept")
         assert await one(psql, "SELECT parked FROM worker")
 
 
 async def test_row_that_another_took(connect: Connect, database: str) -> None:
     """1. W sleeps. 2. In one transaction a row is inserted and claimed by another. 3. W hears of it, finds it
-    taken, and sleeps on without a look.
+    taken, and sleeps on without a scan.
     """
     psql = await connect()
     other = await new_worker(psql, "t")
     async with watched(database, concurrency=5) as worker:
-        looks = worker.scans
+        scans = worker.scans
         await psql.execute("BEGIN")
         row = await add(psql)
         assert await one(psql, ROW, other, row) == row
         await psql.execute("COMMIT")
         await worker.hears_nothing_more(psql)
         await worker.asleep()
-        assert worker.scans == looks
+        assert worker.scans == scans
         assert worker.ran == []
 
 
 @with_and_without
-async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, database: str) -> None:
+async def test_row_that_is_locked_is_scanned_for(rule: Rule, connect: Connect, database: str) -> None:
     """1. W sleeps. 2. P inserts a row, and L locks it before W hears of it. 3. W finds it locked. 4. L rolls
     back, without a word: W runs it.
     """
@@ -115,7 +115,7 @@ async def test_row_that_is_locked_is_looked_for(rule: Rule, connect: Connect, da
 
 
 async def test_news_that_come_meanwhile(connect: Connect, database: str) -> None:
-    """1. W's own row is locked: it looks for A, and waits. 2. It hears of B, which has a key. 3. Both run."""
+    """1. W's own row is locked: it scans for A, and waits. 2. It hears of B, which has a key. 3. Both run."""
     psql, locker = await connect(), await connect()
     async with watched(database, concurrency=5) as worker:
         await locker.execute("BEGIN")

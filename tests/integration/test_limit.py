@@ -141,13 +141,13 @@ async def test_end_of_a_limited_row_wakes(rule: Rule, end: str, connect: Connect
         if rule == "taken out":
             for trigger in ("outbox_made_room", "outbox_made_room_by_delete"):
                 await psql.execute(f"DROP TRIGGER {trigger} ON outbox".encode())
-        looks = worker.scans
+        scans = worker.scans
         await psql.execute(end.encode(), (other, first))
         if rule == "kept":
             await worker.has_run(row)
         else:
             await worker.hears_nothing_more(psql)
-            assert (worker.scans, worker.ran) == (looks, [])
+            assert (worker.scans, worker.ran) == (scans, [])
 
 
 async def test_handlers_are_told_the_topics_timeout(connect: Connect) -> None:

@@ -17,7 +17,7 @@ from outwake._notify import ListenConnection
 from outwake.schema import in_schema
 from outwake.worker.engine import listen
 from outwake.worker.engine.claimer import Claimer
-from outwake.worker.engine.cursor import Front
+from outwake.worker.engine.cursor import Cursors
 from outwake.worker.engine.listen import Listener
 from outwake.worker.engine.parking import Parking, Stage
 from outwake.worker.engine.timers import Timers
@@ -58,12 +58,12 @@ async def test_insert_wakes_a_sleeper(rule: Rule, connect: Connect, database: st
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
 
 
-@pytest.mark.parametrize("commits", ["before the last look", "after the last look", "in its sleep"])
+@pytest.mark.parametrize("commits", ["before the last scan", "after the last scan", "in its sleep"])
 async def test_producer_that_saw_the_flag(commits: str, connect: Connect, database: str) -> None:
-    """1. W sets its flag. 2. P inserts before or after W's last look, and sees it. 3. P commits."""
+    """1. W sets its flag. 2. P inserts before or after W's last scan, and sees it. 3. P commits."""
     psql = await connect()
     async with watched(database, started=False) as worker:
-        held = worker.hold("writers" if commits == "before the last look" else "schedule")
+        held = worker.hold("writers" if commits == "before the last scan" else "schedule")
         await held.wait()
         await psql.execute("BEGIN")
         row = await add(psql)
@@ -82,7 +82,7 @@ async def test_producer_that_missed_the_flag_and_commits_late(
 ) -> None:
     """Steps 2 and 3: wait for those who write.
 
-    1. W finds nothing. 2. P inserts and looks: nobody is parked. 3. W sets its flag and looks again: the
+    1. W finds nothing. 2. P inserts and looks: nobody is parked. 3. W sets its flag and scans again: the
     row is not there yet. 4. P commits, without a word.
     """
     if rule == "taken out":
@@ -94,7 +94,7 @@ async def test_producer_that_missed_the_flag_and_commits_late(
         row = await add(psql)
         if rule == "kept":
             await worker.scanned(4)
-            assert worker.readiness()["stage"] == "settling"
+            assert worker.readiness()["stage"] == "draining writers"
         else:
             await worker.asleep()
         await psql.execute("COMMIT")
@@ -133,7 +133,7 @@ async def test_last_scan_comes_after_the_writers_ended(
 ) -> None:
     """Step 4: claim once more. (Step 5 would find this row too, so it is out in both.)
 
-    1. P inserts; nobody is parked. 2. W sets its flag, notes P, looks. 3. P commits. 4. W sees that all
+    1. P inserts; nobody is parked. 2. W sets its flag, notes P, scans. 3. P commits. 4. W sees that all
     it noted have ended. Taken out: it does not scan again.
     """
     ended = False
@@ -151,7 +151,7 @@ async def test_last_scan_comes_after_the_writers_ended(
     if rule == "taken out":
         monkeypatch.setattr(Parking, "saw_writers", notes)
         monkeypatch.setattr(Claimer, "claim", claims_nothing_more)
-        monkeypatch.setattr(Front, "is_clear", lambda self, since: True)  # it takes itself to have scanned
+        monkeypatch.setattr(Cursors, "is_clear", lambda self, since: True)  # it takes itself to have scanned
     psql = await connect()
     async with watched(database, started=False) as worker:
         await psql.execute("BEGIN")
@@ -304,8 +304,8 @@ async def test_producer_with_an_old_snapshot(rule: Rule, level: str, connect: Co
         await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
 
 
-async def test_long_writer_costs_looks_that_back_off_and_end_with_it(connect: Connect, database: str) -> None:
-    """1. U, unrelated, has written to outbox and stays open. 2. W parks; it looks again and again, ever
+async def test_long_writer_costs_scans_that_back_off_and_end_with_it(connect: Connect, database: str) -> None:
+    """1. U, unrelated, has written to outbox and stays open. 2. W parks; it scans again and again, ever
     more rarely, to a second at most. 3. A row inserted meanwhile runs at once. 4. U ends: W sleeps.
     """
     psql, unrelated = await connect(), await connect()
@@ -319,7 +319,7 @@ async def test_long_writer_costs_looks_that_back_off_and_end_with_it(connect: Co
         assert longer
         assert all(later > earlier for earlier, later in itertools.pairwise(longer)), waits
         assert max(waits) <= 1.0
-        assert worker.readiness()["stage"] == "settling"
+        assert worker.readiness()["stage"] == "draining writers"
         await worker.has_run(await add(psql))
         await unrelated.execute("COMMIT")
         assert await worker.asleep() == math.inf
@@ -352,7 +352,7 @@ async def test_writers_that_come_later_keep_nobody_awake(
             assert await worker.asleep() == math.inf
         else:
             await worker.scanned(worker.scans + 4)
-            assert worker.readiness()["stage"] == "settling"
+            assert worker.readiness()["stage"] == "draining writers"
         await second.execute("COMMIT")
 
 
@@ -405,7 +405,7 @@ async def test_lost_listen_connection_starts_at_step_1(
 async def test_listen_comes_before_the_claim(
     rule: Rule, connect: Connect, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. W connects (kept: and listens), parks, has its last look. 2. P inserts, sees the flag and
+    """1. W connects (kept: and listens), parks, has its last scan. 2. P inserts, sees the flag and
     notifies. 3. W sleeps. Taken out: it begins to listen only now.
     """
     start, silent = Listener.start, []

@@ -362,16 +362,16 @@ async def test_lease_born_while_others_sleep(rule: Rule, connect: Connect, datab
         row = await add(psql, "other")
         await worker.hears_nothing_more(psql)
         assert await worker.asleep() == math.inf
-        looks = worker.scans
+        scans = worker.scans
         await dies_running(psql, lost)
         await worker.hears_nothing_more(psql)
         if rule == "kept":
-            if worker.scans == looks:  # else a busy machine let the timer go by
+            if worker.scans == scans:  # else a busy machine let the timer go by
                 assert await worker.asleep() <= 1.1
             await until(psql, "SELECT state = 'ready' FROM outbox WHERE id = %s", row)
             assert await worker.asleep() == math.inf
         else:
-            assert worker.scans == looks
+            assert worker.scans == scans
             assert await worker.sleeps_for_ever(psql)
             assert await get(psql, row) == "running"
 
@@ -392,7 +392,7 @@ async def test_retry_is_due_with_its_worker_dead_and_others_asleep(
     await claim(psql, other)
     async with watched(database, lease=600.0) as worker:
         timer = await worker.asleep()
-        looks = worker.scans
+        scans = worker.scans
         if rule == "taken out":
             await psql.execute("DROP TRIGGER outbox_settle ON outbox")
         await psql.execute("SELECT outbox_fail(%s, %s, 1, 'again', interval '500 ms')", (other, row))
@@ -403,7 +403,7 @@ async def test_retry_is_due_with_its_worker_dead_and_others_asleep(
             await worker.hears_nothing_more(psql)
             await until(psql, "SELECT available_at < clock_timestamp() FROM outbox WHERE id = %s", row)
             # Its timer is still the one for A's lease, 9 minutes or more away.
-            assert worker.scans == looks
+            assert worker.scans == scans
             assert await worker.asleep() > timer - 60
 
 
@@ -414,16 +414,16 @@ async def test_delayed_row_wakes_no_query(rule: Rule, connect: Connect, database
     if rule == "taken out":  # a payload without the time
         await take_out(psql, "outbox_notify", "WHEN due <= clock_timestamp() THEN 0", "WHEN true THEN 0")
     async with watched(database) as worker:
-        looks = worker.scans
+        scans = worker.scans
         await psql.execute(
             "INSERT INTO outbox (topic, available_at) VALUES ('t', clock_timestamp() + interval '1 day')"
         )
         if rule == "taken out":
-            await worker.scanned(looks + 1)
+            await worker.scanned(scans + 1)
             return
         await worker.hears_nothing_more(psql)
         assert 86000 < await worker.asleep() <= 86400
-        assert worker.scans == looks
+        assert worker.scans == scans
 
 
 async def test_killed_worker_is_rescued_by_one_that_sleeps(

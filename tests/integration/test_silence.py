@@ -138,13 +138,13 @@ DONE = "SELECT bool_and(state = 'done') FROM outbox WHERE topic = 't'"
 
 
 async def test_rows_of_other_topics_wake_nobody(connect: Connect, database: str) -> None:
-    """No notification is sent for a topic that no parked worker serves, nor is one of it looked for."""
+    """No notification is sent for a topic that no parked worker serves, nor is one of it scanned for."""
     psql = await connect()
     async with watched(database) as worker:
-        looks = worker.scans
+        scans = worker.scans
         row = await add(psql, "other")
         assert await worker.sleeps_for_ever(psql)
-        assert (worker.scans, await get(psql, row)) == (looks, "ready")
+        assert (worker.scans, await get(psql, row)) == (scans, "ready")
         assert not [text for text in worker.seen.payloads if text.startswith("other")]
 
 
@@ -206,7 +206,7 @@ async def test_nobody_looks_for_sleepers_once_one_saw_that_all_are_awake(connect
         ("('t', NULL, 'done', 'now')", []),
     ],
 )
-async def test_notification_names_the_lone_row(rows: str, payloads: list[str], connect: Connect) -> None:
+async def test_notification_names_the_single_row(rows: str, payloads: list[str], connect: Connect) -> None:
     """Its id only if a sleeper may take it by itself: alone of its topic, due, and of no key."""
     conn, listener = await connect(), await connect()
     await listener.execute("LISTEN outwake_wake")

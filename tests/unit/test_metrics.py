@@ -64,7 +64,7 @@ def test_a_wake_up_counts_once_and_in_vain_only_if_nothing_came() -> None:
     for causes, rows in [(["notify", "deadline"], 1), (["deadline"], 0), ([], 0)]:
         for cause in causes:
             stats.woken(cause)
-        stats.looked(rows)
+        stats.scanned(rows)
     found = read(stats.snapshot({}))
     assert found[("outwake_worker_wakeups_total", "notify")] == 1
     assert found[("outwake_worker_wakeups_total", "deadline")] == 1

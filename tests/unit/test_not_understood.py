@@ -1,4 +1,4 @@
-"""A notification that is not understood means "look": a newer version may say more than this one knows."""
+"""A notification that is not understood means "scan": a newer version may say more than this one knows."""
 
 import asyncio
 import math
@@ -85,7 +85,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("payload", NONSENSE)
-async def test_nonsense_makes_a_worker_look(payload: str, worker: Hearing) -> None:
+async def test_nonsense_makes_a_worker_scan(payload: str, worker: Hearing) -> None:
     worker.heard(WAKE, payload)
     assert worker.wakes.reasons
     assert worker.wakes.event.is_set()
@@ -106,7 +106,7 @@ async def test_what_is_for_others_does_not(payload: str, worker: Hearing, logged
 
 
 @pytest.mark.parametrize(("payload", "told"), [("t@0#5", [5]), ("a.b@0#5,7,2", [5]), ("t@0#5,8,2", [])])
-async def test_a_lone_row_is_understood(payload: str, told: list[int], worker: Hearing) -> None:
+async def test_a_single_row_is_understood(payload: str, told: list[int], worker: Hearing) -> None:
     worker.heard(WAKE, payload)
     assert worker.singles == told
     assert not worker.wakes.reasons

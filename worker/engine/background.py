@@ -1,4 +1,4 @@
-"""The background scan ("scout") of the queue's head ("front"): steps 4 to 7 of worker/engine/cursor.py."""
+"""The background scan of the queue's head: steps 4 to 7 of worker/engine/cursor.py."""
 
 import asyncio
 import math
@@ -13,14 +13,14 @@ from psycopg.rows import args_row
 from outwake.connect import abort, deadline
 from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
-from outwake.worker.engine.cursor import CARRIES, Ends, Front, Seen
+from outwake.worker.engine.cursor import CARRIES, Cursors, Places, Seen
 from outwake.worker.engine.timers import Timers
 
 log = get_logger(__name__)
 
 _LONGEST = 120.0  # seconds; on a silent network path a scan would never return
 
-_SCOUT = in_schema(
+_SCAN = in_schema(
     "SELECT topic, priority, available_at, id, due_in FROM :schema.outbox_scout("
     "%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], %s)"
 )
@@ -28,13 +28,13 @@ _SCOUT = in_schema(
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
 
-class Scout:
+class BackgroundScan:
     """Runs background scans, one at a time. `connect` lends a connection in autocommit. `back` is called when
     a scan has returned.
     """
 
-    def __init__(self, front: Front, connect: Connect, back: Callable[[], None]) -> None:
-        self._front = front
+    def __init__(self, cursors: Cursors, connect: Connect, back: Callable[[], None]) -> None:
+        self._cursors = cursors
         self._connect = connect
         self._back = back
         self._task: asyncio.Task[None] | None = None
@@ -44,21 +44,21 @@ class Scout:
     def under_way(self) -> bool:
         return self._task is not None and not self._task.done()
 
-    def send(self, topics: Iterable[str]) -> None:
+    def start(self, topics: Iterable[str]) -> None:
         """Start a scan if one is due."""
-        if not self.under_way and self._front.scout_is_due(time.monotonic()):
-            self._task = asyncio.create_task(self._go(list(topics)), name="scout")
+        if not self.under_way and self._cursors.background_is_due(time.monotonic()):
+            self._task = asyncio.create_task(self._go(list(topics)), name="background scan")
 
     def next_at(self, since: float, timers: Timers) -> float:
         """When the worker has to scan again, if the head is far and the last scan was asked for at `since`:
         when a background scan may begin, or when a row that one saw falls due.
         """
-        front = self._front
-        if front.missed:
+        cursors = self._cursors
+        if cursors.missed:
             return -math.inf
-        if not front.is_clear(since):
-            return math.inf if self.under_way else front.scout_at
-        return math.inf if front.next_due is None else timers.here(front.next_due.timestamp())
+        if not cursors.is_clear(since):
+            return math.inf if self.under_way else cursors.background_at
+        return math.inf if cursors.next_due is None else timers.here(cursors.next_due.timestamp())
 
     async def close(self) -> None:
         """End the scan under way. Not by a cancel: psycopg would ask the server to cancel too, and wait."""
@@ -75,25 +75,25 @@ class Scout:
             async with self._connect() as conn:
                 self._conn = conn
                 with deadline(conn, _LONGEST):
-                    known = dict(self._front.ends)
+                    known = dict(self._cursors.places)
                     began = time.monotonic()
-                    seen = await _scout(conn, topics, known)
+                    seen = await _scan(conn, topics, known)
         except Exception as error:  # the database is away: the loop logs that as a warning
-            log.info("scout_failed", error=str(error).strip())
-            self._front.scout_failed(began, time.monotonic())
+            log.info("background_scan_failed", error=str(error).strip())
+            self._cursors.background_failed(began, time.monotonic())
         else:
             ended = time.monotonic()
-            self._front.scouted(known, seen, began, ended)
-            log.debug("scouted", seconds=round(ended - began, 3), seen=len(seen))
+            self._cursors.background_saw(known, seen, began, ended)
+            log.debug("background_scan", seconds=round(ended - began, 3), seen=len(seen))
         finally:
             self._conn = None
         self._back()
 
 
-async def _scout(conn: psycopg.AsyncConnection[Any], topics: list[str], known: Ends) -> list[Seen]:
+async def _scan(conn: psycopg.AsyncConnection[Any], topics: list[str], known: Places) -> list[Seen]:
     async with conn.cursor(row_factory=args_row(Seen)) as cursor:
         await cursor.execute(
-            _SCOUT,
+            _SCAN,
             (
                 topics,
                 [topic for topic, _ in known],

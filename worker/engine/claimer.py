@@ -22,7 +22,7 @@ from outwake._claim import Claimed
 from outwake.telemetry.log import debugging, get_logger
 from outwake.worker.engine.attempt import Outcome
 from outwake.worker.engine.claims import Answer, Claims
-from outwake.worker.engine.cursor import Front, Look
+from outwake.worker.engine.cursor import Cursors, Scan
 from outwake.worker.engine.metrics import Stats
 from outwake.worker.engine.parking import Parking, Stage
 from outwake.worker.engine.running import Running
@@ -41,7 +41,7 @@ class Claimer:
         claims: Claims,
         topics: deque[str],
         running: Running,
-        cursor: Front,
+        cursors: Cursors,
         parking: Parking,
         stats: Stats,
         came: Callable[[list[Claimed]], None],
@@ -49,7 +49,7 @@ class Claimer:
         self._claims = claims
         self._topics = topics
         self._running = running
-        self._cursor = cursor
+        self._cursors = cursors
         self._parking = parking
         self._stats = stats
         self._came = came
@@ -79,23 +79,23 @@ class Claimer:
         awake = self._parking.stage is Stage.AWAKE
         self._topics.rotate()  # within a priority, the topics take turns: none starves
         busy = awake and not any(outcome.job.row.ordering_key for outcome in completed)
-        look = self._cursor.look(self._topics, slots, asked_at, busy=busy)
+        scan = self._cursors.next_scan(self._topics, slots, asked_at, busy=busy)
         try:
-            answer = await self._claims.turn(
+            answer = await self._claims.complete_and_claim(
                 [outcome.job.token for outcome in completed],
                 self._topics,
                 slots,
-                look.levels,
+                scan.lanes,
                 stay_parked=stay_parked,
             )
         except (psycopg.Error, OSError):
-            self._cursor.gave_up(look, asked_at, time.monotonic())
+            self._cursors.gave_up(scan, asked_at, time.monotonic())
             raise
         await self.arrived()
         self._running.written(completed)
         took = time.monotonic() - asked_at
         self._running.arriving = answer.count
-        reading = self._read(answer, completed, look, asked_at, took)
+        reading = self._read(answer, completed, scan, asked_at, took)
         if awake and answer.count >= slots:
             self._reading = asyncio.create_task(reading)
             return answer.count
@@ -118,12 +118,12 @@ class Claimer:
         self._running.arriving = 0
 
     async def _read(
-        self, answer: Answer, completed: list[Outcome], look: Look, asked_at: float, took: float
+        self, answer: Answer, completed: list[Outcome], scan: Scan, asked_at: float, took: float
     ) -> int:
         """Read a claim's answer and start its rows. Returns how many rows came."""
         rows, refused = answer.read()
         self._running.arriving = 0
-        self._cursor.looked(look, rows, asked_at, asked_at + took)
+        self._cursors.scanned(scan, rows, asked_at, asked_at + took)
         if completed:
             self._report(completed, refused)
         self._running.start(rows, asked_at)

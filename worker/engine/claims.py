@@ -1,4 +1,4 @@
-"""The statements of a worker's cycles ("turns")."""
+"""The statements of a worker's cycles."""
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -9,7 +9,7 @@ import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
-from outwake._claim import CLAIM, CLAIMED, COMPLETE, Claimed, Level, arrays, as_ended
+from outwake._claim import CLAIM, CLAIMED, COMPLETE, Claimed, Lane, arrays, as_ended
 from outwake._statement import Statement, Statements, Values
 from outwake.connect import checked
 from outwake.handler import Connection
@@ -20,7 +20,7 @@ from outwake.worker.engine.reply import Reply
 _ROW = Statement(
     in_schema(f"SELECT {CLAIMED} FROM :schema.outbox_claim_row(%s, %s, %s, true, %s)")  # noqa: S608 - ours
 )
-_TURN = Statement(CLAIM)
+_CLAIM = Statement(CLAIM)
 _COMPLETE = Statement(COMPLETE)
 
 T = TypeVar("T")
@@ -77,20 +77,20 @@ class Claims:
         values = [self._worker, b"%d" % row_id, self._lease, self._presence]
         return self._listener.ask(_ROW, values, read)
 
-    async def turn(
+    async def complete_and_claim(
         self,
         completed: Iterable[Token],
         topics: Iterable[str],
         slots: int,
-        levels: Sequence[Level] | None,
+        lanes: Sequence[Lane] | None,
         *,
         stay_parked: bool,
     ) -> Answer:
         """Complete and claim in one statement, outbox_complete_and_claim."""
-        if levels is None:
+        if lanes is None:
             where: list[bytes | None] = [_array(topics), None, None, None, None]
         else:
-            where = [_array(column) for column in zip(*levels, strict=True)] or [b"{}"] * len(Level._fields)
+            where = [_array(column) for column in zip(*lanes, strict=True)] or [b"{}"] * len(Lane._fields)
         values = [
             self._worker,
             *(text.encode() for text in arrays(completed)),
@@ -101,7 +101,7 @@ class Claims:
             self._presence,
             *where[1:],
         ]
-        return Answer(await self._run(_TURN, values), self._reader)
+        return Answer(await self._run(_CLAIM, values), self._reader)
 
     async def complete(self, tokens: Sequence[Token]) -> set[Token]:
         """Complete without a claim. Returns the fenced completions."""
@@ -114,7 +114,7 @@ class Claims:
     async def prepare(self) -> None:
         """Call this first."""
         await self._listener.prepare(_ROW)
-        for statement in (_TURN, _COMPLETE):
+        for statement in (_CLAIM, _COMPLETE):
             await self._statements.prepare(statement)
 
     async def _run(self, statement: Statement, values: Values) -> pq.abc.PGresult:

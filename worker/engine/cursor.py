@@ -1,28 +1,28 @@
-"""Where in the queue a claim begins to scan (to "look").
+"""Where in the queue a claim begins to scan.
 
-A claimed row leaves an entry in the claim's index. A scan from the head (the "front") of a topic reads past
-the entries of all rows claimed before. As a rule the server marks an entry as dead as soon as nobody can see
-the row as ready any more. It skips marked entries quickly, but they stay until a VACUUM, for a minute or
-more. While a foreign transaction holds its snapshot (a dump, a forgotten psql), the server does not even mark
-them, and throughput would fall to a fraction within 90 s. So:
+A claimed row leaves an entry in the claim's index. A scan from the head of a topic reads past the entries of
+all rows claimed before. As a rule the server marks an entry as dead as soon as nobody can see the row as
+ready any more. It skips marked entries quickly, but they stay until a VACUUM, for a minute or more. While a
+foreign transaction holds its snapshot (a dump, a forgotten psql), the server does not even mark them, and
+throughput would fall to a fraction within 90 s. So:
 
 1. Head scans are timed. While rows keep coming, head scans take a tenth of the time at most. The other scans
    begin at the cursors, as in 2, but SOON earlier. A worker scans from the head when it is about to sleep, or
    when it has ended a row whose ordering_key others wait for.
-2. After two slow head scans in a row, or after one longer than VERY_SLOW, the loop reads nothing from the
+2. After two slow head scans in a row, or after one longer than VERY_SLOW, the worker claims nothing from the
    head any more: the head is far. Once is not enough, because a connection's first scan is slow: it is
-   planned. Scans then begin at the cursors (the "ends"). A cursor is the last row claimed of a topic and
-   priority (a "level"), by available_at and id. A head scan counts as slow only if it takes longer than SLOW
-   and MUCH times as long as a cursor scan. With SLOW alone, 50 workers on two cores, whose scans wait for
-   each other, each started a background scan every second.
+   planned. Scans then begin at the cursors. A cursor is the last row claimed of a topic and priority (a
+   lane), by available_at and id. A head scan counts as slow only if it takes longer than SLOW and MUCH times
+   as long as a cursor scan. With SLOW alone, 50 workers on two cores, whose scans wait for each other, each
+   started a background scan every second.
 3. Every now and then, a cursor scan begins NEAR earlier. Most rows that it would miss lie there: they were
    committed a moment after a later row, or were locked when a scan passed them.
-4. A background scan (the "scout") finds the rest. It reads the head on its own connection
-   (worker/engine/background.py), so that the loop goes on meanwhile. It locks nothing and reads each entry
-   once (outbox_scout in sql/outbox/functions/scan.sql). It finds topics and priorities that have no cursor
-   yet. It also finds rows before the cursors, wherever they lie: committed late, handed back, retried, or
-   freed by the end of another row of their key. The next scans go to each of those rows alone. Nothing is cut
-   into slices, so it does not matter how rows are spread over time.
+4. A background scan finds the rest. It reads the head on its own connection (worker/engine/background.py),
+   so that the worker's cycles go on meanwhile. It locks nothing and reads each entry once (outbox_scout in
+   sql/outbox/functions/scan.sql). It finds topics and priorities that have no cursor yet. It also finds rows
+   before the cursors, wherever they lie: committed late, handed back, retried, or freed by the end of another
+   row of their key. The next scans go to each of those rows alone. Nothing is cut into slices, so it does not
+   matter how rows are spread over time.
 5. The next background scan begins after REST, or after SHARE times the duration of the last, if that is
    longer. So a row that cursor scans do not see is found within SHARE + 2 times the duration of a background
    scan. If a background scan brought as many rows as it carries, the next begins as soon as they are taken.
@@ -44,7 +44,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from outwake._claim import Claimed, Level
+from outwake._claim import Claimed, Lane
 from outwake.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -58,18 +58,18 @@ SHARE, REST = 5, 1.0  # times, seconds
 TRUST = 2.0  # seconds
 CARRIES = 5000
 """The most rows of one topic and priority that a background scan brings."""
-_LEVELS = 100
+_LANES = 100
 """The most cursors that are kept: a scan descends the index for each. A background scan finds the others."""
 
 Place = tuple[datetime, int]
 """available_at and id: the order of the rows of a topic and priority."""
-Ends = dict[tuple[str, int], Place]
+Places = dict[tuple[str, int], Place]
 
 
-class Look(NamedTuple):
-    """What to scan. If levels is None: everything, from the head."""
+class Scan(NamedTuple):
+    """What to scan. If lanes is None: everything, from the head."""
 
-    levels: list[Level] | None
+    lanes: list[Lane] | None
     near: bool = False
 
 
@@ -83,17 +83,17 @@ class Seen(NamedTuple):
     due_in: float
 
 
-class Front:
+class Cursors:
     """The scan cursors, and what the last background scan saw."""
 
     def __init__(self) -> None:
         self.far = False
-        self.scout_at = -math.inf
+        self.background_at = -math.inf
         self.next_due: datetime | None = None
         """The earliest row that the last background scan saw."""
-        self._front_at = -math.inf
-        self.ends: Ends = {}
-        self.missed: deque[Level] = deque()
+        self._head_at = -math.inf
+        self.places: Places = {}
+        self.missed: deque[Lane] = deque()
         """Rows that the last background scan saw and no scan has gone to yet."""
         self._near_at = -math.inf
         self._trusted_until = -math.inf
@@ -102,70 +102,70 @@ class Front:
         self._usual = 0.0
         """Seconds that a cursor scan takes."""
 
-    def look(self, topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Look:
+    def next_scan(self, topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Scan:
         """What to scan now. Within a priority, the topics are scanned in this order. busy: rows keep coming,
         and no row is known to have become claimable before the cursors.
         """
         if not self.far:
-            if not busy or now >= self._front_at or not self.ends:
-                return Look(None)
-            return Look(self._from_ends(topics, SOON))
+            if not busy or now >= self._head_at or not self.places:
+                return Scan(None)
+            return Scan(self._from_places(topics, SOON))
         near = now >= self._near_at
-        levels = [self.missed.popleft() for _ in range(min(slots, len(self.missed)))]
-        return Look(levels + self._from_ends(topics, NEAR if near else timedelta(0)), near)
+        lanes = [self.missed.popleft() for _ in range(min(slots, len(self.missed)))]
+        return Scan(lanes + self._from_places(topics, NEAR if near else timedelta(0)), near)
 
-    def looked(self, look: Look, rows: Iterable[Claimed], began: float, ended: float) -> None:
+    def scanned(self, scan: Scan, rows: Iterable[Claimed], began: float, ended: float) -> None:
         """Record what a scan found, and how long it took."""
-        if look.levels is None:
+        if scan.lanes is None:
             self._seen_all = began
-        self.gave_up(look, began, ended)
-        # The last row of each level is nearly always the furthest. Any row that was reached will do.
-        for level, place in {(r.topic, r.priority): (r.available_at, r.id) for r in rows}.items():
-            self._reached(level, place)
+        self.gave_up(scan, began, ended)
+        # The last row of each lane is nearly always the furthest. Any row that was reached will do.
+        for lane, place in {(r.topic, r.priority): (r.available_at, r.id) for r in rows}.items():
+            self._reached(lane, place)
 
-    def gave_up(self, look: Look, began: float, ended: float) -> None:
+    def gave_up(self, scan: Scan, began: float, ended: float) -> None:
         """Record how long a scan took that failed; it was aborted after a lease at the latest."""
         took = ended - began
-        if look.levels is None:
-            self._front_at = ended + took * NEAR_SHARE
+        if scan.lanes is None:
+            self._head_at = ended + took * NEAR_SHARE
             slow = took > max(SLOW, self._usual * MUCH) and ended > self._trusted_until
             again, self._slow = self._slow, slow
             self._usual = min(self._usual, took)
             if self._slow and (again or took > VERY_SLOW):
-                log.debug("front_is_far", look_took=round(took, 3))
+                log.debug("head_is_far", took=round(took, 3))
                 self._go_far(ended)
-        elif look.near:
+        elif scan.near:
             self._near_at = ended + took * NEAR_SHARE
         else:
             self._usual += (took - self._usual) / 8
 
-    def scout_is_due(self, now: float) -> bool:
+    def background_is_due(self, now: float) -> bool:
         """Never while rows of the last background scan wait for a slot: the next would bring them again."""
-        return self.far and now >= self.scout_at and not self.missed
+        return self.far and now >= self.background_at and not self.missed
 
-    def scouted(self, known: Ends, seen: Sequence[Seen], began: float, ended: float) -> None:
+    def background_saw(self, known: Places, seen: Sequence[Seen], began: float, ended: float) -> None:
         """Record what a background scan saw; `known` are the cursors that it was given."""
         took = ended - began
         if took <= max(QUICK, self._usual * LITTLE):
-            log.debug("front_is_near")
+            log.debug("head_is_near")
             self.far = False
             self._trusted_until = ended + TRUST
             return
-        self.scout_at = ended + max(REST, took * SHARE)
+        self.background_at = ended + max(REST, took * SHARE)
         if all(row.due_in > 0 for row in seen):
             self._clear = began
         self.next_due = min((row.available_at for row in seen), default=None)
         for row in seen:
-            level, place = (row.topic, row.priority), (row.available_at, row.id)
-            if level not in known:
-                self._reached(level, place)
-            elif place < known[level]:
-                self.missed.append(Level(*level, *place, alone=True))
+            lane, place = (row.topic, row.priority), (row.available_at, row.id)
+            if lane not in known:
+                self._reached(lane, place)
+            elif place < known[lane]:
+                self.missed.append(Lane(*lane, *place, alone=True))
         if len(self.missed) >= CARRIES:
-            self.scout_at = ended
+            self.background_at = ended
 
-    def scout_failed(self, began: float, now: float) -> None:
-        self.scout_at = now + max(REST, (now - began) * SHARE)
+    def background_failed(self, began: float, now: float) -> None:
+        self.background_at = now + max(REST, (now - began) * SHARE)
 
     def is_clear(self, since: float) -> bool:
         """Whether everything due at `since` has been scanned: by a head scan or, if the head is far, by a
@@ -175,19 +175,21 @@ class Front:
         return (self._clear if self.far else self._seen_all) >= since
 
     def _go_far(self, now: float) -> None:
-        self.far, self._slow, self.scout_at, self._clear = True, False, now, -math.inf
+        self.far, self._slow, self.background_at, self._clear = True, False, now, -math.inf
         self.next_due = None
         self.missed.clear()
 
-    def _from_ends(self, topics: Iterable[str], earlier: timedelta) -> list[Level]:
+    def _from_places(self, topics: Iterable[str], earlier: timedelta) -> list[Lane]:
         turn = {topic: place for place, topic in enumerate(topics)}
         return [
-            Level(topic, priority, at - earlier, row_id, alone=False)
-            for (topic, priority), (at, row_id) in sorted(self.ends.items(), key=lambda end: turn[end[0][0]])
+            Lane(topic, priority, at - earlier, row_id, alone=False)
+            for (topic, priority), (at, row_id) in sorted(
+                self.places.items(), key=lambda end: turn[end[0][0]]
+            )
         ]
 
-    def _reached(self, level: tuple[str, int], place: Place) -> None:
-        """Move the cursor on. The levels in which rows were found last are kept."""
-        self.ends[level] = max(self.ends.pop(level, place), place)
-        if len(self.ends) > _LEVELS:
-            del self.ends[next(iter(self.ends))]
+    def _reached(self, lane: tuple[str, int], place: Place) -> None:
+        """Move the cursor on. The lanes in which rows were found last are kept."""
+        self.places[lane] = max(self.places.pop(lane, place), place)
+        if len(self.places) > _LANES:
+            del self.places[next(iter(self.places))]

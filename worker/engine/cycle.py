@@ -37,7 +37,7 @@ from outwake.worker.engine.attempt import End
 from outwake.worker.engine.claimer import Claimer
 from outwake.worker.engine.due import DueWork
 from outwake.worker.engine.fastpath import FastPath
-from outwake.worker.engine.finalize import settle
+from outwake.worker.engine.finalize import finalize
 from outwake.worker.engine.idle import IdleBackoff
 from outwake.worker.engine.parking import Stage
 from outwake.worker.engine.parts import Link, Parts
@@ -56,7 +56,7 @@ class Cycle:
     def __init__(self, parts: Parts, link: Link, check_schema: Callable[[], Awaitable[None]]) -> None:
         running, parking, wakes = parts.running, parts.parking, parts.wakes
         self.claimer = Claimer(
-            link.claims, parts.topics, running, parts.cursor, parking, parts.stats, self._scanned
+            link.claims, parts.topics, running, parts.cursors, parking, parts.stats, self._scanned
         )
         self.fastpath = FastPath(link.claims, link.listener, running, parking, wakes, parts.observer)
         self.due = DueWork(parts, link, self.claimer)
@@ -117,7 +117,7 @@ class Cycle:
     async def _finalize(self) -> None:
         """Step 3. An outcome is dropped only when it is committed."""
         for outcome in [o for o in self._running.outcomes if o.end is not End.COMPLETE]:
-            ended = await settle(self._link.control, self._link.worker_id, outcome)
+            ended = await finalize(self._link.control, self._link.worker_id, outcome)
             self._running.written([outcome])
             self._parts.stats.count("outwake_worker_attempts", outcome.job.row.topic, ended)
 
@@ -130,7 +130,7 @@ class Cycle:
             await self.claimer.complete()
             return
         asked = wakes.take()
-        awake, draining_writers = parking.stage is Stage.AWAKE, parking.stage is Stage.SETTLING
+        awake, draining_writers = parking.stage is Stage.AWAKE, parking.stage is Stage.DRAINING_WRITERS
         writers_ended = draining_writers and parking.saw_writers(await self._writers())
         if asked:
             wakes.asked_at = time.monotonic()
@@ -138,7 +138,7 @@ class Cycle:
         await observer.step("claim")
         count = await self.claimer.claim(slots, stay_parked=stay_parked)
         observer.scanned()
-        self._parts.background.send(self._parts.topics)
+        self._parts.background.start(self._parts.topics)
         if count >= slots or (count and (awake or not stay_parked)):
             self._rows_keep_coming(full=count >= slots)
         elif not awake:
@@ -154,7 +154,7 @@ class Cycle:
         now = time.monotonic()
         quiet = self._wakes.is_quiet(now)
         self._wakes.scans(now)
-        return quiet or self._parking.stage is Stage.SETTLING
+        return quiet or self._parking.stage is Stage.DRAINING_WRITERS
 
     def _rows_keep_coming(self, *, full: bool) -> None:
         """Producers need not notify: the claim cleared the flag, and the worker scans again by itself."""
@@ -180,8 +180,8 @@ class Cycle:
             return
         if not writers_ended:
             self.due.repeat_scan()
-        elif self._parts.cursor.is_clear(self._wakes.asked_at):
-            self._parking.settled()
+        elif self._parts.cursors.is_clear(self._wakes.asked_at):
+            self._parking.drained()
             log.debug("parked", worker_id=str(self._link.worker_id))
             self._parts.observer.parked()
 
@@ -209,7 +209,7 @@ class Cycle:
     def _scanned(self, rows: list[Claimed]) -> None:
         """A scan is over, and the handlers of these rows have been started."""
         parts = self._parts
-        parts.stats.looked(len(rows))
+        parts.stats.scanned(len(rows))
         if not rows:
             return
         parts.backup.own.difference_update(row.id for row in rows)

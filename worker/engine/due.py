@@ -83,7 +83,7 @@ class DueWork:
         """Ask for the next deadlines."""
         await self._parts.observer.step("schedule")
         parts, link = self._parts, self._link
-        timers, far = parts.timers, parts.cursor.far
+        timers, far = parts.timers, parts.cursors.far
         if not far:  # otherwise a background scan sees when rows fall due, and it may have begun long ago
             timers.asks()
         cursor = await link.control.execute(
@@ -102,7 +102,7 @@ class DueWork:
 
     def repeat_scan(self) -> None:
         """Scan again after a backoff."""
-        self._parts.stats.count("outwake_worker_repeated_looks")
+        self._parts.stats.count("outwake_worker_repeated_scans")
         self._parts.timers.repeat_scan()
 
     @property
@@ -132,4 +132,4 @@ class DueWork:
             parts.wakes.singles += left
             parts.wakes.event.set()
         elif not parts.wakes.reasons:
-            parts.stats.looked(0)
+            parts.stats.scanned(0)

@@ -26,7 +26,7 @@ _AS_COUNTED = {
 """The metrics' name of the state in which an attempt left its row."""
 
 
-async def settle(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
+async def finalize(conn: Connection, worker_id: UUID, outcome: Outcome) -> str:
     """Write the outcome. Returns its name in the metrics (worker/engine/metrics.py, OUTCOMES)."""
     job = outcome.job
     try:

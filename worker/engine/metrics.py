@@ -26,10 +26,10 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 COUNTERS: dict[str, tuple[str, list[str]]] = {
     "outwake_worker_attempts": ("Attempts ended, by how.", ["topic", "outcome"]),
     "outwake_worker_rescued": ("Workers whose rows this one rescued.", []),
-    "outwake_worker_wakeups": ("Looks for rows, by what caused them.", ["cause"]),
+    "outwake_worker_wakeups": ("Scans for rows, by what caused them.", ["cause"]),
     "outwake_worker_wakeups_in_vain": ("Those that found no row.", ["cause"]),
-    "outwake_worker_repeated_looks": (
-        "Looks repeated while another transaction's row or writes could not be seen.",
+    "outwake_worker_repeated_scans": (
+        "Scans repeated while another transaction's row or writes could not be seen.",
         [],
     ),
     "outwake_worker_connects": ("Times the LISTEN connection was made.", []),
@@ -103,7 +103,7 @@ class Stats:
             self._cause = cause
             self.count("outwake_worker_wakeups", cause)
 
-    def looked(self, found: int) -> None:
+    def scanned(self, found: int) -> None:
         """That scan is over."""
         if self._cause is not None:
             if found == 0:

@@ -32,39 +32,36 @@ class Stage(Enum):
 
     AWAKE = "awake"
     """Rows keep coming, or all slots are taken: producers need not notify."""
-    SETTLING = "settling"
+    DRAINING_WRITERS = "draining writers"
     """Steps 1 and 2 are done. Step 3 waits until the writers have ended."""
     PARKED = "parked"
     """Step 5."""
-
-
-AWAKE, SETTLING, PARKED = Stage  # `Stage.AWAKE` is slow in Python 3.11
 
 
 class Parking:
     """The stage of a worker, and its handshake."""
 
     def __init__(self) -> None:
-        self.stage = AWAKE
+        self.stage = Stage.AWAKE
         self._handshake = Handshake()
 
     def begin(self) -> None:
         """Step 1 has been committed."""
-        self.stage = SETTLING
+        self.stage = Stage.DRAINING_WRITERS
         self._handshake = Handshake()
 
     def saw_writers(self, writers: Iterable[str]) -> bool:
         """Steps 2 and 3: these transactions write now. Returns whether all that step 2 read have ended."""
-        assert self.stage is SETTLING
+        assert self.stage is Stage.DRAINING_WRITERS
         self._handshake.saw(writers)
         return self._handshake.over
 
-    def settled(self) -> None:
+    def drained(self) -> None:
         """Step 4 has been done and left slots free."""
-        assert self.stage is SETTLING
+        assert self.stage is Stage.DRAINING_WRITERS
         assert self._handshake.over
-        self.stage = PARKED
+        self.stage = Stage.PARKED
 
     def wake(self) -> None:
         """The parked flag was cleared, or the LISTEN connection was lost."""
-        self.stage = AWAKE
+        self.stage = Stage.AWAKE

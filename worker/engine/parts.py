@@ -7,10 +7,10 @@ from uuid import UUID
 from outwake.handler import Connection, Handler
 from outwake.settings import Settings
 from outwake.telemetry.stuck import StuckWatch
-from outwake.worker.engine.background import Scout
+from outwake.worker.engine.background import BackgroundScan
 from outwake.worker.engine.backup import Standby
 from outwake.worker.engine.claims import Claims
-from outwake.worker.engine.cursor import Front
+from outwake.worker.engine.cursor import Cursors
 from outwake.worker.engine.lease import Lease
 from outwake.worker.engine.listen import Listener
 from outwake.worker.engine.metrics import Stats
@@ -37,8 +37,8 @@ class Parts:
     timers: Timers
     probe: Probe
     backup: Standby
-    cursor: Front
-    background: Scout
+    cursors: Cursors
+    background: BackgroundScan
     stuck: StuckWatch
     stats: Stats
     observer: WorkerObserver

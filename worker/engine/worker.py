@@ -26,10 +26,10 @@ from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 from outwake.telemetry.stuck import StuckWatch
 from outwake.worker.engine.attempt import Stop
-from outwake.worker.engine.background import Scout
+from outwake.worker.engine.background import BackgroundScan
 from outwake.worker.engine.backup import Standby
 from outwake.worker.engine.claims import Claims
-from outwake.worker.engine.cursor import Front
+from outwake.worker.engine.cursor import Cursors
 from outwake.worker.engine.cycle import Cycle
 from outwake.worker.engine.inbox import Inbox
 from outwake.worker.engine.lease import Lease
@@ -87,7 +87,7 @@ class Worker:
     def _make(self, handlers: dict[str, Handler], concurrency: int, observer: WorkerObserver) -> Parts:
         settings, stats = self._settings, STATS
         stats.topics = sorted(handlers)
-        parking, cursor = Parking(), Front()
+        parking, cursors = Parking(), Cursors()
         wakes = Wakes(parking, stats)
         lease = Lease(settings.lease, settings.outage_grace, self._lease_lost)
 
@@ -105,8 +105,10 @@ class Worker:
             timers=Timers(),
             probe=Probe(settings.listen_probe, settings.lease),
             backup=Standby(),
-            cursor=cursor,
-            background=Scout(cursor, self._own_pool.connection, lambda: wakes.wake(Reason.BACKGROUND)),
+            cursors=cursors,
+            background=BackgroundScan(
+                cursors, self._own_pool.connection, lambda: wakes.wake(Reason.BACKGROUND)
+            ),
             stuck=StuckWatch(settings, self._own_pool.connection),
             stats=stats,
             observer=observer,
@@ -157,7 +159,7 @@ class Worker:
                 await self._disconnected(error, delay)
                 nothing_left = running.stops_all or not running.outcomes
                 if running.draining and nothing_left and not running.attempts:
-                    log.warning("stopped_disconnected", unsettled=len(running.outcomes))
+                    log.warning("stopped_disconnected", unwritten=len(running.outcomes))
                     return
 
     async def _while_connected(self) -> None:

@@ -1,4 +1,4 @@
-"""One of several sleepers takes a lone row, and the others stand by: the steps of worker/engine/backup.py.
+"""One of several sleepers takes a single row, and the others stand by: the steps of worker/engine/backup.py.
 
 A and B sleep. Who is drawn is decided by the test (`names`).
 """
@@ -206,7 +206,7 @@ async def test_one_that_took_its_row_passes_nothing_on(
 
 
 async def test_without_a_presence_nobody_is_named(connect: Connect, psql: Connection) -> None:
-    """Who registered by hand may have none: all look, as when one sleeps."""
+    """Who registered by hand may have none: all scan, as when one sleeps."""
     listener = await connect()
     await listener.execute("LISTEN outwake_wake")
     for presence in (None, 8):
@@ -232,8 +232,8 @@ async def test_of_a_topic_with_a_limit_nobody_is_named(connect: Connect) -> None
 @pytest.mark.parametrize(
     "payload", ["t@0#1,2,3,4", "t@0#1,2", "t@0#x", f"t@0#1,2,{'9' * 400}", "t@0#1,2,-3", "end", "t,u@0", ""]
 )
-async def test_what_is_not_understood_means_look(payload: str, connect: Connect, database: str) -> None:
-    """A newer schema may say more, and anybody may NOTIFY anything: the worker looks, and goes on."""
+async def test_what_is_not_understood_means_scan(payload: str, connect: Connect, database: str) -> None:
+    """A newer schema may say more, and anybody may NOTIFY anything: the worker scans, and goes on."""
     psql = await connect()
     async with watched(database) as worker:
         await psql.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from psycopg import AsyncConnection
 
-from outwake._claim import Level, complete_and_claim, hand_back
-from outwake.worker.engine import cursor as front
-from outwake.worker.engine.background import Scout
-from outwake.worker.engine.cursor import Look
+from outwake._claim import Lane, complete_and_claim, hand_back
+from outwake.worker.engine import cursor as cursors
+from outwake.worker.engine.background import BackgroundScan
+from outwake.worker.engine.cursor import Scan
 from tests.conftest import Connect
 from tests.support.plans import FEW_BUFFERS, explain
 from tests.support.steps import (
@@ -31,7 +31,7 @@ from tests.support.worker import ObservedWorker, watched
 CLAIM = (
     "SELECT * FROM outbox_complete_and_claim(%s, '{}', '{}', '{t}', 10, '6 s', false, NULL, %s, %s, %s, %s)"
 )
-SCOUT = "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], 100)"
+BACKGROUND = "SELECT * FROM outbox_scout(%s, %s, %s::smallint[], %s::timestamptz[], %s::bigint[], 100)"
 OLD = "2020-01-01 00:00+00"
 
 
@@ -64,10 +64,10 @@ async def over(conn: Connection, columns: str = "", values: str = "") -> int:
 
 @pytest.mark.parametrize("times", ["as they came", "all the same"])
 @with_and_without
-async def test_a_look_that_begins_later_reads_none_of_what_is_over(
+async def test_a_scan_that_begins_later_reads_none_of_what_is_over(
     rule: Rule, times: str, connect: Connect
 ) -> None:
-    """Nor does one for a lone row. Taken out: the place where they begin."""
+    """Nor does one for a single row. Taken out: the place where they begin."""
     psql = await connect()
     await hold(connect)
     same = times == "all the same"
@@ -84,38 +84,38 @@ async def test_a_look_that_begins_later_reads_none_of_what_is_over(
     assert (plans.buffers() < FEW_BUFFERS) == (rule == "kept"), plans.buffers()
 
 
-async def test_a_scout_reads_each_entry_once(connect: Connect) -> None:
-    """As many pages as one look from the front of the topic's only priority."""
+async def test_a_background_scan_reads_each_entry_once(connect: Connect) -> None:
+    """As many pages as one scan from the head of the topic's only priority."""
     psql = await connect()
     await hold(connect)
     ends = [[value] for value in await end_of(psql, await over(psql))]
     await add(psql, priority=3)
     await add(psql)
-    look = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
+    scan = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
     for _ in range(3):
-        front_look = await explain(psql, f"{look} ORDER BY available_at, id LIMIT 1")
-        scout = await explain(psql, SCOUT, ["t"], *ends)
-    assert not scout.read_in_full()
-    assert front_look.buffers() > FEW_BUFFERS
-    assert scout.buffers() < front_look.buffers() + FEW_BUFFERS
+        head_scan = await explain(psql, f"{scan} ORDER BY available_at, id LIMIT 1")
+        background = await explain(psql, BACKGROUND, ["t"], *ends)
+    assert not background.read_in_full()
+    assert head_scan.buffers() > FEW_BUFFERS
+    assert background.buffers() < head_scan.buffers() + FEW_BUFFERS
 
 
-async def test_the_view_of_the_front_reads_each_entry_once(connect: Connect) -> None:
+async def test_the_view_of_the_head_reads_each_entry_once(connect: Connect) -> None:
     """What alerts and readiness ask reads past what is over as well, but no more often than it must."""
     psql = await connect()
     await hold(connect)
     await over(psql)
     await add(psql)
     await add(psql, priority=-1)
-    look = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
+    scan = "SELECT id FROM outbox WHERE topic = 't' AND priority = 0 AND state = 'ready' AND NOT blocked"
     for _ in range(3):
-        front_look = await explain(psql, f"{look} ORDER BY available_at, id LIMIT 1")
+        head_scan = await explain(psql, f"{scan} ORDER BY available_at, id LIMIT 1")
         view = await explain(psql, "SELECT id FROM outbox_front")
-    assert front_look.buffers() > FEW_BUFFERS
-    assert view.buffers() < front_look.buffers() + FEW_BUFFERS
+    assert head_scan.buffers() > FEW_BUFFERS
+    assert view.buffers() < head_scan.buffers() + FEW_BUFFERS
 
 
-async def test_a_scout_sees_what_looks_from_these_ends_do_not(connect: Connect) -> None:
+async def test_a_background_scan_sees_what_scans_from_these_cursors_do_not(connect: Connect) -> None:
     psql = await connect()
     missed = [await add(psql, available_at=OLD) for _ in range(3)]
     await add(psql, available_at=OLD, ordering_key="k", blocked=True)
@@ -129,15 +129,15 @@ async def test_a_scout_sees_what_looks_from_these_ends_do_not(connect: Connect) 
     await psql.execute("INSERT INTO topic (name, max_running) VALUES ('paused', 0), ('t', 1)")
 
     cursor = await psql.execute(
-        SCOUT.encode(), (["t", "u", "paused"], *([value, value] for value in ("none", 0, OLD, 1)))
+        BACKGROUND.encode(), (["t", "u", "paused"], *([value, value] for value in ("none", 0, OLD, 1)))
     )
     found = [(row[3], row[4] <= 0) for row in await cursor.fetchall()]
     assert found == [(urgent[0], True), (missed[0], True), (delayed, False)]
-    cursor = await psql.execute(SCOUT.encode(), (["t"], *([value] for value in end)))
+    cursor = await psql.execute(BACKGROUND.encode(), (["t"], *([value] for value in end)))
     assert [row[3] for row in await cursor.fetchall()] == [urgent[0], *missed, after[0]]
 
 
-async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
+async def test_lanes_are_all_that_is_scanned_for(connect: Connect) -> None:
     psql = await connect()
     worker = await new_worker(psql)
     early = await add(psql)
@@ -147,32 +147,32 @@ async def test_levels_are_all_that_is_looked_for(connect: Connect) -> None:
     other = await add(psql, topic="u")
     start = await one(psql, "SELECT available_at FROM outbox WHERE id = %s", first)
 
-    async def look(levels: list[Level] | None) -> list[int]:
-        rows, _ = await complete_and_claim(psql, worker, [], ["t", "u"], 10, levels=levels)
+    async def scan(lanes: list[Lane] | None) -> list[int]:
+        rows, _ = await complete_and_claim(psql, worker, [], ["t", "u"], 10, lanes=lanes)
         return [row.id for row in rows]
 
-    assert await look([]) == []
-    assert await look([Level("t", 0, start, first, alone=True)]) == [first]
-    assert await look([Level("t", 0, start, first, alone=False)]) == [later]
-    assert await look(None) == [urgent, early, other]
+    assert await scan([]) == []
+    assert await scan([Lane("t", 0, start, first, alone=True)]) == [first]
+    assert await scan([Lane("t", 0, start, first, alone=False)]) == [later]
+    assert await scan(None) == [urgent, early, other]
 
 
-async def test_under_load_looks_begin_where_the_last_ended_unless_a_key_was_freed(
+async def test_under_load_scans_begin_where_the_last_ended_unless_a_key_was_freed(
     database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "NEAR_SHARE", 1e9)
+    monkeypatch.setattr(cursors, "NEAR_SHARE", 1e9)
     psql = await connect()
     async with watched(database, "t", concurrency=10) as worker:
         await worker.asleep_for(math.inf)
-        looks = keep_looks(worker, monkeypatch)
+        scans = keep_scans(worker, monkeypatch)
         rows = await column(
             psql, "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 200) RETURNING id"
         )
         await worker.has_run(rows[-1])
-        assert looks[0].levels is None
-        assert all(look.levels for look in looks[1:])
+        assert scans[0].lanes is None
+        assert all(scan.lanes for scan in scans[1:])
         await worker.asleep_for(math.inf)
-        assert looks[-1].levels is None
+        assert scans[-1].lanes is None
 
         async with psql.transaction():
             keyed = [await add(psql, available_at=OLD, ordering_key="k") for _ in range(3)]
@@ -183,46 +183,46 @@ async def test_under_load_looks_begin_where_the_last_ended_unless_a_key_was_free
         assert set(keyed) <= set(worker.ran)
 
 
-def keep_looks(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
-    """What it looks for from now on."""
-    looks: list[Look] = []
-    real = worker.parts.cursor.look
+def keep_scans(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch) -> list[Scan]:
+    """What it scans for from now on."""
+    scans: list[Scan] = []
+    real = worker.parts.cursors.next_scan
 
-    def look(topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Look:
-        looks.append(real(topics, slots, now, busy=busy))
-        return looks[-1]
+    def scan(topics: Iterable[str], slots: int, now: float, *, busy: bool = False) -> Scan:
+        scans.append(real(topics, slots, now, busy=busy))
+        return scans[-1]
 
-    monkeypatch.setattr(worker.parts.cursor, "look", look)
-    return looks
+    monkeypatch.setattr(worker.parts.cursors, "next_scan", scan)
+    return scans
 
 
 @pytest.fixture
 def always_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look from the front counts as slow, no scout as quick. Scouts do not rest."""
-    monkeypatch.setattr(front, "SLOW", -1.0)
-    monkeypatch.setattr(front, "QUICK", -1.0)
-    monkeypatch.setattr(front, "MUCH", -1.0)
-    monkeypatch.setattr(front, "LITTLE", -1.0)
-    monkeypatch.setattr(front, "REST", 0.0)
+    """Every scan from the head counts as slow, no background scan as quick. Background scans do not rest."""
+    monkeypatch.setattr(cursors, "SLOW", -1.0)
+    monkeypatch.setattr(cursors, "QUICK", -1.0)
+    monkeypatch.setattr(cursors, "MUCH", -1.0)
+    monkeypatch.setattr(cursors, "LITTLE", -1.0)
+    monkeypatch.setattr(cursors, "REST", 0.0)
 
 
 @asynccontextmanager
 async def far_worker(database: str, psql: Connection, *topics: str) -> AsyncIterator[ObservedWorker]:
-    """Its front is far, it has claimed rows of topic t, and sleeps."""
+    """Its cursors is far, it has claimed rows of topic t, and sleeps."""
     async with watched(database, *topics, concurrency=4) as worker:
-        # Two, so that they are looked for, and not claimed by their ids.
+        # Two, so that they are scanned for, and not claimed by their ids.
         for row in await column(
             psql, "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 2) RETURNING id"
         ):
             await worker.has_run(row)
         await worker.asleep_for(math.inf)
-        assert worker.parts.cursor.far
-        assert worker.parts.cursor.ends
+        assert worker.parts.cursors.far
+        assert worker.parts.cursors.places
         yield worker
 
 
 @pytest.mark.usefixtures("always_far")
-async def test_what_looks_do_not_see_is_found_while_the_load_goes_on(database: str, connect: Connect) -> None:
+async def test_what_scans_do_not_see_is_found_while_the_load_goes_on(database: str, connect: Connect) -> None:
     psql, late = await connect(), await connect()
     await hold(connect)
     other_worker = await new_worker(psql)
@@ -242,13 +242,15 @@ async def test_what_looks_do_not_see_is_found_while_the_load_goes_on(database: s
         await until(psql, "SELECT NOT EXISTS (SELECT FROM outbox WHERE state <> 'done' AND topic <> %s)",
                     "outbox.prune")  # fmt: skip
         assert {*missed, back, *keyed} < set(worker.ran)
-        assert worker.parts.cursor.far
+        assert worker.parts.cursors.far
 
 
 @pytest.mark.usefixtures("always_far")
-async def test_a_worker_sleeps_only_when_a_scout_saw_nothing_due(database: str, connect: Connect) -> None:
-    """A row that was written before its flag was up, and committed after its look: no notification, and
-    nothing but a scout would see it."""
+async def test_a_worker_sleeps_only_when_a_background_scan_saw_nothing_due(
+    database: str, connect: Connect
+) -> None:
+    """A row that was written before its flag was up, and committed after its scan: no notification, and
+    nothing but a background scan would see it."""
     psql, late = await connect(), await connect()
     async with watched(database, "t", concurrency=4, started=False) as worker:
         held = worker.hold("writers")
@@ -263,7 +265,7 @@ async def test_a_worker_sleeps_only_when_a_scout_saw_nothing_due(database: str, 
         await late.execute("COMMIT")
         await worker.has_run(row)
         await worker.asleep_for(math.inf)
-        assert worker.parts.cursor.far
+        assert worker.parts.cursors.far
 
 
 @pytest.mark.usefixtures("always_far")
@@ -292,20 +294,20 @@ async def test_a_sleeper_knows_when_the_next_row_is_due(database: str, connect: 
         await worker.has_run(row)
 
 
-async def test_a_front_that_is_quick_again_is_used_again(
+async def test_a_head_that_is_quick_again_is_used_again(
     monkeypatch: pytest.MonkeyPatch, database: str, connect: Connect
 ) -> None:
     psql = await connect()
-    monkeypatch.setattr(front, "SLOW", -1.0)
-    monkeypatch.setattr(front, "MUCH", -1.0)
-    monkeypatch.setattr(front, "QUICK", 60.0)
+    monkeypatch.setattr(cursors, "SLOW", -1.0)
+    monkeypatch.setattr(cursors, "MUCH", -1.0)
+    monkeypatch.setattr(cursors, "QUICK", 60.0)
     async with watched(database, "t", concurrency=4) as worker:
         await worker.has_run(await add(psql))
         await until(psql, "SELECT state = 'done' FROM outbox WHERE topic = 't'")
-        assert not worker.parts.cursor.far
+        assert not worker.parts.cursors.far
 
 
-async def test_an_end_does_not_wait_for_a_scout_on_a_silent_path(
+async def test_an_end_does_not_wait_for_a_background_scan_on_a_silent_path(
     database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the server is silent because of a lock. psycopg would ask it to cancel, and wait for an answer."""
@@ -322,11 +324,11 @@ async def test_an_end_does_not_wait_for_a_scout_on_a_silent_path(
     monkeypatch.setattr(AsyncConnection, "cancel_safe", ask)
     await locker.execute("BEGIN")
     await locker.execute("LOCK TABLE outbox")
-    near = front.Front()
+    near = cursors.Cursors()
     near.far = True
-    scout = Scout(near, one_connection, lambda: None)
-    scout.send(["t"])
+    background = BackgroundScan(near, one_connection, lambda: None)
+    background.start(["t"])
     await waits(psql, conn)
-    await scout.close()
+    await background.close()
     assert asked == []
-    assert not scout.under_way
+    assert not background.under_way
