@@ -87,7 +87,7 @@ async def test_producer_that_missed_the_flag_and_commits_late(
     """
     if rule == "taken out":
         monkeypatch.setattr(Parking, "saw_writers", lambda self, writers: True)
-        monkeypatch.setattr(Parking, "settled", lambda self: setattr(self, "stage", Stage.PARKED))
+        monkeypatch.setattr(Parking, "drained", lambda self: setattr(self, "stage", Stage.PARKED))
     psql = await connect()
     async with watched(database, started=False) as worker:
         await psql.execute("BEGIN")

@@ -70,9 +70,9 @@ class FastPath:
         """
         wakes = self._wakes
         singles, wakes.singles = wakes.singles, []
-        if singles and not wakes.reasons:
-            now = time.monotonic()
-            if self._reply is None and len(singles) == 1 and self._may_ask(now):
+        if singles:
+            now, alone = time.monotonic(), self._reply is None and len(singles) == 1
+            if alone and not wakes.reasons and self._may_ask(now):
                 self._ask(singles[0], now)
             else:
                 wakes.reasons.add(Reason.SINGLES)
