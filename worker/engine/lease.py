@@ -20,13 +20,20 @@ from collections.abc import Callable
 
 
 class Lease:
-    """The local end of the lease. Times are of the monotonic clock, in seconds."""
+    """The local end of the lease. Times are of the monotonic `clock`, in seconds."""
 
-    def __init__(self, seconds: float, outage_grace: float, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        outage_grace: float,
+        on_lost: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.seconds = seconds
+        self._clock = clock
         self._grace = outage_grace
         self._on_lost = on_lost
-        self._contact = time.monotonic()
+        self._contact = self._clock()
         self._until = self._contact
         self._timer: asyncio.TimerHandle | None = None
         self._extended: asyncio.Event | None = None
@@ -51,12 +58,12 @@ class Lease:
     def outage(self) -> None:
         """The server itself is down now, so nobody can rescue before one lease from now."""
         bound = self._contact + max(self._grace, self.seconds)
-        self._until = max(self._until, min(time.monotonic() + self.seconds, bound))
+        self._until = max(self._until, min(self._clock() + self.seconds, bound))
         self._changed()
 
     def remaining(self) -> float:
         """Seconds left. If it is zero or less, the lease must be taken for lost."""
-        return self._until - time.monotonic()
+        return self._until - self._clock()
 
     async def extended(self) -> None:
         """Return when the end has moved."""
