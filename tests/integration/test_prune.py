@@ -1,15 +1,13 @@
 """Housekeeping is an outbox row that schedules its successor."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import count
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from uuid import uuid4
 
-import pytest
-
-from outwake.prune import Pruned, prune
+from outwake.prune import prune
 from outwake.settings import Settings
 from tests.conftest import Connect
 from tests.support.process import running
@@ -84,28 +82,35 @@ async def test_what_is_past_its_retention_goes_and_the_rest_stays(
     assert successors == [("done", False, 32767), ("ready", True, 32767)]
 
 
-async def test_rests_after_each_page_as_long_as_it_took(
-    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a long deletion takes a core from the claims beside it. The clock moves on by a second a look."""
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END $$;
+CREATE TRIGGER slow AFTER DELETE ON outbox FOR EACH STATEMENT EXECUTE FUNCTION slow();
+"""
+
+
+async def test_rests_after_each_page_as_long_as_it_took(database: str, connect: Connect) -> None:
+    """Else a long deletion takes a core from the claims beside it."""
     conn = await connect()
     await conn.execute(
         "INSERT INTO outbox (topic, state, worker_id, finished_at)"
         " SELECT 't', 'done', gen_random_uuid(), now() FROM generate_series(1, 2500)"
     )
-    clock = count(0.0)
-    rests: list[float] = []
-    pages: list[Pruned] = []
-
-    async def rest(seconds: float) -> None:
-        rests.append(seconds)
+    await conn.execute(SLOW)
+    pages: list[tuple[float, float]] = []  # when each began and ended
+    deleted: list[int] = []
 
     @asynccontextmanager
     async def again() -> AsyncIterator[Connection]:
+        began = time.monotonic()
         yield conn
+        pages.append((began, time.monotonic()))
 
-    monkeypatch.setattr("outwake.prune.asyncio", SimpleNamespace(sleep=rest))
-    monkeypatch.setattr("outwake.prune.time", SimpleNamespace(monotonic=clock.__next__))
-    await prune(again, Settings(database_url=database, retention=0), lambda done, _: pages.append(done))
-    assert pages[-1].rows == 2500
-    assert rests == [1.0] * len(pages)
+    await prune(
+        again, Settings(database_url=database, retention=0), lambda done, _: deleted.append(done.rows)
+    )
+    assert deleted[-1] == 2500
+    slow = [(page, after) for page, after in pairwise(pages[1:]) if page[1] - page[0] >= 0.1]
+    assert len(slow) >= 2
+    for (began, ended), (next_began, _) in slow:
+        assert next_began - ended >= 0.9 * (ended - began)

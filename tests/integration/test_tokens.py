@@ -3,7 +3,6 @@
 import shlex
 import time
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import httpx
@@ -15,6 +14,7 @@ from tests.conftest import Connect
 from tests.support.api import serving
 from tests.support.issuer import bearer, issuing
 from tests.support.process import ROOT, running
+from tests.support.steps import Connection, one
 from tests.support.waits import eventually
 
 TOKENS_ONLY = {"OUTWAKE_REQUIRE_TOKEN": True}
@@ -88,48 +88,52 @@ async def test_wrong_arguments_are_status_2(database: str, arguments: list[str])
     assert "usage" in told[0]
 
 
-async def test_use_is_noted_once_a_minute_and_asked_once_each_max_age(
-    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def use(database: str, text: str, *, status: int = 200) -> None:
+    """Ask a new API process, which remembers no token."""
+    async with serving(database, **TOKENS_ONLY) as api:
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == status
+
+
+async def noted(conn: Connection) -> datetime | None:
+    found: datetime | None = await one(conn, "SELECT last_used_at FROM api_token")
+    return found
+
+
+async def test_use_is_noted(database: str, connect: Connect) -> None:
     conn = await connect()
-    token_id, text = await token.create(conn, "robot", "x")
-    changes = "SELECT last_used_at, xmin::text FROM api_token WHERE id = %s"
+    _, text = await token.create(conn, "robot", "x")
+    assert await noted(conn) is None
+    await use(database, text)
+    assert await noted(conn) is not None
 
-    async def noted() -> tuple[datetime | None, str]:
-        row = await (await conn.execute(changes, (token_id,))).fetchone()
-        assert row is not None
-        return row[0], row[1]
 
+async def test_use_is_noted_once_a_minute(database: str, connect: Connect) -> None:
+    conn = await connect()
+    _, text = await token.create(conn, "robot", "x")
+    await use(database, text)
+    first = await noted(conn)
+    await use(database, text)
+    assert await noted(conn) == first
+    await conn.execute("UPDATE api_token SET last_used_at = last_used_at - interval '61 seconds'")
+    await use(database, text)
+    again = await noted(conn)
+    assert first is not None
+    assert again is not None
+    assert again > first
+
+
+@pytest.mark.parametrize(("max_age", "status"), [(3600.0, 200), (0.0, 401)])
+async def test_a_token_is_asked_for_once_each_max_age(
+    database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch, max_age: float, status: int
+) -> None:
+    """So long a process does not see that it was revoked."""
+    monkeypatch.setattr(tokens, "MAX_AGE", max_age)
+    conn = await connect()
+    _, text = await token.create(conn, "robot", "x")
     async with serving(database, **TOKENS_ONLY) as api:
-        assert (await noted())[0] is None
-        for _ in range(3):
-            assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
-        first = await noted()
-        assert first[0] is not None
-        asked: list[Any] = []
-        monkeypatch.setattr(api.context.authenticator._tokens, "_database", Counting(asked))
         assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
-        assert asked == []  # remembered
-    monkeypatch.undo()
-    monkeypatch.setattr(tokens, "MAX_AGE", 0.0)
-    async with serving(database, **TOKENS_ONLY) as api:
-        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
-        assert await noted() == first  # asked, not written
-        await conn.execute("UPDATE api_token SET last_used_at = last_used_at - interval '2 minutes'")
-        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == 200
-        later = (await noted())[0]
-        assert later is not None
-        assert later > first[0]
-
-
-class Counting:
-    """In the database's place: notes that it was asked."""
-
-    def __init__(self, asked: list[Any]) -> None:
-        self._asked = asked
-
-    async def row(self, query: Any, params: Any) -> None:
-        self._asked.append(params)
+        await conn.execute("UPDATE api_token SET revoked_at = clock_timestamp()")
+        assert (await api.client.get("/sessions", headers=bearer(text))).status_code == status
 
 
 async def test_in_development_mode_a_token_is_still_judged(database: str, connect: Connect) -> None:
