@@ -267,6 +267,19 @@ class Settings(BaseSettings):
     git_credentials: Path | None = None
     """A git-credential-store file for every user's sessions, or a directory of one file a user."""
 
+    git_allow: Annotated[str, AfterValidator(_checked_networks)] = ""
+    """Networks, separated by commas, in which repositories may be although they are not public:
+    `10.1.0.0/16,127.0.0.1`."""
+
+    clone_bytes: Annotated[int, Field(ge=1024, le=2**43)] = 4_294_967_296
+    """How large the packs of a clone may be, and, apart from them, the files of its work tree."""
+
+    clone_files: Annotated[int, Field(ge=1)] = 500_000
+    """How many files the work tree of a clone may have."""
+
+    clone_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """How long a clone may take."""
+
     git_push: bool = False
     """Whether the work branch is pushed when a turn has ended."""
 

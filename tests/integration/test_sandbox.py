@@ -408,7 +408,12 @@ async def test_credentials_open_the_repository_and_are_removed_again(
     async with git_server(parts.directory, "bot", "right-token") as (url, certificate):
         parts.sandboxes[0].environment["GIT_SSL_CAINFO"] = str(certificate)
         host = url.removeprefix("https://")
-        env = parts.environment(database, OUTWAKE_GIT_CREDENTIALS=str(directory), OUTWAKE_GIT_PUSH="true")
+        env = parts.environment(
+            database,
+            OUTWAKE_GIT_CREDENTIALS=str(directory),
+            OUTWAKE_GIT_PUSH="true",
+            OUTWAKE_GIT_ALLOW="127.0.0.1",
+        )
         async with running("worker", env=env) as worker:
             none = await api.create(repo=f"{url}/origin.git", prompt=COMMIT)
             refused = await worker.event("ended", topic="session.run", state="dead")
@@ -424,6 +429,39 @@ async def test_credentials_open_the_repository_and_are_removed_again(
         assert "token" not in prompt["reason"]
     (prompt,) = (await shown(api, right))["prompts"]
     assert parts.branches()["work"] == prompt["result"]["head"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("moved/origin.git", "The requested URL returned error: 30"),
+        ("refused/origin.git", "The requested URL returned error: 403"),
+    ],
+)
+async def test_redirects_are_refused_and_a_hosts_words_not_read_back(
+    parts: Production, database: str, api: Api, path: str, said: str
+) -> None:
+    async with git_server(parts.directory, "bot", "token") as (url, certificate):
+        parts.sandboxes[0].environment["GIT_SSL_CAINFO"] = str(certificate)
+        async with running(
+            "worker", env=parts.environment(database, OUTWAKE_GIT_ALLOW="127.0.0.1")
+        ) as worker:
+            created = await api.create(repo=f"{url}/{path}", prompt="say: hello")
+            await worker.event("ended", topic="session.run", state="dead")
+    (prompt,) = (await shown(api, created))["prompts"]
+    assert said in prompt["reason"]
+    assert "SECRET" not in prompt["reason"]
+
+
+async def test_a_repository_in_our_network_is_refused_before_a_sandbox_is_asked_for(
+    parts: Production, database: str, api: Api
+) -> None:
+    async with running("worker", env=parts.environment(database)) as worker:
+        created = await api.create(repo="https://127.0.0.2:15862/x.git", prompt="say: hello")
+        await worker.event("ended", topic="session.run", state="dead")
+    (prompt,) = (await shown(api, created))["prompts"]
+    assert prompt["reason"] == "the repository's host is not public (OUTWAKE_GIT_ALLOW)"
+    assert not parts.allocator.asked
 
 
 SECRETS = {

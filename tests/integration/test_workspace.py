@@ -17,7 +17,8 @@ import pytest
 
 from outwake.worker.agents.run import Agent
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.repo.workspace import Remote, Saved, Workspace, open_workspace
+from outwake.worker.repo.hosts import Limits, Remote
+from outwake.worker.repo.workspace import Saved, Workspace, open_workspace
 from outwake.worker.sandboxes.base import Request
 from outwake.worker.sandboxes.directory import DirectoryProvider
 from outwake.worker.sandboxes.places import _claim, _remove
@@ -48,13 +49,14 @@ class Repository:
         path.mkdir()
         self("init", "--quiet", "--initial-branch=main")
 
-    def __call__(self, *arguments: str) -> str:
+    def __call__(self, *arguments: str, stdin: str = "") -> str:
         identity = ("-c", "user.name=Ann", "-c", "user.email=ann@example.com")
         done = subprocess.run(
             ["git", *identity, *arguments],
             cwd=self.path,
             env={"PATH": os.environ["PATH"], "HOME": str(self.home)},
             check=True,
+            input=stdin,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -87,14 +89,18 @@ def opened(tmp_path: Path, origin: Repository) -> Open:
 
     @asynccontextmanager
     async def opened(
-        url: str = origin.url, after: Saved | None = None, allow_file: bool = True, **given: Any
+        url: str = origin.url,
+        after: Saved | None = None,
+        allow_file: bool = True,
+        limits: Limits | None = None,
+        **given: Any,
     ) -> AsyncIterator[Workspace]:
         provider = DirectoryProvider(tmp_path / "root")
         held = await provider.acquire(Request(uuid4(), SESSION, uuid4(), 1))
         settings: dict[str, Any] = {"target_branch": "main", "branch": "work/x", "used": False}
         bundle = after.bundle if after else None
         async with provider.connect(held) as sandbox:
-            remote = Remote(url, allow_file=allow_file)
+            remote = Remote(url, allow_file=allow_file, limits=limits or Limits())
             yield await open_workspace(sandbox, remote, bundle=bundle, **(settings | given))
 
     return opened
@@ -230,6 +236,70 @@ async def test_file_only_where_allowed(opened: Open) -> None:
     with pytest.raises(PermanentError, match="transport 'file' not allowed"):
         async with opened(allow_file=False):
             pass
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Limits(files=9), "over 9 files (OUTWAKE_CLONE_FILES)"),
+        (Limits(size=100_000), "over 100000 bytes (OUTWAKE_CLONE_BYTES)"),
+        (Limits(size=20_000), "over 20000 bytes (OUTWAKE_CLONE_BYTES)"),
+    ],
+)
+async def test_a_repository_over_a_limit_is_refused(
+    opened: Open, origin: Repository, limits: Limits, said: str
+) -> None:
+    """Of its files, of what they are unpacked, of what is fetched."""
+    for number in range(10):
+        (origin.path / str(number)).write_bytes(os.urandom(3_000) + bytes(10_000))
+    origin("add", ".")
+    origin.commit("last")
+    with pytest.raises(PermanentError) as caught:
+        async with opened(limits=limits):
+            pass
+    assert str(caught.value) == f"the repository is too large: it has {said}"
+    async with opened(limits=Limits(files=12, size=140_000)):
+        pass
+
+
+async def test_a_few_bytes_that_stand_for_endless_files_are_refused(opened: Open, origin: Repository) -> None:
+    """Each tree has the one below ten times: 10 to the power of 10 files."""
+    below = origin("rev-parse", "HEAD:README.md")
+    for level in range(10):
+        kind = "100644 blob" if level == 0 else "040000 tree"
+        entries = "".join(f"{kind} {below}\t{name}\n" for name in range(10))
+        below = origin("mktree", stdin=entries)
+    bomb = origin("commit-tree", "-m", "Bomb", below)
+    origin("update-ref", "refs/heads/bomb", bomb)
+    with pytest.raises(PermanentError, match="over 500000 files"):
+        async with opened(target_branch="bomb"):
+            pass
+
+
+async def test_a_clone_that_does_not_end_is_given_up(opened: Open) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"https://127.0.0.1:{deaf.getsockname()[1]}/x"
+        with pytest.raises(PermanentError, match=r"took over 0.5 s \(OUTWAKE_CLONE_TIMEOUT\)"):
+            async with opened(url=url, limits=Limits(seconds=0.5)):
+                pass
+
+
+async def test_git_connects_to_the_addresses_that_were_checked(tmp_path: Path) -> None:
+    """Whatever the name means now: it is resolved once."""
+    provider = DirectoryProvider(tmp_path)
+    held = await provider.acquire(Request(uuid4(), SESSION, uuid4(), 1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        remote = Remote(
+            f"https://git.invalid:{port}/x", f"git.invalid:{port}:127.0.0.1", limits=Limits(seconds=1)
+        )
+        async with provider.connect(held) as sandbox:
+            with pytest.raises(PermanentError, match="took over"):
+                await open_workspace(
+                    sandbox, remote, target_branch="main", branch="x", bundle=None, used=False
+                )
+        server.settimeout(5)
+        server.accept()[0].close()
 
 
 async def test_network_trouble_is_transient(opened: Open) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 BACKEND = Path(
@@ -23,11 +23,19 @@ BACKEND = Path(
 
 @asynccontextmanager
 async def git_server(root: Path, user: str, password: str) -> AsyncIterator[tuple[str, Path]]:
-    """Serve the bare repositories below `root`; the URL, and the certificate to trust."""
+    """Serve the bare repositories below `root`; the URL, and the certificate to trust.
+
+    Below /moved/ is a redirect to each, and below /refused/ a refusal in words.
+    """
     certificate = await asyncio.to_thread(_make_certificate, root)
     expected = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
     async def endpoint(request: Request) -> Response:
+        path = request.path_params["path"]
+        if path.startswith("moved/"):
+            return RedirectResponse(f"/{path.removeprefix('moved/')}?{request.url.query}")
+        if path.startswith("refused/"):
+            return PlainTextResponse("vault token s.INTERNAL-SECRET", 403)
         if request.headers.get("authorization") != expected:
             return Response(status_code=401, headers={"WWW-Authenticate": 'Basic realm="git"'})
         return await _call(root, request)

@@ -1,6 +1,6 @@
 """Topic `session.run`: one turn of a session.
 
-1. Check what needs no sandbox: the names of repository and branches, the credentials.
+1. Check what needs no sandbox: the names of repository and branches, its host, the credentials.
 2. Borrow a sandbox (worker/sandboxes/lending.py), of the kind that is configured. From now on the row's end,
    whatever its cause, schedules the sandbox's return.
 3. Clone the repository into it, check out the target branch, create the work branch (repo/workspace.py).
@@ -27,7 +27,7 @@ from psycopg.types.json import Jsonb
 from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job
 from outwake.schema import in_schema
-from outwake.session.names import InvalidNameError, check_branch, clone_url
+from outwake.session.names import InvalidNameError, check_branch
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
 from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Memory
@@ -38,7 +38,8 @@ from outwake.worker.agents.verdict import REASON, Verdict
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.messages import retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
-from outwake.worker.repo.workspace import Remote, Workspace, open_workspace
+from outwake.worker.repo.hosts import Remote, remote_of
+from outwake.worker.repo.workspace import Workspace, open_workspace
 from outwake.worker.sandboxes.base import Sandbox
 from outwake.worker.sandboxes.choice import provider, provider_of
 from outwake.worker.sandboxes.lending import borrow
@@ -110,7 +111,7 @@ async def run_turn(job: Job) -> None:
     try:
         credentials = load_credentials(settings.git_credentials, turn.user_id)
         secrets |= secrets_in(credentials)
-        remote = _remote(turn, settings, credentials)
+        remote = await _remote(turn, settings, credentials)
         held, used = await borrow(job, turn.session_id, turn.run, provider(settings))
         place = agent_directory(
             Path(settings.workspace_root).absolute(), turn.session_id, turn.run, job.row.attempt
@@ -201,15 +202,14 @@ async def _load(job: Job) -> Turn | None:
     return None if row is None else Turn(*row)
 
 
-def _remote(turn: Turn, settings: Settings, credentials: bytes | None) -> Remote:
+async def _remote(turn: Turn, settings: Settings, credentials: bytes | None) -> Remote:
     """The repository. The API checks the names, but a row from psql is unchecked."""
     try:
-        url = clone_url(turn.repo, allow_file=settings.allow_file_repos)
         check_branch(turn.target_branch)
         check_branch(turn.branch)
     except InvalidNameError as error:
         raise PermanentError(str(error)) from error
-    return Remote(url, settings.git_push, settings.allow_file_repos, credentials)
+    return await remote_of(turn.repo, settings, credentials)
 
 
 async def _conclude(

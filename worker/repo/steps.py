@@ -39,16 +39,21 @@ if test "$1" = new; then rm -rf "$repo"; fi
 pwd -P
 """
 
-# $1: transports. $2: the URL. The rest: options of git clone.
+# $1: transports. $2: the addresses that https may use. $3: the URL. $4: how large a file may become, in
+# blocks of 512 bytes. The rest: options of git clone.
 CLONE = """
-chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; url=$2; shift 2
-git clone --quiet --no-checkout --template= --origin=origin "$@" -- "$url" "$repo" 2>&1
+chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; addresses=$2; url=$3
+trap '' XFSZ; ulimit -f "$4" || :  # ignored, so that git says what has happened
+shift 4
+git -c http.curloptResolve="$addresses" clone --quiet --no-checkout --template= --origin=origin "$@" \\
+    -- "$url" "$repo" 2>&1
 """
 
 FORGET = 'rm -f "$credentials"'
 
-# $1: target branch. $2: work branch. $3: bundle if there is one.
-# Exit code 65: no such branch; 66: the repository is empty.
+# $1: target branch. $2: work branch. $3: bundle if there is one. $4: how many files a work tree may have.
+# $5: how many bytes.
+# Exit code 65: no such branch; 66: the repository is empty; 67: too many files; 68: too many bytes.
 START = """
 cd "$repo"; target=refs/remotes/origin/$1; branch=$2; kept=
 theirs=$(git rev-parse --quiet --verify "refs/remotes/origin/$branch" || :)
@@ -68,6 +73,10 @@ if test -n "$source"; then
     kept=$(git rev-parse --verify refs/outwake/kept)
     if test -z "$theirs" || ! git merge-base --is-ancestor "$kept" "$theirs"; then start=$kept; fi
 fi
+over=$(git ls-tree -r -l --full-tree "$start" | awk -v files="$4" -v bytes="$5" \\
+    '{ n++; sum += $4; if (n > files) over = 67; else if (sum > bytes) over = 68; if (over) exit }
+    END { print over + 0 }')
+if test "$over" != 0; then exit "$over"; fi
 git checkout --quiet --no-track -B "$branch" "$start" -- 2>&1
 echo "$start $theirs"
 """
@@ -99,11 +108,13 @@ inside log --max-count="$1" --reverse --topo-order --no-show-signature --format=
     "$2..refs/heads/$3" --
 """
 
-# $1: transports. $2: the URL. $3: work branch. $4: the repository's commit of it, or empty.
+# $1: transports. $2: the addresses that https may use. $3: the URL. $4: work branch. $5: the repository's
+# commit of it, or empty.
 PUSH = """
-chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; branch=refs/heads/$3
-inside push --porcelain --no-verify --force-with-lease="$branch:$4" -- "$2" "$branch:$branch" 2>&1
-theirs update-ref "refs/remotes/origin/$3" "$(inside rev-parse "$branch")" || :
+chmod 600 "$credentials"; export GIT_ALLOW_PROTOCOL="$1"; branch=refs/heads/$4
+inside -c http.curloptResolve="$2" push --porcelain --no-verify --force-with-lease="$branch:$5" \\
+    -- "$3" "$branch:$branch" 2>&1
+theirs update-ref "refs/remotes/origin/$4" "$(inside rev-parse "$branch")" || :
 """
 
 # $1: work branch. Prints the bundle's SHA-256 and its size.

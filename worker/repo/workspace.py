@@ -31,7 +31,8 @@ from outwake.telemetry.log import get_logger
 from outwake.worker.errors import PermanentError, SessionError, TransientError
 from outwake.worker.repo import steps
 from outwake.worker.repo.git import explain
-from outwake.worker.sandboxes.base import Sandbox, StepError
+from outwake.worker.repo.hosts import Limits, Remote
+from outwake.worker.sandboxes.base import Sandbox, StepError, StepTimeout
 
 COMMITS = 1000
 BUNDLE_LIMIT = 16 * 2**20
@@ -42,6 +43,7 @@ _AGAIN = (1.0, 5.0)  # seconds between tries of what may pass
 _FORGET_TIMEOUT = 10.0  # seconds; used when something has already gone wrong
 
 _STALE = re.compile(r"^!\t.*\[rejected\] \(stale info\)$", re.MULTILINE)  # git push --porcelain
+_TOO_LARGE = re.compile("File too large")  # EFBIG: a file met the limit of its size
 _COMMIT = re.compile("[0-9a-f]{40,64}")
 
 log = get_logger(__name__)
@@ -51,41 +53,6 @@ log = get_logger(__name__)
 class Commit:
     sha: str
     subject: str
-
-
-@dataclass(frozen=True)
-class Remote:
-    """The repository as a sandbox reaches it. url: accepted by `outwake/session/names.py`."""
-
-    url: str
-    push: bool = False
-    allow_file: bool = False
-    credentials: bytes | None = field(default=None, repr=False)
-
-    @property
-    def transports(self) -> str:
-        """The transports that git may use for this repository."""
-        return "https:ssh:file" if self.allow_file else "https:ssh"
-
-    @asynccontextmanager
-    async def credentials_in(self, sandbox: Sandbox, path: str) -> AsyncIterator[None]:
-        """Put the credentials into the sandbox, in a file of mode 600; remove the file on leaving.
-
-        If this process dies, the file stays until the sandbox is swept, before its next use or its return.
-        """
-        if self.credentials is None:
-            yield
-            return
-        # The directory is closed to other users, whatever mode the sandbox gives a new file.
-        await sandbox.write(f"{path.rpartition('/')[0]}/git-credentials", self.credentials)
-        try:
-            yield
-        except BaseException:
-            with suppress(SessionError, StepError):
-                script = steps.GIT + steps.FORGET
-                await sandbox.run("remove the credentials", script, timeout=_FORGET_TIMEOUT)
-            raise
-        await _run(sandbox, "remove the credentials", steps.FORGET)
 
 
 @dataclass(frozen=True)
@@ -174,9 +141,9 @@ class Workspace:
 
     async def _push_once(self) -> None:
         remote = self._remote
-        arguments = (remote.transports, remote.url, self.branch, self._known)
+        arguments = (remote.transports, remote.resolved, remote.url, self.branch, self._known)
         try:
-            async with remote.credentials_in(self._sandbox, self.path):
+            async with _credentials_in(self._sandbox, remote, self.path):
                 await self._sandbox.run("push", steps.GIT + steps.PUSH, *arguments)
         except StepError as error:
             if _STALE.search(error.output):
@@ -215,6 +182,27 @@ class Workspace:
         return await _run(self._sandbox, step, script, *arguments)
 
 
+@asynccontextmanager
+async def _credentials_in(sandbox: Sandbox, remote: Remote, path: str) -> AsyncIterator[None]:
+    """Put the credentials into the sandbox, in a file of mode 600; remove the file on leaving.
+
+    If this process dies, the file stays until the sandbox is swept, before its next use or its return.
+    """
+    if remote.credentials is None:
+        yield
+        return
+    # The directory is closed to other users, whatever mode the sandbox gives a new file.
+    await sandbox.write(f"{path.rpartition('/')[0]}/git-credentials", remote.credentials)
+    try:
+        yield
+    except BaseException:
+        with suppress(SessionError, StepError):
+            script = steps.GIT + steps.FORGET
+            await sandbox.run("remove the credentials", script, timeout=_FORGET_TIMEOUT)
+        raise
+    await _run(sandbox, "remove the credentials", steps.FORGET)
+
+
 async def open_workspace(
     sandbox: Sandbox,
     remote: Remote,
@@ -241,16 +229,13 @@ async def open_workspace(
     await _clone(sandbox, remote, path)
     if bundle is not None:
         await sandbox.write(f"{path.rpartition('/')[0]}/work.bundle", bundle)
+    stored = "bundle" if bundle is not None else ""
+    limits = remote.limits
+    arguments = (target_branch, branch, stored, str(limits.files), str(limits.size))
     try:
-        stored = "bundle" if bundle is not None else ""
-        start = await sandbox.run("check out", steps.GIT + steps.START, target_branch, branch, stored)
+        start = await sandbox.run("check out", steps.GIT + steps.START, *arguments)
     except StepError as error:
-        match error.code:
-            case 65:
-                raise PermanentError(f"the repository has no branch {target_branch}") from error
-            case 66:
-                raise PermanentError("the repository is empty: it has no branch to start from") from error
-        raise explain(error, f"cannot check out {branch}") from error
+        raise _not_started(error, target_branch, branch, limits) from error
     base, known = _pair(start)
     return Workspace(path, branch, base, bundle, sandbox, remote, known, target_branch)
 
@@ -258,11 +243,35 @@ async def open_workspace(
 async def _clone(sandbox: Sandbox, remote: Remote, path: str) -> None:
     name, mail = AUTHOR  # for the agent's own commits
     settings = ("--config", f"user.name={name}", "--config", f"user.email={mail}")
+    limits = remote.limits
+    arguments = (remote.transports, remote.resolved, remote.url, str(limits.size // 512), *settings)
     try:
-        async with remote.credentials_in(sandbox, path):
-            await sandbox.run("clone", steps.GIT + steps.CLONE, remote.transports, remote.url, *settings)
+        async with _credentials_in(sandbox, remote, path):
+            await sandbox.run("clone", steps.GIT + steps.CLONE, *arguments, timeout=limits.seconds)
+    except StepTimeout as error:
+        setting = "OUTWAKE_CLONE_TIMEOUT"
+        raise PermanentError(f"the clone took over {limits.seconds:g} s ({setting})") from error
     except StepError as error:
+        if _TOO_LARGE.search(error.output):
+            raise _too_large(f"{limits.size} bytes (OUTWAKE_CLONE_BYTES)") from error
         raise explain(error, "cannot clone the repository") from error
+
+
+def _not_started(error: StepError, target_branch: str, branch: str, limits: Limits) -> SessionError:
+    match error.code:
+        case 65:
+            return PermanentError(f"the repository has no branch {target_branch}")
+        case 66:
+            return PermanentError("the repository is empty: it has no branch to start from")
+        case 67:
+            return _too_large(f"{limits.files} files (OUTWAKE_CLONE_FILES)")
+        case 68:
+            return _too_large(f"{limits.size} bytes (OUTWAKE_CLONE_BYTES)")
+    return explain(error, f"cannot check out {branch}")
+
+
+def _too_large(limit: str) -> PermanentError:
+    return PermanentError(f"the repository is too large: it has over {limit}")
 
 
 def _pair(output: str) -> tuple[str, str]:

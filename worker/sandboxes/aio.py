@@ -21,7 +21,7 @@ import httpx
 from outwake.telemetry import trace
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.sandboxes.ask import NoAnswer, ask
-from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError
+from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError, StepTimeout
 
 _ANSWER = 60.0  # seconds for an answer, beyond what a step may take
 _WAIT = 30  # seconds of one /v1/shell/wait
@@ -72,8 +72,8 @@ class AioSandbox:
 
         step: its name in errors. The arguments are quoted; the script must be our own text.
 
-        Raises StepError for an exit code other than 0, TransientError if the script did not end within
-        `timeout` seconds or the sandbox can't be reached, PermanentError if the sandbox refuses.
+        Raises StepError for an exit code other than 0, StepTimeout if the script did not end within `timeout`
+        seconds, TransientError if the sandbox can't be reached, PermanentError if it refuses.
         """
         # We choose the id, so that a step can be killed even if its answer never came.
         shell = f"outwake-{uuid4()}"
@@ -83,7 +83,7 @@ class AioSandbox:
                 data = await self._exec(step, shell, command, timeout)
         except TimeoutError:
             await self._kill(shell)
-            raise TransientError(f"{step}: not done within {timeout:g} seconds") from None
+            raise StepTimeout(f"{step}: not done within {timeout:g} seconds") from None
         except BaseException:
             await self._kill(shell)
             raise

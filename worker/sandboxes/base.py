@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID
 
+from outwake.worker.errors import TransientError
+
 STEP_TIMEOUT = 600.0
 _SAID_LINES = 4
 _SAID = 1000  # characters that an error's text quotes
@@ -38,6 +40,10 @@ class StepError(Exception):
         self.code = code
 
 
+class StepTimeout(TransientError):
+    """A shell step did not end in the time it had."""
+
+
 class Sandbox(Protocol):
     """A sandbox to which we are connected."""
 
@@ -47,8 +53,8 @@ class Sandbox(Protocol):
         The output includes what it prints as errors. step: its name in errors. script: our own text, run by
         `sh -eu`. It finds the place of our files in $OUTWAKE_HOME, or else uses `$HOME/outwake`.
 
-        Raises StepError for an exit code other than 0, TransientError if the script did not end within
-        `timeout` seconds or the sandbox can't be reached, PermanentError if the sandbox refuses.
+        Raises StepError for an exit code other than 0, StepTimeout if the script did not end within `timeout`
+        seconds, TransientError if the sandbox can't be reached, PermanentError if it refuses.
         """
 
     async def write(self, path: str, content: bytes) -> None:

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from outwake.worker.errors import TransientError
 from outwake.worker.process.guarded import Guarded
-from outwake.worker.sandboxes.base import STEP_TIMEOUT, Item, Request, StepError
+from outwake.worker.sandboxes.base import STEP_TIMEOUT, Item, Request, StepError, StepTimeout
 from outwake.worker.sandboxes.places import attempt_directory, own_directory, remove_dead
 
 OUTPUT = 16 * 2**20  # bytes that a step may print
@@ -46,7 +46,7 @@ class DirectorySandbox:
                     raise TransientError(f"{step}: printed more than {OUTPUT >> 20} MiB")
             ended = await process.wait()
         if ended.cause == "timeout":
-            raise TransientError(f"{step}: not done within {timeout:g} seconds")
+            raise StepTimeout(f"{step}: not done within {timeout:g} seconds")
         if ended.cause != "exited":
             raise TransientError(f"{step}: was ended from outside")
         text = output.decode(errors="replace").replace("\0", "\ufffd").rstrip("\n")
