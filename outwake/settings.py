@@ -5,98 +5,22 @@ message repeats it.
 """
 
 import logging
-import os
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from outwake._environment import Environment, given, is_secret, variable
 from outwake.errors import ConfigurationError
 from outwake.schema import SCHEMA, check_name
 from outwake.session.callback import parse_networks, parse_secrets
 from outwake.session.names import check_topics
 from outwake.url import check_url, libpq_url
 
-_OURS = "OUTWAKE_"
-_OWN_FIRST = ("DATABASE_URL", "LISTEN_DATABASE_URL")
-"""Names that an application may use for a database of its own: OUTWAKE_ before the name wins."""
-
-_LARGEST_FILE = 64 * 1024
 _LONGEST = 100 * 365 * 86400.0
-
-
-def _variable(name: str) -> str:
-    return _OURS + name.upper()
-
-
-def variables(field: FieldInfo) -> tuple[str, ...]:
-    """The variables from which a setting is read; the first that is set counts. A secret may use a _FILE."""
-    name = field.alias or ""
-    return (_OURS + name, name) if name in _OWN_FIRST else (name,)
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Whether a setting may be given by file, and must never be repeated."""
-    return not field.repr
-
-
-class _Environment(PydanticBaseSettingsSource):
-    """The environment, and the files that it names."""
-
-    def __call__(self) -> dict[str, Any]:
-        found = {}
-        for field in self.settings_cls.model_fields.values():
-            if (given := _given(field)) is not None:
-                found[field.alias or ""] = given[1]
-        return found
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Part of the interface; only pydantic-settings' own sources use it."""
-        raise NotImplementedError
-
-
-def _given(field: FieldInfo) -> tuple[str, str] | None:
-    """The variable that gives a setting, and its value. An empty secret counts as not set."""
-    for name in variables(field):
-        text = os.environ.get(name)
-        if not is_secret(field):
-            return None if text is None else (name, text)
-        file = f"{name}_FILE"
-        path = os.environ.get(file)
-        if text and path:
-            raise ConfigurationError(f"{name}: {file} is set too: set one of the two")
-        if text:
-            return name, text
-        if path:
-            return file, _content(file, path)
-    return None
-
-
-@lru_cache
-def _content(variable: str, path: str) -> str:
-    """The content of a file without one newline at its end. Read once, because each job loads the settings.
-
-    Raises ConfigurationError, which repeats neither content nor path: the path may be a secret by mistake.
-    """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_LARGEST_FILE + 1)
-        if len(raw) > _LARGEST_FILE:
-            raise ConfigurationError(f"{variable}: the file is larger than 64 KiB")
-        text = raw.decode()
-    except OSError as error:
-        raise ConfigurationError(f"{variable}: cannot read the file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{variable}: the file is not UTF-8") from None
-    if not (text := re.sub(r"\r?\n\Z", "", text)):
-        raise ConfigurationError(f"{variable}: the file is empty")
-    return text
 
 
 def _checked_level(text: str) -> str:
@@ -149,7 +73,7 @@ class Settings(BaseSettings):
     """Everything that can be configured. Times are in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
-        alias_generator=_variable,
+        alias_generator=variable,
         populate_by_name=True,
         extra="ignore",
         frozen=True,
@@ -347,7 +271,7 @@ class Settings(BaseSettings):
         **_kwargs: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What a caller gives, then the environment."""
-        return init_settings, _Environment(settings_cls)
+        return init_settings, Environment(settings_cls)
 
     @property
     def listen_url(self) -> str:
@@ -395,14 +319,14 @@ def load() -> Settings:
 
 def has_database() -> bool:
     """Whether the environment names a database, valid or not."""
-    return _given(Settings.model_fields["database_url"]) is not None
+    return given(Settings.model_fields["database_url"]) is not None
 
 
 def _refused(alias: str, problem: str) -> ConfigurationError:
     """An error that names the variable that was set, and shows its value unless it is secret."""
     [field] = [field for field in Settings.model_fields.values() if field.alias == alias]
-    if (given := _given(field)) is None:
+    if (found := given(field)) is None:
         return ConfigurationError(f"{alias}: is not set")
-    name, value = given
+    name, value = found
     shown = "" if is_secret(field) else f", not {value!r}"
     return ConfigurationError(f"{name}: {problem.removeprefix('Value error, ')}{shown}")
