@@ -201,6 +201,37 @@ async def test_a_deadline_that_passes_ends_the_agent(start: Start, fifo: Fifo) -
         await fifo.gone()
 
 
+async def test_an_agent_is_gone_at_its_deadline_though_it_ignores_sigterm(start: Start, fifo: Fifo) -> None:
+    """The grace is over at the deadline, however long it is: another worker may run the row from then on."""
+    ended = {}
+    for cause in ("deadline", "stop", "signal", "exited"):
+        prompt = "spawn-grandchild raw:ready" if cause == "exited" else TREE
+        async with start(f"hold:{fifo.path} {prompt}", grace=1000, notice=0.5) as agent:
+            await until_ready(agent)
+            deadline = time.monotonic() + 1.0
+            agent.extend(deadline)
+            if cause == "stop":
+                agent.stop(1000)
+            elif cause == "signal":
+                os.kill(agent._process.pid, signal.SIGTERM)
+            ended[cause] = (await agent.wait()).cause
+            await fifo.gone()
+    assert ended == {cause: cause for cause in ended}
+
+
+async def test_notice_is_given_before_the_deadline(start: Start) -> None:
+    """An agent that heeds SIGTERM has its time to end in good order."""
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        "print('ready', flush=True); time.sleep(1000)"
+    )
+    async with start(python(code), grace=1000, notice=999) as agent:
+        await until_ready(agent)
+        agent.extend(time.monotonic() + 1000)
+        ended = await agent.wait()
+    assert (ended.code, ended.cause) == (7, "deadline")
+
+
 async def test_an_extended_deadline_lets_it_run(start: Start, tmp_path: Path) -> None:
     release = tmp_path / "release"
     os.mkfifo(release)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
-from outwake.errors import ConfigurationError
 from outwake._environment import is_secret, variables
+from outwake.errors import ConfigurationError
 from outwake.settings import Settings, has_database, load
 from outwake.url import check_url, libpq_url
 from tests.support.process import ROOT

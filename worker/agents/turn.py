@@ -23,6 +23,10 @@ from outwake.worker.secrets import Secrets
 _GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for an agent."""
 
+_NOTICE = 1 / 6
+"""Part of a lease that is left when an agent gets SIGTERM, so that it is gone when the lease ends. A renewal
+has failed twice by then."""
+
 log = get_logger(__name__)
 
 
@@ -50,6 +54,7 @@ async def run_agent(
             cwd=command.cwd,
             env=command.env,
             deadline=_until(job.lease),
+            notice=min(_GRACE, settings.lease * _NOTICE),
             grace=_GRACE,
             timeout=settings.agent_timeout,
         ) as agent,

@@ -75,6 +75,7 @@ class Guarded:
         cwd: Path,
         env: Mapping[str, str],
         deadline: float,
+        notice: float = 0.0,
         grace: float = 5.0,
         timeout: float | None = None,
     ) -> AsyncIterator[Self]:
@@ -82,15 +83,15 @@ class Guarded:
 
         env: added to an allow-list from our environment (PATH, HOME, LANG, TERM). Nothing else of our
             environment reaches the process.
-        deadline: when to end the process unless `extend` is called before, on `time.monotonic()`'s clock.
-        grace: seconds from SIGTERM to SIGKILL, unless `stop` gives another value. If the process must be
-            gone when a lease runs out, pass the lease's end minus the grace as deadline.
+        deadline: when the process must be gone unless `extend` is called before, on `time.monotonic()`'s
+            clock. notice: seconds before it at which SIGTERM comes.
+        grace: seconds from SIGTERM to SIGKILL, unless `stop` gives another value or the deadline comes first.
         timeout: seconds after which the process is ended, regardless of `extend`.
 
         Raises PermanentError if the command can't be run, TransientError if the system is short
         of processes, memory or files.
         """
-        process = await cls._spawn(argv, cwd, env, deadline, grace)
+        process = await cls._spawn(argv, cwd, env, (deadline, notice, grace))
         timer = process._loop.call_later(timeout, process._time_out, grace) if timeout else None
         try:
             await process._check_started(argv[0])
@@ -102,14 +103,14 @@ class Guarded:
 
     @classmethod
     async def _spawn(
-        cls, argv: Sequence[str], cwd: Path, env: Mapping[str, str], deadline: float, grace: float
+        cls, argv: Sequence[str], cwd: Path, env: Mapping[str, str], times: tuple[float, float, float]
     ) -> Self:
         ours, theirs = socket.socketpair()
         stdout, stdout_end = os.pipe()
         stderr, stderr_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(_GUARDIAN), repr(deadline), repr(grace)),
+                *(sys.executable, "-I", "-S", str(_GUARDIAN), *map(repr, times)),
                 *argv,
                 cwd=cwd,
                 env=environment(env),

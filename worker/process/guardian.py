@@ -1,25 +1,26 @@
 """The guardian: a small process that ends an agent when its worker can't.
 
-`worker/process/guarded.py` runs it as `python -I -S guardian.py DEADLINE GRACE COMMAND [ARGUMENT...]`, with
-one end of a socket pair as stdin. It imports only small modules so that it starts in milliseconds.
+`worker/process/guarded.py` runs it as `python -I -S guardian.py DEADLINE NOTICE GRACE COMMAND [ARGUMENT...]`,
+with one end of a socket pair as stdin. It imports only small modules so that it starts in milliseconds.
 
 The protocol:
 1. On Linux the guardian becomes a child subreaper: orphans of its tree become its children. So it still finds
    a grandchild that left the group and the session. It then starts the command in a session and process group
    of its own, with stdin from /dev/null, and reports `started PID` or `failed ERRNO`. If the guardian is
    killed, the kernel kills the command (Linux) and the worker kills the group.
-2. The worker may send `deadline T`: it holds its lease until T. T is absolute, on the monotonic clock that
-   all processes of a host share. So a message that is read late does not lengthen the lease.
+2. The worker may send `deadline T`: it holds its lease until T, and nothing of the tree may be alive then. T
+   is absolute, on the monotonic clock that all processes of a host share. So a message that is read late does
+   not lengthen the lease.
 3. The guardian ends the tree when the first of these happens, and reports that cause:
    - `exited`: the command ended; the processes it left behind are ended too.
    - `stop`: the worker sent `stop GRACE` (cancel, timeout, drain).
-   - `deadline`: the last T passed: the worker hangs, is stopped, or lost its lease.
+   - `deadline`: NOTICE seconds are left until the last T: the worker hangs, is stopped, or lost its lease.
    - `worker`: the socket closed: the worker died, possibly by SIGKILL. A process forked off the worker may
      hold the socket open; the deadline covers that case.
    - `signal`: somebody sent the guardian SIGTERM, SIGINT or SIGHUP.
-4. To end the tree, the guardian sends SIGTERM to all of it. After GRACE seconds it sends SIGKILL, and repeats
-   it until nothing is left, because a process may fork while it is counted. No later message lengthens the
-   grace. A new `stop` or the loss of the worker may shorten it.
+4. To end the tree, the guardian sends SIGTERM to all of it. After GRACE seconds, or at T if that comes first,
+   it sends SIGKILL, and repeats it until nothing is left, because a process may fork while it is counted. No
+   later message lengthens the grace. A new `stop` or the loss of the worker may shorten it.
 5. The guardian reports `ended CODE CAUSE LEFT` when no child is left. CODE is the command's exit status, or
    minus the signal that ended it. LEFT counts processes that outlived SIGKILL for 10 seconds, because they
    hang in the kernel or run as another user; it is 0 otherwise.
@@ -43,8 +44,9 @@ CONTROL, STDOUT = 0, 1
 
 
 class Guardian:
-    def __init__(self, deadline: float, grace: float) -> None:
+    def __init__(self, deadline: float, notice: float, grace: float) -> None:
         self.deadline = deadline
+        self.notice = notice
         self.grace = grace
         self.pid = 0
         self.code: int | None = None
@@ -92,7 +94,7 @@ class Guardian:
         now = time.monotonic()
         if self.code is not None:
             self.end("exited", self.grace)
-        if now >= self.deadline:
+        if now >= self.deadline - self.notice:
             self.end("deadline", self.grace)
         if now >= self.kill_at:
             if now >= self.give_up_at:
@@ -104,7 +106,7 @@ class Guardian:
 
     def pause(self) -> float | None:
         """Milliseconds until something is due; None without a deadline."""
-        due = self.deadline if self.cause is None else self.kill_at
+        due = self.deadline - self.notice if self.cause is None else self.kill_at
         if due == math.inf:
             return None
         return math.ceil(min(max(due - time.monotonic(), 0), 86_400) * 1000)
@@ -135,7 +137,8 @@ class Guardian:
             self.kill(signal.SIGCONT)  # a stopped process takes no SIGTERM
         if cause in ("exited", "deadline"):  # both stay true, so only the first time counts
             grace = grace if self.kill_at == math.inf else math.inf
-        self.kill_at = min(self.kill_at, time.monotonic() + grace)
+        now = time.monotonic()
+        self.kill_at = min(self.kill_at, now + grace, max(self.deadline, now))
 
     def reap(self) -> bool:
         """Reap dead children, including adopted orphans; return whether any child is left."""
@@ -232,4 +235,4 @@ if __name__ == "__main__":
     # Some event loops leave copies of our socket and pipes open, which would hide that the others closed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    Guardian(float(sys.argv[1]), float(sys.argv[2])).run(sys.argv[3:])
+    Guardian(*map(float, sys.argv[1:4])).run(sys.argv[4:])
