@@ -28,13 +28,9 @@ from typing import Any
 import psycopg
 
 from outwake.connect import abort, deadline
-from outwake.lean import without
 from outwake.schema import in_schema
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
-
-with without("rich", "click"):  # for its own command line: memory that a worker saves
-    import httpx
 
 log = get_logger(__name__)
 
@@ -161,6 +157,8 @@ class StuckWatch:
             "detail": detail,
             "text": text,  # what chat programs show
         }
+        import httpx  # here: an idle worker saves its memory
+
         try:
             async with httpx.AsyncClient(timeout=_WEBHOOK_TIMEOUT) as client:
                 answer = await client.post(self._webhook, json=body)

@@ -15,8 +15,7 @@ import json
 import re
 import time
 from datetime import timedelta
-
-import httpx
+from typing import TYPE_CHECKING
 
 from outwake.errors import Permanent, Retry
 from outwake.handler import Handler, Job
@@ -25,7 +24,11 @@ from outwake.session.callback import CallbackError, parse_networks, parse_secret
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
 from outwake.worker.handlers.backoff import backoff
-from outwake.worker.handlers.transport import CallbackTransport, Resolve
+
+if TYPE_CHECKING:  # at run time where they are used: an idle worker saves httpx's memory
+    import httpx
+
+    from outwake.worker.handlers.transport import Resolve
 
 TOPIC = "webhook.deliver"
 
@@ -40,6 +43,8 @@ log = get_logger(__name__)
 
 async def deliver(job: Job) -> None:
     """Try once. Raises Permanent or Retry."""
+    import httpx
+
     settings = load()
     payload = job.payload
     pause = backoff(FIRST_PAUSE, LAST_PAUSE, job.row.failures)
@@ -64,12 +69,16 @@ async def post(
     body: bytes,
     traceparent: str | None,
     settings: Settings,
-    resolve: Resolve | None = None,
+    resolve: "Resolve | None" = None,
 ) -> tuple[int, timedelta]:
     """Send the message once; return the status and the value of Retry-After.
 
     Raises CallbackError, httpx.HTTPError, TimeoutError, Retry if no secret is set.
     """
+    import httpx
+
+    from outwake.worker.handlers.transport import CallbackTransport
+
     if settings.webhook_secret is None:
         raise Retry("this worker has no OUTWAKE_WEBHOOK_SECRET")
     keys = parse_secrets(settings.webhook_secret.get_secret_value())
@@ -99,7 +108,7 @@ def sign(keys: list[bytes], message_id: str, at: int, body: bytes) -> str:
     return " ".join(f"v1,{base64.b64encode(signature).decode()}" for signature in made)
 
 
-def _retry_after(response: httpx.Response) -> timedelta:
+def _retry_after(response: "httpx.Response") -> timedelta:
     """Retry-After in seconds. Its other form, a date, is rare and is ignored."""
     given = response.headers.get("retry-after", "")
     seconds = int(given) if re.fullmatch(r"[0-9]{1,9}", given) else 0

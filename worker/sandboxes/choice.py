@@ -4,7 +4,6 @@ from pathlib import Path
 
 from outwake.settings import Settings
 from outwake.worker.errors import TransientError
-from outwake.worker.sandboxes.allocator import AllocatorProvider
 from outwake.worker.sandboxes.base import Item, SandboxProvider
 from outwake.worker.sandboxes.directory import DirectoryProvider
 
@@ -31,7 +30,9 @@ def _of_kind(kind: str, settings: Settings) -> SandboxProvider:
     match kind:
         case DirectoryProvider.kind:
             return DirectoryProvider(Path(settings.workspace_root))
-        case AllocatorProvider.kind:
+        case "allocator":
+            from outwake.worker.sandboxes.allocator import AllocatorProvider  # here: an idle worker saves httpx
+
             if settings.ip_allocator_url is None:
                 raise TransientError("the sandbox is an allocator's, and IP_ALLOCATOR_URL is not set here")
             return AllocatorProvider(settings.ip_allocator_url, settings.borrow_wait, settings.sandbox_keep)
