@@ -13,8 +13,12 @@
 --     expensive that it would be compiled each time.
 --   * A statement that knows the id compares state as (state || ''). That keeps the planner from the partial indexes of
 --     running rows, which hold a dead entry for each row that finished since the last vacuum.
---   * A join by id is written as a range, which can be neither hashed nor merged. Rows that were found by another index
---     are ordered by id + 0, which no index gives.
+--   * A join by id is written as a range (>= and <=). It can be neither hashed nor merged. Nor is it turned around: with an
+--     equality, a plan of an empty table reads outbox in full and looks for each row among the given ids
+--     (test_empty_plans.py).
+--   * Rows that were found by another index are ordered by id + 0, which no index gives.
+--   * Where the first row of an ordering_key is asked for, the key is written as a range (>= and <=). With an equality
+--     the planner may read the table by id until it meets the key; with a range only outbox_key has the order.
 -- docs/profile.md has the figures.
 
 
@@ -45,6 +49,31 @@ END
 $$;
 COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
     'The row of a worker that has not ended, locked if it is to write. For the claim.';
+
+
+-- The priorities that the claimable rows of a topic have, the highest first, by one descent of outbox_claimable each. It
+-- has no SET, so that the planner makes it part of the query that calls it.
+CREATE OR REPLACE FUNCTION outbox_priorities(topic_name text) RETURNS TABLE (priority smallint)
+LANGUAGE sql STABLE ROWS 2
+BEGIN ATOMIC
+    WITH RECURSIVE level AS (
+        SELECT (
+            SELECT o.priority FROM :schema.outbox AS o
+            WHERE o.topic = topic_name AND o.state = 'ready' AND NOT o.blocked
+            ORDER BY o.priority DESC LIMIT 1
+        ) AS priority
+        UNION ALL
+        SELECT (
+            SELECT o.priority FROM :schema.outbox AS o
+            WHERE o.topic = topic_name AND o.state = 'ready' AND NOT o.blocked AND o.priority < v.priority
+            ORDER BY o.priority DESC LIMIT 1
+        )
+        FROM level AS v
+        WHERE v.priority IS NOT NULL
+    )
+    SELECT v.priority FROM level AS v WHERE v.priority IS NOT NULL;
+END;
+COMMENT ON FUNCTION outbox_priorities(text) IS 'The priorities that the claimable rows of a topic have. For the claim.';
 
 
 -- A worker's cycle: ends what was completed and claims the next rows, in one commit and one round trip. Rows of the
@@ -93,18 +122,14 @@ BEGIN
 
     moment := clock_timestamp();
     RETURN QUERY
-    WITH RECURSIVE
-    -- The priorities that each topic has, by one index descent each. With topic and priority fixed, the due rows are one
-    -- range of outbox_claimable, and neither delayed rows nor those of other topics are read.
+    WITH
+    -- With topic and priority fixed, the due rows are one range of outbox_claimable, and neither delayed rows nor those of
+    -- other topics are read.
     level AS (
         SELECT
             t.name,
             t.turn,
-            CASE WHEN t.since IS NULL THEN (
-                SELECT o.priority FROM outbox AS o
-                WHERE o.topic = t.name AND o.state = 'ready' AND NOT o.blocked
-                ORDER BY o.priority DESC LIMIT 1
-            ) ELSE t.priority END AS priority,
+            p.priority,
             CASE WHEN l.max_running IS NULL THEN slots
                  ELSE outbox_topic_room(t.name, l.max_running) END AS room,
             l.max_running IS NOT NULL AS limited,
@@ -115,25 +140,17 @@ BEGIN
         FROM unnest(topics, priorities, since, since_ids, alone)
             WITH ORDINALITY AS t (name, priority, since, since_id, alone, turn)
         LEFT JOIN topic AS l ON l.name = t.name
-        UNION ALL
-        SELECT
-            v.name,
-            v.turn,
-            (
-                SELECT o.priority FROM outbox AS o
-                WHERE o.topic = v.name AND o.state = 'ready' AND NOT o.blocked
-                  AND o.priority < v.priority
-                ORDER BY o.priority DESC LIMIT 1
-            ),
-            v.room, v.limited, v.timeout, v.since, v.since_id, v.alone
-        FROM level AS v
-        WHERE v.priority IS NOT NULL AND v.since IS NULL
+        CROSS JOIN LATERAL (
+            SELECT t.priority WHERE t.since IS NOT NULL
+            UNION ALL
+            SELECT q.priority FROM outbox_priorities(t.name) AS q WHERE t.since IS NULL
+        ) AS p
     ),
     -- MATERIALIZED, and pulled row by row through the LIMIT, so that no more than slots rows are locked.
     due AS MATERIALIZED (
         SELECT d.id, d.ordering_key, v.name, v.room, v.limited, v.timeout
         FROM (
-            SELECT * FROM level WHERE priority IS NOT NULL AND room > 0 ORDER BY priority DESC, turn
+            SELECT * FROM level WHERE room > 0 ORDER BY priority DESC, turn
         ) AS v
         CROSS JOIN LATERAL (
             SELECT o.id, o.ordering_key
@@ -142,7 +159,7 @@ BEGIN
               AND o.state = 'ready' AND NOT o.blocked
               AND (o.available_at, o.id) >= (coalesce(v.since, '-infinity'), coalesce(v.since_id, 0))
               AND (o.available_at, o.id)
-                  <= (CASE WHEN v.alone THEN v.since ELSE moment END,
+                  <= (CASE WHEN v.alone THEN least(v.since, moment) ELSE moment END,
                       CASE WHEN v.alone THEN v.since_id ELSE 9223372036854775807 END)
             ORDER BY o.available_at, o.id
             LIMIT v.room

@@ -32,7 +32,6 @@ BEGIN
     SET blocked = false
     WHERE blocked
       AND id = (
-          -- The key as a range, so that only outbox_key has this order: see outbox_take_key.
           SELECT o.id FROM outbox AS o
           WHERE o.ordering_key >= OLD.ordering_key AND o.ordering_key <= OLD.ordering_key
             AND o.state IN ('ready', 'running')
@@ -58,9 +57,7 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(:lock_key, hashtext(key)) THEN
         RETURN false;
     END IF;
-    -- Each asks an index for one row. One EXISTS with "a lower id, or running" would read the whole queue of a key. The
-    -- key is given as a range, so that only outbox_key has the order: with an equality the planner may read the table by
-    -- id until it meets the key.
+    -- Each asks an index for one row. One EXISTS with "a lower id, or running" would read the whole queue of a key.
     IF (
         SELECT o.id FROM outbox AS o
         WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')

@@ -21,40 +21,20 @@ DECLARE
 BEGIN
     server_time := clock_timestamp();
 
-    WITH RECURSIVE level AS (
-        SELECT
-            t.name,
-            (
-                SELECT o.priority FROM outbox AS o
-                WHERE o.topic = t.name AND o.state = 'ready' AND NOT o.blocked
-                ORDER BY o.priority DESC LIMIT 1
-            ) AS priority
-        FROM unnest(topics) AS t (name)
-        LEFT JOIN topic AS l ON l.name = t.name
-        -- Where a limit leaves no room, nothing is due. The end that makes room notifies.
-        WHERE l.max_running IS NULL OR l.max_running > (
-            SELECT count(*) FROM outbox AS o WHERE o.topic = t.name AND o.state = 'running' AND o.limited
-        )
-        UNION ALL
-        SELECT
-            v.name,
-            (
-                SELECT o.priority FROM outbox AS o
-                WHERE o.topic = v.name AND o.state = 'ready' AND NOT o.blocked
-                  AND o.priority < v.priority
-                ORDER BY o.priority DESC LIMIT 1
-            )
-        FROM level AS v
-        WHERE v.priority IS NOT NULL
-    )
     SELECT min(d.available_at) INTO first_row
-    FROM level AS v
+    FROM unnest(topics) AS t (name)
+    LEFT JOIN topic AS l ON l.name = t.name
+    CROSS JOIN LATERAL outbox_priorities(t.name) AS p
     CROSS JOIN LATERAL (
         SELECT o.available_at FROM outbox AS o
-        WHERE o.topic = v.name AND o.priority = v.priority AND o.state = 'ready' AND NOT o.blocked
+        WHERE o.topic = t.name AND o.priority = p.priority AND o.state = 'ready' AND NOT o.blocked
         ORDER BY o.available_at, o.id
         LIMIT 1
-    ) AS d;
+    ) AS d
+    -- Where a limit leaves no room, nothing is due. The end that makes room notifies.
+    WHERE l.max_running IS NULL OR l.max_running > (
+        SELECT count(*) FROM outbox AS o WHERE o.topic = t.name AND o.state = 'running' AND o.limited
+    );
 
     SELECT min(greatest(
         w.lease_until,
