@@ -66,6 +66,8 @@ class Event:
     worker_id: str | None
     limited: bool
     started: float | None
+    due: float = 0.0
+    """When it may run: available_at."""
 
     def sees(self, other: "Event") -> bool:
         """Whether the other was committed before this, or is of the same transaction."""
@@ -233,6 +235,14 @@ def starts(record: Record) -> Iterator[str]:
         if token in seen:
             yield f"attempt {token} ran twice"
         seen.add(token)
+
+
+def early(record: Record) -> Iterator[str]:
+    """No row is claimed before its time, by the database's clock."""
+    for (row_id, attempt), run in record.runs.items():
+        started = run.claim.started
+        if started is not None and started < run.claim.due:
+            yield f"attempt {row_id, attempt} was claimed {run.claim.due - started:.3f} s before its time"
 
 
 _TRANSITIONS = {
@@ -540,8 +550,8 @@ def _calm(begin: float, end: float, troubles: list[tuple[float, float]]) -> floa
 
 
 CHECKS: list[Check] = [
-    promises, starts, chains, exclusion, order, limits, fencing, effects, sandboxes, messages, all_ended,
-    leases, overlaps, lateness,
+    promises, starts, early, chains, exclusion, order, limits, fencing, effects, sandboxes, messages,
+    all_ended, leases, overlaps, lateness,
 ]  # fmt: skip
 
 

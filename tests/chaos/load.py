@@ -9,7 +9,7 @@ from tests.chaos.check import Effect, Event, Life, Message, Prompt, Record, Row,
 
 _EVENTS = """
 SELECT seq, at, xid, snapshot, app, row_id, topic, key, old_state AS old, new_state AS new, attempt,
-       failures, errors, error, worker_id::text, limited, started
+       failures, errors, error, worker_id::text, limited, started, due
 FROM chaos_event ORDER BY seq
 """
 _MESSAGES = """

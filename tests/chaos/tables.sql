@@ -21,7 +21,8 @@ CREATE TABLE chaos_event (
     error     text,
     worker_id uuid,
     limited   boolean NOT NULL,
-    started   double precision
+    started   double precision,
+    due       double precision
 );
 
 CREATE TABLE chaos_life (
@@ -66,13 +67,14 @@ DECLARE
     r outbox := CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END;
 BEGIN
     INSERT INTO chaos_event
-        (row_id, topic, key, old_state, new_state, attempt, failures, errors, error, worker_id, limited, started)
+        (row_id, topic, key, old_state, new_state, attempt, failures, errors, error, worker_id, limited, started,
+         due)
     VALUES (
         r.id, r.topic, r.ordering_key,
         CASE WHEN TG_OP <> 'INSERT' THEN OLD.state END, CASE WHEN TG_OP <> 'DELETE' THEN NEW.state END,
         r.attempt, r.failures, jsonb_array_length(r.errors), r.errors -> -1 ->> 'error',
         CASE WHEN TG_OP <> 'INSERT' AND OLD.state = 'running' THEN OLD.worker_id ELSE r.worker_id END,
-        r.limited, extract(epoch FROM r.started_at));
+        r.limited, extract(epoch FROM r.started_at), extract(epoch FROM r.available_at));
     RETURN NULL;
 END
 $$;

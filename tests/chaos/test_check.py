@@ -412,6 +412,12 @@ def prompt_does_not_follow(s: Story) -> None:
     s.record.prompts[0] = Prompt("p", "running", {"messages": 2})
 
 
+@bad("early")
+def claimed_before_its_time(s: Story) -> None:
+    s.insert(10, due=s.time + 60)
+    s.run(10)
+
+
 @bad("leases")
 def worker_is_ended_before_its_lease(s: Story) -> None:
     s.record.lives.append(Life(at=10, worker_id=A, lease_until=10.5, reason="its lease ran out"))

@@ -22,6 +22,7 @@ from tests.support.steps import (
     get,
     new_worker,
     one,
+    take_out,
     until,
     waits,
     with_and_without,
@@ -82,6 +83,30 @@ async def test_a_scan_that_begins_later_reads_none_of_what_is_over(
         assert await get(psql, row) == "running"
     assert "outbox_claimable" in plans.indexes()
     assert (plans.buffers() < FEW_BUFFERS) == (rule == "kept"), plans.buffers()
+
+
+@with_and_without
+@pytest.mark.parametrize("alone", [True, False])
+async def test_nothing_is_claimed_before_its_time(rule: Rule, alone: bool, connect: Connect) -> None:
+    """Wherever a claim is told to begin, and also if it is told of that row alone.
+
+    Taken out: the clock as a bound. Then what a background scan saw runs early.
+    """
+    psql = await connect()
+    worker = await new_worker(psql)
+    if rule == "taken out":
+        clock = "CASE WHEN v.alone THEN least(v.since, moment) ELSE moment END"
+        await take_out(psql, "outbox_complete_and_claim", clock, "'infinity'")
+    due = await one(psql, "SELECT now() + interval '1 hour'")
+    row = await add(psql, available_at=due)
+    _, priority, at, _ = await end_of(psql, row)
+    places: list[list[list[Any]]] = [[[priority], [at], [row], [alone]]]
+    if not alone:
+        places += [[[priority], [OLD], [0], [False]], [None, None, None, None]]  # type: ignore[list-item]
+    for place in places:
+        await psql.execute(CLAIM.encode(), (worker, *place))
+    await psql.execute("SELECT * FROM outbox_claim_row(%s, %s, '1 min')", (worker, row))
+    assert await get(psql, row) == ("ready" if rule == "kept" else "running")
 
 
 async def test_a_background_scan_reads_each_entry_once(connect: Connect) -> None:

@@ -107,6 +107,12 @@ def test_the_next_scans_go_to_each_row_that_it_brought_once_then_to_the_cursors(
     assert cursors.background_is_due(1000)
 
 
+def test_no_scan_goes_to_a_row_that_is_not_due_yet() -> None:
+    cursors = far(row(50))
+    cursors.background_saw(dict(cursors.places), [seen(3, due_in=3600), seen(4)], began=2, ended=4)
+    assert cursors.next_scan(TOPICS, 10, 4).lanes == [lane(4, alone=True), lane(50)]
+
+
 def test_what_was_passed_since_the_background_scan_was_sent_is_not_missed() -> None:
     cursors = far(row(50))
     known = dict(cursors.places)

@@ -159,7 +159,7 @@ class Cursors:
             lane, place = (row.topic, row.priority), (row.available_at, row.id)
             if lane not in known:
                 self._reached(lane, place)
-            elif place < known[lane]:
+            elif place < known[lane] and row.due_in <= 0:  # else a later scan brings it, when it is due
                 self.missed.append(Lane(*lane, *place, alone=True))
         if len(self.missed) >= CARRIES:
             self.background_at = ended
