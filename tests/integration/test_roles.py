@@ -33,7 +33,9 @@ from tests.support.worker_env import WorkerEnv
 
 TRACE = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 ROLES = ("producer", "worker", "monitor", "reader", "operator")
-RESERVED = ("webhook.deliver", "sandbox.return", "session.run", "outbox.prune")
+RESERVED = (
+    "webhook.deliver", "sandbox.return", "session.run", "outbox.prune", "pull_request.open", "session.other",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -173,7 +175,9 @@ async def test_outwakes_own_topics_cannot_be_granted(producer: Connection, conne
     [
         ("ordering_key", "session:01a20d6f-b9ed-7cd7-aa73-2da96ebd401b"),
         ("ordering_key", "webhook:01a20d6f-b9ed-7cd7-aa73-2da96ebd401b"),
+        ("ordering_key", "pull_request:1"),
         ("unique_key", "outbox.prune"),
+        ("unique_key", "session.other"),
     ],
 )
 async def test_a_producer_holds_up_no_session_and_no_housekeeping(
@@ -183,6 +187,22 @@ async def test_a_producer_holds_up_no_session_and_no_housekeeping(
     statement = f"INSERT INTO outwake.outbox (topic, {column}) VALUES ('a', %s)"
     await refused(producer, statement, key, match="row-level security")
     await refused(producer, f"SELECT outwake.enqueue('a', {column} => %s)", key, match="row-level security")
+
+
+async def test_a_producers_payload_is_bounded(producer: Connection) -> None:
+    """To 1 MiB as jsonb holds it, before it is compressed; also when it replaces one."""
+    large, unique = "jsonb_build_object('n', repeat('x', 1048576))", "unique_key => 'u'"
+    await producer.execute(f"SELECT outwake.enqueue('a', '{{}}', {unique})".encode())
+    for statement in (
+        f"INSERT INTO outwake.outbox (topic, payload) VALUES ('a', {large})",
+        f"SELECT outwake.enqueue('a', {large})",
+        f"SELECT outwake.enqueue('a', {large}, {unique}, on_duplicate => 'replace')",
+    ):
+        await refused(producer, statement, match="row-level security")
+    await producer.execute(
+        "SELECT outwake.enqueue('a', jsonb_build_object('n', repeat('x', 1000000)), unique_key => 'u',"
+        " on_duplicate => 'replace')"
+    )
 
 
 async def test_a_producer_sets_its_columns_alone(producer: Connection, connect: Connect) -> None:
@@ -260,7 +280,7 @@ async def test_a_producer_may_nothing_else(producer: Connection, connect: Connec
     owner = await connect()
     assert await rights(owner, "outwake_producer") == {"outbox": set()}  # columns: above
     assert await functions(owner, "outwake_producer") == {
-        *("enqueue", "unique_key_holder", "producer_topics", "producer_refused"),
+        *("enqueue", "unique_key_holder", "producer_topics", "producer_refused", "producer_writes"),
     }
     await refused(producer, "SELECT * FROM outwake.worker")
     await refused(producer, "SELECT * FROM outwake.session")
@@ -678,9 +698,30 @@ CROSS JOIN aclexplode(c.attacl) AS a
 WHERE a.grantee = 0 AND c.attrelid IN (
     SELECT oid FROM pg_class WHERE relnamespace = 'outwake'::regnamespace)
 UNION ALL
+SELECT 'type ' || t.oid::regtype FROM pg_type AS t
+CROSS JOIN aclexplode(coalesce(t.typacl, acldefault('T', t.typowner))) AS a
+WHERE t.typnamespace = 'outwake'::regnamespace AND a.grantee = 0
+  AND t.typcategory <> 'A' -- an array has the rights of its elements
+UNION ALL
 SELECT 'schema' FROM pg_namespace AS n CROSS JOIN aclexplode(n.nspacl) AS a
 WHERE n.nspname = 'outwake' AND a.grantee = 0
 """
+
+LOOSE = """
+SELECT oid::regprocedure::text FROM pg_proc
+WHERE pronamespace = 'outwake'::regnamespace
+  AND NOT coalesce('search_path=outwake, pg_temp' = ANY (proconfig), false)
+  AND prosqlbody IS NULL
+"""
+
+WITH_THE_OWNERS_RIGHTS = {
+    # They read what their caller may not, and tell one thing of it.
+    "producer_topics", "unique_key_holder", "sql_reader_user", "outbox_ready",
+    # They tell sleepers and streams, whom their caller does not see.
+    "outbox_notify", "outbox_wake", "outbox_all_awake", "session_watched", "session_notify",
+    # What an operator may do to a row.
+    "outbox_cancel", "outbox_retry", "outbox_discard",
+}  # fmt: skip
 
 
 async def test_public_may_nothing(roles: Roles, connect: Connect) -> None:
@@ -689,8 +730,20 @@ async def test_public_may_nothing(roles: Roles, connect: Connect) -> None:
     assert await column(owner, OPEN_TO_PUBLIC) == []
     await owner.execute("CREATE FUNCTION outwake.fresh() RETURNS integer LANGUAGE sql AS 'SELECT 1'")
     await owner.execute("CREATE TABLE outwake.fresh_table (); GRANT SELECT ON outwake.fresh_table TO PUBLIC")
-    assert await column(owner, OPEN_TO_PUBLIC) == ["function fresh()", "relation fresh_table"]
+    await owner.execute("CREATE VIEW outwake.fresh_view AS SELECT 1; CREATE SEQUENCE outwake.fresh_sequence")
+    await owner.execute("GRANT SELECT ON outwake.fresh_view, outwake.fresh_sequence TO PUBLIC")
+    await owner.execute(
+        "CREATE DOMAIN outwake.fresh_domain AS text; CREATE TYPE outwake.fresh_type AS (a text)"
+    )
+    assert set(await column(owner, OPEN_TO_PUBLIC)) == {
+        "function fresh()", "relation fresh_table", "relation fresh_view", "relation fresh_sequence",
+        "type fresh_table", "type fresh_view", "type fresh_domain", "type fresh_type",
+    }  # fmt: skip
     await owner.execute("SELECT grant_roles()")
+    assert await column(owner, OPEN_TO_PUBLIC) == []
+    await owner.execute(
+        "CREATE OR REPLACE FUNCTION outwake.fresh() RETURNS integer LANGUAGE sql AS 'SELECT 2'"
+    )
     assert await column(owner, OPEN_TO_PUBLIC) == []
 
     nobody = roles.login().name
@@ -699,20 +752,72 @@ async def test_public_may_nothing(roles: Roles, connect: Connect) -> None:
     assert not await one(owner, "SELECT has_schema_privilege(%s, 'outwake', 'USAGE, CREATE')", nobody)
 
 
-async def test_every_definer_function_has_a_search_path(connect: Connect) -> None:
-    """With the owner's rights it must find nothing of others: its own schema first, temporary objects last.
-    outbox_inserted, which each insert calls, writes every name with its schema instead.
+async def test_default_privileges_open_nothing_to_public(empty_database: str, connect: Connect) -> None:
+    """What an administrator lets PUBLIC do to new objects ends at our schema."""
+    owner = await connect(empty_database)
+    for what in ("ALL ON TABLES", "ALL ON SEQUENCES", "ALL ON FUNCTIONS", "ALL ON TYPES", "USAGE ON SCHEMAS"):
+        await owner.execute(f"ALTER DEFAULT PRIVILEGES GRANT {what} TO PUBLIC".encode())
+    await migrate(empty_database)
+    assert await column(owner, OPEN_TO_PUBLIC) == []
+
+
+async def test_every_function_has_a_search_path(connect: Connect) -> None:
+    """It finds nothing of others: its own schema first, temporary objects last; or its body was parsed when
+    it was made. outbox_inserted, which each insert calls, writes every name with its schema instead.
     """
-    loose = await column(
-        await connect(),
-        """
-        SELECT oid::regprocedure::text FROM pg_proc
-        WHERE pronamespace = 'outwake'::regnamespace AND prosecdef
-          AND NOT coalesce('search_path=outwake, pg_temp' = ANY (proconfig), false)
-          AND proname <> 'outbox_inserted'
-        """,
+    owner = await connect()
+    assert await column(owner, LOOSE) == ["outbox_inserted()"]
+
+
+async def test_the_owners_rights_are_those_of_triggers_and_of_a_few(connect: Connect) -> None:
+    owner = await connect()
+    query = """
+        SELECT proname FROM pg_proc WHERE pronamespace = 'outwake'::regnamespace AND prosecdef
+        AND prorettype <> 'trigger'::regtype
+    """
+    assert set(await column(owner, query)) == WITH_THE_OWNERS_RIGHTS
+
+
+@pytest.mark.parametrize("group", [None, *(f"outwake_{name}" for name in ROLES)])
+async def test_no_role_hangs_our_triggers_on_a_table_of_its_own(
+    group: str | None, roles: Roles, connect: Connect
+) -> None:
+    """The function of a trigger runs with the owner's rights, and so would the casts of a role's own types
+    in it, which it finds by the type.
+    """
+    owner = await connect()
+    conn = await connect(roles.login(*([group] if group else [])).url)
+    names = await column(
+        owner,
+        "SELECT proname FROM pg_proc WHERE pronamespace = 'outwake'::regnamespace"
+        " AND prorettype = 'trigger'::regtype",
     )
-    assert loose == []
+    assert len(names) == 12
+    await conn.execute("CREATE TEMP TABLE mine (id integer)")
+    for name in names:
+        statement = f"CREATE TRIGGER t AFTER UPDATE ON mine FOR EACH ROW EXECUTE FUNCTION outwake.{name}()"
+        await refused(
+            conn, statement, match=rf"permission denied for (function (outwake\.)?{name}|schema outwake)"
+        )
+
+
+@pytest.mark.parametrize("group", [f"outwake_{name}" for name in ROLES])
+async def test_no_role_makes_casts_and_operators_for_our_types(
+    group: str, roles: Roles, connect: Connect
+) -> None:
+    owner = await connect()
+    conn = await connect(roles.login(group).url)
+    types = await column(
+        owner,
+        "SELECT typname FROM pg_type WHERE typnamespace = 'outwake'::regnamespace AND typcategory <> 'A'",
+    )
+    assert {"topic_name", "outbox", "outbox_claimed"} <= set(types)
+    for name in types:
+        statement = (
+            f"CREATE FUNCTION pg_temp.f(outwake.{name}) RETURNS boolean LANGUAGE plpgsql"
+            " AS 'BEGIN RETURN true; END'"
+        )
+        await refused(conn, statement, match=f"permission denied for type {name}")
 
 
 async def rights(owner: Connection, role: str) -> dict[str, set[str]]:

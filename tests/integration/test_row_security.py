@@ -110,6 +110,67 @@ async def test_a_bound_reader_cannot_set_itself_free(people: People, connect: Co
     assert await column(own, "SELECT user_id FROM session") == ["bob"]
 
 
+async def test_a_bound_reader_stays_bound_in_every_role_that_it_may_set(
+    people: People, roles: Roles, connect: Connect
+) -> None:
+    """Also in that of another bound reader, whose member it is, and if it only inherits from a bound one."""
+    alices = roles.login("outwake_reader")
+    await people.conn.execute("INSERT INTO sql_reader VALUES (%s, 'alice')", (alices.name,))
+    await people.conn.execute(f"GRANT {alices.name} TO {people.bound.name}".encode())
+    heir, heir_of_two = roles.login(people.bound.name), roles.login(people.bound.name, people.reader.name)
+    pool = roles.login("outwake_reader")
+    for name in (alices.name, people.bound.name):
+        await people.conn.execute(f"GRANT {name} TO {pool.name} WITH INHERIT FALSE".encode())
+    own = await connect(people.bound.url)
+    for role in (people.bound.name, alices.name, "outwake_reader"):
+        assert await counts(own, role, "alice") == [1] * 6
+        assert await column(own, "SELECT user_id FROM session") == ["bob"]
+    for url in (heir.url, heir_of_two.url):
+        conn = await connect(url)
+        for role in ("none", people.bound.name, "outwake_reader"):
+            if role == "none":
+                await conn.execute("SET outwake.user_id = 'alice'")
+            else:
+                assert sum(await counts(conn, role, "alice")) in (0, 6)
+            assert await column(conn, "SELECT user_id FROM session") in ([], ["bob"])
+    conn = await connect(pool.url)
+    assert await counts(conn, alices.name) == [1] * 6
+    assert await column(conn, "SELECT user_id FROM session") == ["alice"]
+    assert await counts(conn, people.bound.name) == [1] * 6
+    assert await column(conn, "SELECT user_id FROM session") == ["bob"]
+
+
+async def test_whose_user_another_role_is_bound_to_is_not_told(people: People, connect: Connect) -> None:
+    own = await connect(people.reader.url)
+    query = "SELECT outwake.sql_reader_user(%s)"
+    assert await one(own, query, people.bound.name) is None
+    assert await one(await connect(people.bound.url), query, people.bound.name) == "bob"
+
+
+async def test_neither_session_authorization_nor_temporary_objects_free_a_reader(
+    people: People, connect: Connect
+) -> None:
+    own = await connect(people.bound.url)
+    with pytest.raises(pg.InsufficientPrivilege):
+        await own.execute("SET SESSION AUTHORIZATION postgres")
+    await own.execute("SET row_security = off")
+    with pytest.raises(pg.InsufficientPrivilege, match="row-level security"):
+        await own.execute("SELECT count(*) FROM session")
+    await own.execute("SET row_security = on")
+    await own.execute("SET search_path = pg_temp, outwake, public")
+    await own.execute("CREATE TEMP TABLE sql_reader (role_name name, user_id text)")
+    await own.execute("INSERT INTO sql_reader VALUES (current_user, 'alice')")
+    await own.execute(
+        "CREATE FUNCTION pg_temp.sees(text) RETURNS boolean LANGUAGE plpgsql COST 0.0001 AS"
+        " $$ BEGIN RAISE WARNING 'saw %', $1; RETURN true; END $$"
+    )
+    said: list[str] = []
+    own.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+    query = "SELECT user_id FROM outwake.session WHERE pg_temp.sees(user_id::text)"
+    assert await column(own, query) == ["bob"]
+    assert said == ["saw bob"]
+
+
 async def test_operators_see_all(people: People) -> None:
     for role in (people.operator.name, "outwake_operator"):
         assert await counts(people.conn, role) == [2, 2, 2, 3, 2, 2]

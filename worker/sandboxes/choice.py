@@ -31,7 +31,9 @@ def _of_kind(kind: str, settings: Settings) -> SandboxProvider:
         case DirectoryProvider.kind:
             return DirectoryProvider(Path(settings.workspace_root))
         case "allocator":
-            from outwake.worker.sandboxes.allocator import AllocatorProvider  # here: an idle worker saves httpx
+            from outwake.worker.sandboxes.allocator import (
+                AllocatorProvider,
+            )  # here: an idle worker saves httpx
 
             if settings.ip_allocator_url is None:
                 raise TransientError("the sandbox is an allocator's, and IP_ALLOCATOR_URL is not set here")

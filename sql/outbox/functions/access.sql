@@ -88,15 +88,26 @@ AS $$
 DECLARE
     -- The subquery is evaluated once a statement, not once a row.
     may_enqueue CONSTANT text := 'topic::text = ANY ((SELECT :schema.producer_topics(current_user))::text[])';
+    -- Nor keys of sessions and of housekeeping, which a row with such a key would hold up.
+    as_producer CONSTANT text :=
+        ' AND :schema.producer_writes(ordering_key::text, unique_key::text, pg_column_size(payload))';
+    name text;
 BEGIN
     REVOKE ALL ON SCHEMA :schema FROM PUBLIC;
     REVOKE ALL ON ALL TABLES IN SCHEMA :schema FROM PUBLIC;
     REVOKE ALL ON ALL SEQUENCES IN SCHEMA :schema FROM PUBLIC;
     REVOKE ALL ON ALL ROUTINES IN SCHEMA :schema FROM PUBLIC;
+    -- With a right to a type, a role makes casts and operators for it, which a query of ours might find.
+    FOR name IN
+        SELECT oid::regtype::text FROM pg_type WHERE typnamespace = ':schema'::regnamespace AND typcategory <> 'A'
+    LOOP
+        EXECUTE format('REVOKE ALL ON TYPE %s FROM PUBLIC', name);
+    END LOOP;
 
     IF outbox_role(':schema_producer') THEN
         GRANT USAGE ON SCHEMA :schema TO :schema_producer;
-        GRANT EXECUTE ON FUNCTION enqueue, unique_key_holder, producer_topics, producer_refused TO :schema_producer;
+        GRANT EXECUTE ON FUNCTION enqueue, unique_key_holder, producer_topics, producer_refused, producer_writes
+            TO :schema_producer;
         GRANT INSERT (topic, payload, ordering_key, priority, available_at, max_attempts, unique_key, traceparent)
             ON outbox TO :schema_producer;
         -- RETURNING id and ON CONFLICT read these.
@@ -105,19 +116,26 @@ BEGIN
         GRANT UPDATE (payload, priority, available_at, traceparent) ON outbox TO :schema_producer;
         PERFORM outbox_policy('producer_inserts', 'outbox', ':schema_producer', 'INSERT', NULL,
             'CASE WHEN ' || may_enqueue || ' THEN true ELSE :schema.producer_refused(current_user, topic::text) END'
-            -- Nor keys of sessions and of housekeeping, which a row with such a key would hold up.
-            || ' AND coalesce(ordering_key::text !~ ''^(session|webhook):'', true)'
-            || ' AND unique_key::text IS DISTINCT FROM ''outbox.prune''');
+            || as_producer);
         PERFORM outbox_policy('producer_sees', 'outbox', ':schema_producer', 'SELECT', may_enqueue);
         PERFORM outbox_policy('producer_replaces', 'outbox', ':schema_producer', 'UPDATE',
-            'unique_key IS NOT NULL AND state = ''ready'' AND ' || may_enqueue);
+            'unique_key IS NOT NULL AND state = ''ready'' AND ' || may_enqueue,
+            'unique_key IS NOT NULL AND state = ''ready'' AND ' || may_enqueue || as_producer);
     END IF;
 
     IF outbox_role(':schema_worker') THEN
         GRANT USAGE ON SCHEMA :schema TO :schema_worker;
         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :schema TO :schema_worker;
-        REVOKE EXECUTE ON FUNCTION producer_topics, producer_refused, outbox_role, outbox_policy, outbox_grant_roles,
-            grant_roles FROM :schema_worker;
+        REVOKE EXECUTE ON FUNCTION producer_topics, producer_refused, producer_writes, outbox_role, outbox_policy,
+            outbox_grant_roles, grant_roles FROM :schema_worker;
+        -- A role that may call a trigger's function may hang it on a table of its own, with casts of its own that the
+        -- function then runs with the owner's rights. A trigger that is there asks for no such right.
+        FOR name IN
+            SELECT oid::regprocedure::text FROM pg_proc
+            WHERE pronamespace = ':schema'::regnamespace AND prorettype = 'trigger'::regtype
+        LOOP
+            EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM :schema_worker', name);
+        END LOOP;
         GRANT SELECT, INSERT, UPDATE, DELETE ON outbox, worker, outbox_alert TO :schema_worker;
         GRANT SELECT ON topic, migration, worker_present, outbox_front, outbox_depth, worker_status, worker_running,
             outbox_waiting, outbox_writer, outbox_hourly TO :schema_worker;

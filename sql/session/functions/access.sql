@@ -5,16 +5,41 @@
 -- Nobody but the owner reads api_token and sql_reader.
 
 
--- The role is an argument: inside a SECURITY DEFINER function current_user is the definer. Who has logged in stays bound
--- after SET ROLE :schema_reader.
+-- The role is an argument: inside a SECURITY DEFINER function current_user is the definer. The first of these decides:
+-- 1. The role that logged in is bound: it stays bound whatever role it sets.
+-- 2. The role that it has set is bound.
+-- 3. One of the two inherits from bound roles: it is bound as they are, and sees nothing if they are bound to several.
+-- 4. Nobody is bound: the setting.
+-- Another role's user is told to nobody.
 CREATE OR REPLACE FUNCTION sql_reader_user(reader name) RETURNS text
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = :schema, pg_temp
 AS $$
-    SELECT coalesce(
-        (SELECT r.user_id FROM sql_reader AS r WHERE r.role_name = reader),
-        (SELECT r.user_id FROM sql_reader AS r WHERE r.role_name = session_user),
-        nullif(current_setting(':schema.user_id', true), ''))
+DECLARE
+    bound text[];
+BEGIN
+    IF NOT pg_has_role(session_user, reader, 'MEMBER') THEN
+        RETURN NULL;
+    END IF;
+    FOR place IN 1..2 LOOP
+        bound := ARRAY(
+            SELECT r.user_id FROM sql_reader AS r
+            WHERE r.role_name = CASE place WHEN 1 THEN session_user ELSE reader END);
+        IF bound <> '{}' THEN
+            RETURN bound[1];
+        END IF;
+    END LOOP;
+    bound := ARRAY(
+        SELECT DISTINCT r.user_id FROM sql_reader AS r
+        CROSS JOIN pg_roles AS o
+        WHERE o.rolname IN (session_user, reader)
+          AND NOT o.rolsuper -- which inherits from all roles there are
+          AND pg_has_role(o.oid, to_regrole(quote_ident(r.role_name)), 'USAGE'));
+    IF bound <> '{}' THEN
+        RETURN CASE WHEN cardinality(bound) = 1 THEN bound[1] END;
+    END IF;
+    RETURN nullif(current_setting(':schema.user_id', true), '');
+END
 $$;
 COMMENT ON FUNCTION sql_reader_user(name) IS 'Whose sessions this database role sees.';
 
