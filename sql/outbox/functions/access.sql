@@ -162,8 +162,8 @@ BEGIN
             outbox_depth, worker_status, worker_running, outbox_waiting, outbox_writer, outbox_hourly
             TO :schema_operator;
         GRANT INSERT, UPDATE, DELETE ON topic TO :schema_operator;
-        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_history, outbox_last_error,
-            outbox_session_id, outbox_cancel, outbox_retry, outbox_discard, outbox_wake TO :schema_operator;
+        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_history, outbox_error_read,
+            outbox_last_error, outbox_session_id, outbox_cancel, outbox_retry, outbox_discard, outbox_wake TO :schema_operator;
         PERFORM outbox_policy('operator_sees', 'outbox', ':schema_operator', 'SELECT', 'true');
     END IF;
 END

@@ -181,7 +181,7 @@ BEGIN
     )
     UPDATE outbox AS o
     SET state = 'running',
-        attempt = o.attempt + 1,
+        attempt = least(o.attempt, 2147483646) + 1, -- a row typed by hand may have any
         worker_id = turner,
         started_at = moment,
         limited = a.limited
@@ -246,7 +246,7 @@ BEGIN
     END IF;
     RETURN QUERY
     UPDATE outbox AS o
-    SET state = 'running', attempt = o.attempt + 1, worker_id = claimer, started_at = moment, limited = false
+    SET state = 'running', attempt = least(o.attempt, 2147483646) + 1, worker_id = claimer, started_at = moment, limited = false
     WHERE o.id = row_id
     RETURNING o.id, o.topic::text, o.ordering_key::text, o.payload, o.attempt, o.failures, o.max_attempts::integer,
         o.traceparent::text, NULL::interval, moment - o.available_at, o.priority, o.available_at::timestamptz;

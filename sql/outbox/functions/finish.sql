@@ -45,14 +45,17 @@ COMMENT ON FUNCTION outbox_fence(uuid, bigint, integer) IS
 CREATE OR REPLACE FUNCTION outbox_backoff(failures integer) RETURNS interval
 LANGUAGE sql VOLATILE
 -- Exponential with full jitter: 0 to 1 s, 2 s, 4 s, … capped at an hour.
-RETURN random() * least(interval '1 hour', interval '1 second' * 2 ^ least(failures - 1, 20));
+RETURN random() * least(interval '1 hour', interval '1 second' * 2 ^ (least(greatest(failures, 1), 21) - 1));
 COMMENT ON FUNCTION outbox_backoff(integer) IS 'How long to wait after so many failures.';
 
 
 CREATE OR REPLACE FUNCTION outbox_error(row_errors jsonb, row_attempt integer, error text, worker uuid) RETURNS jsonb
 LANGUAGE sql STABLE
--- The last hundred errors, each bounded: a row that fails for ever must not grow for ever.
-RETURN CASE WHEN jsonb_array_length(row_errors) < 100 THEN row_errors ELSE row_errors - 0 END
+-- The last hundred errors, each bounded: a row that fails for ever must not grow for ever. What is no list, in a row
+-- that was typed by hand, is no error of ours.
+RETURN CASE WHEN jsonb_typeof(row_errors) <> 'array' THEN '[]'
+            WHEN jsonb_array_length(row_errors) < 100 THEN row_errors
+            ELSE row_errors - 0 END
     || jsonb_build_object(
         'attempt', row_attempt, 'at', clock_timestamp(), 'error', left(error, 4000), 'worker_id', worker);
 COMMENT ON FUNCTION outbox_error(jsonb, integer, text, uuid) IS
@@ -75,15 +78,15 @@ AS $$
     UPDATE outbox AS o
     SET state = CASE
             WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
-            WHEN permanent OR o.failures + 1 >= o.max_attempts THEN 'dead'
+            WHEN permanent OR o.failures >= o.max_attempts - 1 THEN 'dead'
             ELSE 'ready'
         END,
         finished_at = CASE
-            WHEN o.cancel_requested_at IS NOT NULL OR permanent OR o.failures + 1 >= o.max_attempts
+            WHEN o.cancel_requested_at IS NOT NULL OR permanent OR o.failures >= o.max_attempts - 1
             THEN clock_timestamp()
         END,
-        failures = o.failures + 1,
-        available_at = clock_timestamp() + coalesce(delay, outbox_backoff(o.failures + 1)),
+        failures = least(o.failures, 2147483646) + 1,
+        available_at = clock_timestamp() + coalesce(delay, outbox_backoff(least(o.failures, 2147483646) + 1)),
         errors = outbox_error(o.errors, o.attempt, error, failer)
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = failer AND o.state || '' = 'running'
     RETURNING o.state

@@ -58,6 +58,25 @@ COMMENT ON COLUMN outbox_hourly.run_p95 IS 'The same for 95 of 100.';
 COMMENT ON COLUMN outbox_hourly.run_p99 IS 'The same for 99 of 100.';
 
 
+-- One of outbox.errors. What is not as outbox_error writes it, in a row that was typed by hand, is null here.
+CREATE OR REPLACE FUNCTION outbox_error_read(
+    element jsonb, OUT at timestamptz, OUT attempt integer, OUT worker_id uuid, OUT error text
+)
+LANGUAGE plpgsql STABLE
+SET search_path = :schema, pg_temp
+AS $$
+BEGIN
+    error := coalesce(element ->> 'error', element::text);
+    attempt := element ->> 'attempt';
+    worker_id := element ->> 'worker_id';
+    at := element ->> 'at';
+EXCEPTION
+    WHEN data_exception THEN NULL;
+END
+$$;
+COMMENT ON FUNCTION outbox_error_read(jsonb) IS 'The fields of one of a row''s errors; null where it has none.';
+
+
 CREATE OR REPLACE FUNCTION outbox_history(row_id bigint)
 RETURNS TABLE (at timestamptz, event text, attempt integer, worker text, detail text)
 LANGUAGE sql STABLE
@@ -70,9 +89,9 @@ AS $$
         SELECT o.created_at, 1, 'created', NULL::integer, NULL::uuid,
                concat_ws(', ', o.topic, 'key ' || o.ordering_key, 'unique_key ' || o.unique_key)
         UNION ALL
-        SELECT (e ->> 'at')::timestamptz, 3, 'failed', (e ->> 'attempt')::integer,
-               (e ->> 'worker_id')::uuid, e ->> 'error'
-        FROM jsonb_array_elements(o.errors) AS e
+        SELECT e.at, 3, 'failed', e.attempt, e.worker_id, e.error
+        FROM jsonb_array_elements(CASE jsonb_typeof(o.errors) WHEN 'array' THEN o.errors ELSE '[]' END) AS l
+        CROSS JOIN LATERAL outbox_error_read(l) AS e
         UNION ALL
         SELECT o.started_at, 2, 'started', o.attempt, o.worker_id, NULL
         WHERE o.started_at IS NOT NULL

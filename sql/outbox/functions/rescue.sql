@@ -49,13 +49,13 @@ BEGIN
     UPDATE outbox AS o
     SET state = CASE
             WHEN o.cancel_requested_at IS NOT NULL THEN 'cancelled'
-            WHEN o.failures + 1 >= o.max_attempts THEN 'dead'
+            WHEN o.failures >= o.max_attempts - 1 THEN 'dead'
             ELSE 'ready'
         END,
         finished_at = CASE
-            WHEN o.cancel_requested_at IS NOT NULL OR o.failures + 1 >= o.max_attempts THEN clock_timestamp()
+            WHEN o.cancel_requested_at IS NOT NULL OR o.failures >= o.max_attempts - 1 THEN clock_timestamp()
         END,
-        failures = o.failures + 1,
+        failures = least(o.failures, 2147483646) + 1,
         -- The first time at once. A row that kills one worker after the other backs off.
         available_at = CASE
             WHEN o.failures = 0 THEN o.available_at
