@@ -14,6 +14,7 @@ from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
 from outwake.handler import Handler, Job, Run
 from outwake.telemetry import trace
 from outwake.telemetry.log import debugging, get_logger, log_context
+from outwake.worker.engine.payload import UnreadablePayload
 
 log = get_logger(__name__)
 
@@ -115,7 +116,8 @@ class Attempt:
     def _log_fields(self) -> dict[str, object]:
         row = self.job.row
         fields: dict[str, object] = {"outbox_id": row.id, "attempt": row.attempt, "topic": row.topic}
-        if isinstance(session := row.payload.get("session_id"), str):
+        payload: object = row.payload  # any JSON, in a row that was typed by hand
+        if isinstance(payload, dict) and isinstance(session := payload.get("session_id"), str):
             fields["session_id"] = session
         return fields
 
@@ -123,6 +125,8 @@ class Attempt:
         if debugging():
             log.debug("started")
         handler, job = self._handler, self.job
+        if isinstance(job.row.payload, UnreadablePayload):
+            raise Permanent(job.row.payload.reason)
         running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
         assert running is not None
         timeout = job.row.timeout or handler.timeout

@@ -13,7 +13,6 @@ from uuid import UUID
 import psycopg
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
-from pydantic_core import from_json
 
 from outwake._claim import reconnect, register
 from outwake._migrate import Fit, check_schema
@@ -38,6 +37,7 @@ from outwake.worker.engine.metrics import STATS, Snapshot
 from outwake.worker.engine.observer import WorkerObserver
 from outwake.worker.engine.parking import Parking, Stage
 from outwake.worker.engine.parts import Link, Parts
+from outwake.worker.engine.payload import read_payload
 from outwake.worker.engine.probe import Probe
 from outwake.worker.engine.running import Running
 from outwake.worker.engine.timers import Timers
@@ -173,7 +173,7 @@ class Worker:
                 settings.database_url, "outwake worker", self._lease_time, pooled=settings.pooled
             )
             stack.push_async_callback(control.close)
-            set_json_loads(from_json, control)  # faster than json.loads
+            set_json_loads(read_payload, control)
             with deadline(control, settings.lease):
                 cycle = await self._introduce(control, listener)
                 stack.push_async_callback(cycle.claimer.close)
