@@ -11,6 +11,7 @@ import pytest
 
 from outwake import Cancelled, Job
 from tests.conftest import Connect
+from tests.support.roles import roles_of
 from tests.support.sleepers import end_listener
 from tests.support.steps import (
     Rule,
@@ -76,6 +77,27 @@ async def test_row_that_runs_is_stopped_when_the_worker_hears_of_it(
         else:
             await worker.hears_nothing_more(psql)
             assert await get(psql, row) == "running"
+
+
+async def test_a_cancel_that_only_a_notification_tells_of_stops_nobody(
+    connect: Connect, database: str
+) -> None:
+    """Any role may NOTIFY. 1. W runs a row. 2. X, who may connect and no more, notifies of a cancel. 3. W
+    asks the table, and the handler runs on, in its first attempt.
+    """
+    psql = await connect()
+    with roles_of(database) as roles:
+        stranger = await connect(roles.login().url)
+        async with watched(database, run=hang) as worker:
+            row = await add(psql)
+            await worker.has_run(row)
+            for payload in (str(row), f"{row} ", "-1", "9" * 30, "x" * 7000, ""):
+                await stranger.execute("SELECT pg_notify('outwake_cancel', %s)", (payload,))
+                await worker.hears_nothing_more(psql)
+            assert await one(psql, "SELECT (state::text, attempt)::text FROM outbox") == "(running,1)"
+            assert worker.ran == [row]
+            await psql.execute(CANCEL, (row,))
+            await until(psql, ENDED, row)
 
 
 @with_and_without

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Container
 
 from outwake.telemetry.log import get_logger
-from outwake.worker.engine.attempt import Stop
 from outwake.worker.engine.backup import Standby
 from outwake.worker.engine.listen import CANCEL, PROBE, WAKE
 from outwake.worker.engine.parking import Parking, Stage
@@ -105,8 +104,9 @@ class Inbox:
             self._wakes.event.set()  # for the timer
 
     def _cancel(self, row_id: int) -> None:
-        if (attempt := self._running.attempts.get(row_id)) is not None:
-            attempt.stop(Stop.CANCEL)
+        # Any role may NOTIFY anything. So a renewal asks the table, before a handler is stopped.
+        if row_id in self._running.attempts:
+            self._renew()
 
     def _not_understood(self, channel: str, payload: str) -> None:
         if channel not in self._puzzling:
@@ -115,8 +115,11 @@ class Inbox:
         if channel == WAKE:
             self._scan(Reason.NOTIFIED)
         elif channel == CANCEL:
-            self._wakes.renewal = True
-            self._wakes.event.set()
+            self._renew()
+
+    def _renew(self) -> None:
+        self._wakes.renewal = True
+        self._wakes.event.set()
 
 
 def _single(text: str) -> tuple[int, int | None, int]:

@@ -39,7 +39,7 @@ class Wakes:
         self.singles: list[int] = []
         """Single rows that this worker is to claim by their ids."""
         self.renewal = False
-        """Set when a cancel was not understood: the renewal learns from the table which row it is for."""
+        """Set when a cancel was heard: a renewal learns from the table whether there is one, of which row."""
         self.asked_at = -math.inf
         """When the last scan began. A scan that a background scan caused does not count: each would cause
         another background scan."""
