@@ -29,7 +29,6 @@ LOCKS = {
     "migrate": 4,  # a migration
     "watch": 5,  # a process that streams sessions
     "sleepers": 6,  # the sequence outbox_sleepers
-    "user": 7,  # a user's sessions, counted
 }
 """The purpose of a lock; the number is the last digit of the advisory lock's first integer."""
 

@@ -20,7 +20,7 @@ from outwake import sql as our_sql
 from outwake._migrate import check_schema, plan, print_sql
 from outwake.connect import connect as connect_as_we_do
 from outwake.schema import SCHEMA
-from outwake.sql import LINES, File, Line, files
+from outwake.sql import LINES, File, Line, files, newest
 from tests.conftest import Connect
 from tests.support.api import serving
 from tests.support.frozen import frozen
@@ -65,8 +65,16 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Release:
     return become
 
 
-def numbered(text: str, number: int = 2, line: Line = "outbox") -> File:
+NEWEST: dict[Line, int] = {line: newest(line) for line in LINES}
+
+
+def numbered(text: str, ahead: int = 1, line: Line = "outbox") -> File:
+    """The next file of a line, or one after that."""
+    number = NEWEST[line] + ahead
     return File(line, number, f"{line}/{number:04}_next", text)
+
+
+NEXT = numbered("").name
 
 
 @pytest.mark.parametrize("starters", [2, 20])
@@ -149,7 +157,7 @@ import asyncio, sys
 from outwake import migrate
 from outwake import sql
 from outwake.sql import File, files
-slow = File("outbox", 2, "outbox/0002_next", "CREATE TABLE half (); SELECT pg_sleep(600)")
+slow = File("outbox", 9, "outbox/0009_next", "CREATE TABLE half (); SELECT pg_sleep(600)")
 sql.files = lambda line: (*files(line), slow) if line == "outbox" else files(line)
 asyncio.run(migrate(sys.argv[1]))
 """
@@ -174,7 +182,7 @@ async def test_a_migrate_that_is_killed_leaves_the_database_between_two_files(
     assert sorted(await column(conn, LEDGER)) == sorted(NAMES)
     assert await one(conn, "SELECT to_regclass('half')") is None
     release(numbered(f"{GOES_ON}CREATE TABLE whole ();"))
-    assert await migrate(database) == ["outbox/0002_next"]
+    assert await migrate(database) == [NEXT]
     assert await one(conn, "SELECT to_regclass('whole')") is not None
 
 
@@ -206,16 +214,16 @@ async def test_older_code_goes_on_beside_a_newer_schema_unless_it_must_stop(
     conn = await connect()
     release(numbered(f"{GOES_ON}ALTER TABLE outbox ADD COLUMN more text;"), version="1.1.0")
     assert await check_schema(conn, LINES) == "older"
-    assert await migrate(database) == ["outbox/0002_next"]
+    assert await migrate(database) == [NEXT]
     assert await check_schema(conn, LINES) == "current"
     release()
     assert await check_schema(conn, LINES) == "newer"
     assert await migrate(database) == []
-    release(numbered(f"{MUST_STOP}ALTER TABLE outbox DROP COLUMN more;", 3), version="2.0.0")
-    assert await migrate(database) == ["outbox/0003_next"]
+    release(numbered(f"{MUST_STOP}ALTER TABLE outbox DROP COLUMN more;", 2), version="2.0.0")
+    assert await migrate(database) == [numbered("", 2).name]
     release()
     for check in (migrate(database), check_schema(conn, LINES), print_sql(database)):
-        with pytest.raises(SchemaError, match=r"outbox/0003_next, of version 2\.0\.0.* upgrade outwake"):
+        with pytest.raises(SchemaError, match=r"outbox/0\d+_next, of version 2\.0\.0.* upgrade outwake"):
             await check
 
 
@@ -225,8 +233,9 @@ async def test_newer_code_goes_on_beside_the_schema_of_the_version_before_and_no
     conn = await connect()
     release(numbered("-- more"), version="1.1.0", oldest=1)
     assert await check_schema(conn, LINES) == "older"
-    release(numbered("-- more"), numbered("-- and more", 3), version="1.2.0", oldest=2)
-    with pytest.raises(SchemaError, match="are at 1, this code needs 2: run `outwake migrate`"):
+    release(numbered("-- more"), numbered("-- and more", 2), version="1.2.0", oldest=NEWEST["outbox"] + 1)
+    said = f"are at {NEWEST['outbox']}, this code needs {NEWEST['outbox'] + 1}: run `outwake migrate`"
+    with pytest.raises(SchemaError, match=said):
         await check_schema(conn, LINES)
 
 

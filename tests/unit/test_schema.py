@@ -90,7 +90,6 @@ def test_the_numbers_of_the_default_stay() -> None:
         "migrate": 855844740,
         "watch": 855844741,
         "sleepers": 855844742,
-        "user": 855844743,
     }
 
 

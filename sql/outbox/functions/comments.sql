@@ -44,3 +44,5 @@ COMMENT ON COLUMN outbox_alert.reported IS 'When the last alert was given, by a 
 COMMENT ON TABLE producer_topic IS 'What a member of :schema_producer may enqueue: INSERT INTO :schema.producer_topic VALUES (''shop'', ''email.send'').';
 COMMENT ON COLUMN producer_topic.role_name IS 'A database role, or one that it is a member of.';
 COMMENT ON COLUMN producer_topic.topic IS 'A topic that it may enqueue.';
+COMMENT ON FUNCTION producer_writes(text, text, integer) IS
+    'Whether a producer may write these keys and a payload of this size.';

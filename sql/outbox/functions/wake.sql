@@ -14,7 +14,7 @@
 --   :lock_presence  session level, on the LISTEN connection; second integer: worker.presence
 --   :lock_key  an ordering_key        :lock_topic  a topic's limit        :lock_migrate  whoever migrates
 --   :lock_watch  who streams sessions (session/functions/events.sql)
---   :lock_sleepers  the sequence outbox_sleepers        :lock_user  a user's sessions, counted
+--   :lock_sleepers  the sequence outbox_sleepers
 
 
 -- VOLATILE, so that in READ COMMITTED each look has a snapshot of its own, taken after the caller's write.

@@ -66,3 +66,5 @@ COMMENT ON COLUMN api_token.last_used_at IS 'When it was last used, to a minute;
 COMMENT ON TABLE sql_reader IS 'Binds a database role that is a member of outwake_reader to a user.';
 COMMENT ON COLUMN sql_reader.role_name IS 'The role.';
 COMMENT ON COLUMN sql_reader.user_id IS 'Whose sessions it sees, whatever it sets.';
+COMMENT ON TABLE session_admission IS 'Rows that are locked while a user''s sessions are counted; the slot is a hash of the user.';
+COMMENT ON COLUMN session_admission.slot IS 'Of hashtext(user_id), the last ten bits.';

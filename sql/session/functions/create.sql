@@ -48,19 +48,18 @@ COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API 
 
 
 -- Counts under a lock of the user's, in a statement of its own, so that of two sessions at the same time the second sees
--- the first. Without a limit there is no lock.
+-- the first. The lock is a row of ours, which a few users share, because any role may take an advisory lock. Without a
+-- limit there is no lock.
 CREATE OR REPLACE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
-DECLARE
-    locked text;
 BEGIN
     IF most_sessions IS NULL THEN
         RETURN true;
     END IF;
-    locked := pg_advisory_xact_lock(:lock_user, hashtext(of_user)); -- PERFORM would be a query, and slower
+    PERFORM FROM session_admission AS a WHERE a.slot = (hashtext(of_user) & 1023) FOR NO KEY UPDATE;
     RETURN (
         SELECT count(*) < most_sessions FROM session AS s
         WHERE s.user_id = of_user AND (s.inbox_status IN ('active', 'pending')) IS TRUE);
