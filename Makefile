@@ -84,11 +84,20 @@ freeze: .venv/.complete ## Add new numbered files of sql/ to sql/frozen.txt
 .PHONY: oidc
 oidc: .state/oidc/.installed ## Install oidc-provider below .state, for its tests
 
-# What the tests of the Claude Code CLI and of OpenID Connect need; without npm they skip and say so.
+# node-postgres, for the example of docs/producers.md.
+.state/pg/.installed: docs/examples/node_shop/package-lock.json
+	@mkdir -p .state/pg && cp docs/examples/node_shop/package.json docs/examples/node_shop/package-lock.json .state/pg
+	@npm ci --prefix .state/pg --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: pg
+pg: .state/pg/.installed ## Install node-postgres below .state, for its tests
+
+# What the tests of the Claude Code CLI, of OpenID Connect and of node-postgres need; without npm they skip and say so.
 .PHONY: node-tools
 node-tools:
-	@{ command -v npm >/dev/null && $(MAKE) claude oidc; } || \
-	echo 'make: without npm the tests of the Claude Code CLI and with oidc-provider are skipped' >&2
+	@{ command -v npm >/dev/null && $(MAKE) claude oidc pg; } || \
+	echo 'make: without npm the tests of the Claude Code CLI, with oidc-provider and with node-postgres are skipped' >&2
 
 .PHONY: unit
 unit: .venv/.complete ## Run the unit tests: seconds
@@ -110,6 +119,10 @@ endif
 .PHONY: wheel-test
 wheel-test: .venv/.complete ## Build the wheel and try it beside an application with packages of the same names
 	@$(BIN)/python -m tests.wheel
+
+.PHONY: adopt-test
+adopt-test: .venv/.complete ## Enqueue with each library, and run the examples, in fresh environments: docs/producers.md
+	@$(BIN)/python -m tests.adopt
 
 .PHONY: test-browser
 test-browser: .venv/.complete chromium ## Run the tests of the dashboard in a headless Chromium

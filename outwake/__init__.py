@@ -1,8 +1,23 @@
 """A transactional outbox on Postgres: enqueue in your transaction, claim with a lease, complete fenced."""
 
+from outwake._enqueue import enqueue, enqueue_many
+from outwake.errors import (
+    Cancelled,
+    ConfigurationError,
+    Duplicate,
+    Fenced,
+    HandBack,
+    Outcome,
+    OutwakeError,
+    Permanent,
+    Retry,
+    SchemaError,
+    WorkerEnded,
+)
+
 try:
     import psycopg as _psycopg  # noqa: F401
-except ImportError as error:  # it finds no libpq. The commands say so in one line.
+except ImportError as error:  # It finds no libpq. enqueue works by other drivers; the commands say so.
     _no_libpq = error
 
     def __getattr__(name: str) -> None:
@@ -22,21 +37,7 @@ else:
         register,
         renew,
     )
-    from outwake._enqueue import enqueue, enqueue_many
     from outwake._migrate import migrate
-    from outwake.errors import (
-        Cancelled,
-        ConfigurationError,
-        Duplicate,
-        Fenced,
-        HandBack,
-        Outcome,
-        OutwakeError,
-        Permanent,
-        Retry,
-        SchemaError,
-        WorkerEnded,
-    )
     from outwake.handler import Handler, Job
 
 __all__ = [

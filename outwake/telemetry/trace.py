@@ -12,6 +12,7 @@ not break a trace.
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -86,6 +87,18 @@ def current() -> str | None:
     return _current.get()
 
 
+def active() -> str | None:
+    """The traceparent of the application's own span of OpenTelemetry, or else of ours.
+
+    Nothing is imported: an application that has a span has loaded OpenTelemetry.
+    """
+    if (api := sys.modules.get("opentelemetry.trace")) is not None:
+        found = api.get_current_span().get_span_context()
+        if found.is_valid:
+            return _written(found)
+    return _current.get()
+
+
 def headers() -> dict[str, str]:
     """The headers that make an outgoing HTTP request part of this trace."""
     here = _current.get()
@@ -157,8 +170,7 @@ def span(
         record_exception=False,
         set_status_on_exception=False,
     ) as opened:
-        found = opened.get_span_context()
-        here = f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
+        here = _written(opened.get_span_context())
         made = Span(here, opened)
         with _inside(here):
             try:
@@ -168,6 +180,11 @@ def span(
             except Exception as error:
                 made.fail(type(error).__name__)
                 raise
+
+
+def _written(place: Any) -> str:
+    """A SpanContext of OpenTelemetry as traceparent."""
+    return f"00-{place.trace_id:032x}-{place.span_id:016x}-{place.trace_flags:02x}"
 
 
 @contextmanager

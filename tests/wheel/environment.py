@@ -19,6 +19,9 @@ EXTRAS = "worker,api,otel,relay"
 
 _BUILD = ["hatchling", "editables"]  # what building needs, also an editable install
 
+_APPLICATIONS = ["alembic", "asyncpg", "django", "fastapi", "psycopg2-binary", "sqlalchemy[asyncio]"]
+"""What the applications of `make adopt-test` have."""
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -31,7 +34,9 @@ def fill_house() -> None:
         return
     shutil.rmtree(HOUSE, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--constraint", "constraints.txt"]
-    _checked([*command, "--wheel-dir", str(HOUSE), f".[{EXTRAS}]", *_BUILD], ROOT, dict(os.environ))
+    _checked(
+        [*command, "--wheel-dir", str(HOUSE), f".[{EXTRAS}]", *_BUILD, *_APPLICATIONS], ROOT, dict(os.environ)
+    )
     for ours in HOUSE.glob("outwake-*"):
         ours.unlink()
     stamp.touch()
@@ -58,7 +63,7 @@ class Environment:
 
     def _pip(self, command: str, *arguments: str | Path) -> None:
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), command, "--quiet"]
-        _checked([*pip, *map(str, arguments)], self._elsewhere, _environment({}))
+        _checked([*pip, *map(str, arguments)], self._elsewhere, clean_environment({}))
 
     def distributions(self) -> set[str]:
         """The names of what is installed."""
@@ -76,7 +81,7 @@ class Environment:
     ) -> Done:
         """Run a command of this environment, by default in a folder that has nothing to do with it."""
         command = [str(self._bin / name), *arguments]
-        return _run(command, cwd or self._elsewhere, _environment(env or {}))
+        return _run(command, cwd or self._elsewhere, clean_environment(env or {}))
 
     def start(self, name: str, *arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
         """Start a command of this environment, and do not wait for it. Its log is thrown away."""
@@ -84,7 +89,7 @@ class Environment:
         return subprocess.Popen(
             command,
             cwd=cwd,
-            env=_environment(env),
+            env=clean_environment(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -102,7 +107,7 @@ def _digest(path: Path) -> str:
     return "sha256=" + urlsafe_b64encode(found).rstrip(b"=").decode()
 
 
-def _environment(changes: Mapping[str, str]) -> dict[str, str]:
+def clean_environment(changes: Mapping[str, str]) -> dict[str, str]:
     """This process's variables without what tells Python, pip or Outwake anything."""
     ours = ("PIP_", "PYTHON", "OUTWAKE_", "PSYCOPG_", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}

@@ -19,6 +19,10 @@ async def order(conn: psycopg.AsyncConnection) -> None:
     await enqueue(conn, "shop.mail", {"to": "you"}, priority=3)
 
 
+def order_more(conn: psycopg.Connection) -> int:
+    return enqueue(conn, "shop.mail", {"to": "you"})
+
+
 async def send(job: Job) -> None:
     if "to" not in job.payload:
         raise Retry("later")
@@ -42,6 +46,12 @@ async def send(job: Job) -> None:
 
 
 handler = Handler(3, send)  # line 14
+
+
+async def mixed_up(conn: psycopg.Connection, other: psycopg.AsyncConnection) -> None:
+    await enqueue(conn, "shop.mail")  # line 18
+    enqueue(other, "shop.mail")  # line 19
+    enqueue("postgresql:", "shop.mail")  # line 20
 """
 
 
@@ -59,8 +69,8 @@ def check(built: Built, directory: Path, report: Report) -> None:
         environment.install(*arguments)
         lines = _mypy(environment, right, wrong)
         errors = {tuple(line.split(":")[:2]) for line in lines if ": error:" in line}
-        expected = {("wrong.py", "7"), ("wrong.py", "11"), ("wrong.py", "14")}
-        report.that("mypy finds the three mistakes alone", errors == expected, "\n".join(lines))
+        expected = {("wrong.py", line) for line in ("7", "11", "14", "18", "19", "20")}
+        report.that("mypy finds the six mistakes alone", errors == expected, "\n".join(lines))
         report.that("mypy names the misspelt argument", any("priorty" in line for line in lines), lines)
 
 
