@@ -7,6 +7,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from outwake import Duplicate, enqueue
+from outwake._enqueue import OnDuplicate
 from tests.conftest import Connect
 from tests.support.steps import Rule, claim_ids, column, get, new_worker, one, waits, with_and_without
 from tests.support.worker import watched
@@ -75,14 +76,14 @@ async def test_retry_by_hand_does_not_break_the_key(connect: Connect) -> None:
 
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("choice", ["reject", "keep", "replace"])
-async def test_duplicate_of_a_row_not_committed_yet(choice: str, commits: bool, connect: Connect) -> None:
+async def test_duplicate_of_a_row_not_committed_yet(
+    choice: OnDuplicate, commits: bool, connect: Connect
+) -> None:
     """1. A inserts, and has not committed. 2. B enqueues the same key: waits. 3. A commits, or rolls back."""
     a, b, psql = await connect(), await connect(), await connect()
     await a.execute("BEGIN")
     first = await enqueue(a, "t", {"n": 1}, unique_key="u")
-    second = asyncio.create_task(
-        enqueue(b, "t", {"n": 2}, unique_key="u", on_duplicate=choice)  # type: ignore[arg-type]
-    )
+    second = asyncio.create_task(enqueue(b, "t", {"n": 2}, unique_key="u", on_duplicate=choice))
     await waits(psql, b)
     await a.execute("COMMIT" if commits else "ROLLBACK")
     if commits and choice == "reject":
