@@ -1,7 +1,9 @@
 """The allocator's and the sandbox's adapters against stand-ins that fail, hang, lie or answer late."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,8 +12,11 @@ import pytest
 
 from outwake.errors import HandBack
 from outwake.worker.errors import OutcomeUnknown, PermanentError, TransientError
+from outwake.worker.sandboxes import aio
+from outwake.worker.sandboxes import allocator as allocator_module
 from outwake.worker.sandboxes.aio import AioSandbox
 from outwake.worker.sandboxes.allocator import AllocatorProvider
+from outwake.worker.sandboxes.ask import LIMIT
 from outwake.worker.sandboxes.base import Request, StepError
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps
@@ -137,6 +142,69 @@ async def test_a_borrow_that_is_cut_off_may_have_leaked() -> None:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(OutcomeUnknown, match="did not answer"):
             await borrow(provider(f"http://127.0.0.1:{port}"))
+
+
+@asynccontextmanager
+async def answering(head: str, body: bytes, *, times: int = 1, pause: float = 0) -> AsyncIterator[list[int]]:
+    """A server that answers anything with this, `body` as often as it is read; its port, and bytes sent."""
+    told = [0, 0]
+    answers: list[asyncio.Task[None]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        answers.append(task)
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{head}\r\n".encode())
+            for _ in range(times):
+                writer.write(body)
+                await writer.drain()
+                told[1] += len(body)
+                await asyncio.sleep(pause)
+        writer.transport.abort()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        told[0] = server.sockets[0].getsockname()[1]
+        yield told
+        for task in answers:
+            task.cancel()
+        await asyncio.gather(*answers)
+
+
+BOMB = gzip.compress(b'"' + bytes(100 * 2**20) + b'"')
+GZIP = f"Content-Encoding: gzip\r\nContent-Length: {len(BOMB)}\r\n"
+DEEP = b'{"success": true, "data": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "times", "pause"),
+    [
+        ("", b"x" * 2**20, 1000, 0),
+        (GZIP, BOMB, 1, 0),
+        ("", b" ", 100_000, 0.01),
+        ("", DEEP, 1, 0),
+    ],
+    ids=["endless", "compressed", "dripping", "deep"],
+)
+async def test_an_answer_is_bounded_in_size_and_time(
+    monkeypatch: pytest.MonkeyPatch, head: str, body: bytes, times: int, pause: float
+) -> None:
+    """Of a sandbox and of an allocator. What is compressed is not unpacked."""
+    for module in (aio, allocator_module):
+        monkeypatch.setattr(module, "_ANSWER", 1.0)
+    monkeypatch.setattr(allocator_module, "_MARGIN", 1.0)
+    async with answering(head, body, times=times, pause=pause) as told:
+        url = f"http://127.0.0.1:{told[0]}"
+        async with AioSandbox.connect({"api_url": url}) as client:
+            with pytest.raises(TransientError):
+                await client.write("x", b"y")
+        with pytest.raises(OutcomeUnknown):
+            await borrow(provider(url))
+        with pytest.raises(TransientError):
+            await provider(url).release({"item": None})
+        assert told[1] < 4 * (LIMIT + 8 * 2**20)
 
 
 async def test_arguments_reach_the_shell_as_they_are(client: AioSandbox) -> None:

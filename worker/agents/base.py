@@ -4,7 +4,6 @@ An adapter knows three things: how its agent is started and resumed, what the li
 what its memory is. It starts nothing and writes nothing itself: worker/agents/turn.py does, for every kind.
 """
 
-import io
 import os
 import re
 import tarfile
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from outwake.session.events import AgentEvent, Started
+from outwake.worker.agents.archive import unpack
+from outwake.worker.errors import PermanentError
 
 Line = dict[str, Any]
 """A line that an agent printed, as worker/agents/stream.py stores it."""
@@ -103,8 +104,10 @@ def lay_out(command: Command, box: Box) -> None:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
     if command.home is not None:
-        with tarfile.open(fileobj=io.BytesIO(command.home), mode="r:gz") as archive:
-            archive.extractall(box.home, filter="data")
+        try:
+            unpack(command.home, box.home)
+        except tarfile.TarError as error:
+            raise PermanentError(f"the agent's memory cannot be unpacked: {error}") from error
 
 
 def unreached(started: Started, servers: Sequence[str]) -> list[str]:

@@ -8,12 +8,10 @@ The prompt and the MCP configuration are passed in files: a prompt may be longer
 every user of the host can read arguments.
 """
 
-import io
 import json
 import os
 import re
 import shlex
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
@@ -21,6 +19,7 @@ from uuid import uuid4
 from outwake.session.events import AgentEvent, read
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
+from outwake.worker.agents.archive import pack
 from outwake.worker.agents.base import AgentTurn, Box, Command, Line, as_in_tools
 from outwake.worker.errors import PermanentError
 
@@ -91,13 +90,10 @@ class Claude:
         """The transcripts as a tar.gz relative to HOME, at most TRANSCRIPT_LIMIT bytes."""
         if not (home / _TRANSCRIPTS).is_dir():
             return None
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:
-            archive.add(home / _TRANSCRIPTS, arcname=str(_TRANSCRIPTS))
-        if buffer.tell() > TRANSCRIPT_LIMIT:
-            log.warning("transcript_too_large", bytes=buffer.tell())
-            return None
-        return buffer.getvalue()
+        packed = pack(home, _TRANSCRIPTS, TRANSCRIPT_LIMIT)
+        if packed is None:
+            log.warning("transcript_too_large")
+        return packed
 
 
 def mcp_servers(config: str | None) -> list[str]:
