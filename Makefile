@@ -122,6 +122,7 @@ wheel-test: .venv/.complete ## Build the wheel and try it beside an application 
 
 .PHONY: adopt-test
 adopt-test: .venv/.complete ## Enqueue with each library, and run the examples, in fresh environments: docs/producers.md
+	@{ command -v npm >/dev/null && $(MAKE) pg; } || echo 'make: without npm node-postgres is left out' >&2
 	@$(BIN)/python -m tests.adopt
 
 .PHONY: test-browser
