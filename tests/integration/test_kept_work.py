@@ -244,9 +244,11 @@ async def test_a_broken_repository_is_named_and_the_earlier_work_stays(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 async def test_a_file_that_cannot_be_read_is_named(opened: Open) -> None:
-    kept, left = await turn(opened, "echo a > a; echo b > b; chmod 000 b")
-    assert left == {"README.md", "a"}
-    assert any("b" in text for text in kept.lost)
+    script = "echo a > a; echo b > b; mkdir c in; echo x > c/x; git init -q in; echo i > in/i; echo j > in/j"
+    kept, left = await turn(opened, f"{script}; chmod 000 b c in/i")
+    assert left == {"README.md", "a", "in/j"}
+    for name in ('"b"', "'c/'", "in/i"):
+        assert any(name in text for text in kept.lost), name
 
 
 async def test_work_that_is_too_large_is_named_and_the_earlier_work_stays(
@@ -284,3 +286,39 @@ async def test_a_repository_of_sha256_under_any_users_configuration(
     assert len(kept.head) == 64
     async with opened(url=url, after=kept) as second:
         assert files(second) == {"a"}
+
+
+async def test_of_too_many_repositories_the_rest_is_named(opened: Open) -> None:
+    """Not one of them keeps the work from being saved."""
+    script = """
+    mkdir many; cd many; i=0
+    while test $i -lt 203; do
+        mkdir -p $i/.git/objects $i/.git/refs; echo 'ref: refs/heads/main' > $i/.git/HEAD; echo x > $i/f
+        i=$((i + 1))
+    done
+    echo more > file
+    """
+    async with opened() as first:
+        sh(first, script)
+        kept = await first.save()
+    assert kept.lost == [
+        f"not kept: many/{n}, which is one of too many Git repositories" for n in (97, 98, 99)
+    ]
+    async with opened(after=kept) as second:
+        assert len(files(second)) == 202
+        assert "many/file" in files(second)
+
+
+async def test_of_too_many_branches_the_rest_is_named(opened: Open) -> None:
+    script = """
+    i=0
+    while test $i -lt 250; do
+        git update-ref refs/heads/b$i $(git commit-tree -m $i -p HEAD HEAD^{tree}); i=$((i + 1))
+    done
+    for n in 1 2 3; do git update-ref refs/heads/same$n HEAD; done
+    """
+    async with opened() as first:
+        sh(first, script)
+        kept = await first.save()
+    assert kept.lost == ["not kept: commits on more than 200 branches"]
+    assert kept.notes[-1] == "and 180 more"

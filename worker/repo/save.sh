@@ -6,6 +6,8 @@
 # $1: work branch. $2: its commit at the start. $3: the repository's commit of it, or empty.
 # $4: target branch. $5: name and $6: mail of the author.
 #
+# What an agent can make many of is bounded: repositories inside, branches, errors that are told.
+#
 # Prints lines: `head COMMIT ours` (without `ours` if the next turn would start there anyhow), `lost TEXT` for
 # what could not be saved, `note TEXT` for what was saved in another way than the agent left it.
 
@@ -41,18 +43,43 @@ submodule() {
     git config --file .gitmodules --get-regexp '^submodule\..*\.path$' 2> "$work/said" | cut -d' ' -f2- \
         | grep -qxF -e "$1" || inside --literal-pathspecs ls-tree "$base" -- "$1" | grep -q '^160000'
 }
+# What could not even be looked into.
+unread() {
+    { grep '^warning: could not open directory' "$work/said" || :; } | head -n 20 \
+        | while IFS= read -r line; do say lost "$line"; done
+}
+# Git stops at the first file that it cannot read.
+one_by_one() (
+    cd "$1"
+    export GIT_DIR="$ours" GIT_WORK_TREE="$repo" GIT_INDEX_FILE="$ours/index"
+    export GIT_OBJECT_DIRECTORY="$repo/.git/objects"
+    head -zn 2000 "$work/files" | xargs -0 -n 1 git update-index --add --replace --
+)
+# The first letter of what a commit in the submodule would add, asked without its configuration.
+dirty() (
+    cd "$1"; at=$(git rev-parse --verify HEAD)
+    GIT_OBJECT_DIRECTORY=$(git rev-parse --absolute-git-dir)/objects
+    export GIT_OBJECT_DIRECTORY GIT_DIR="$work/none" GIT_WORK_TREE="$PWD" GIT_INDEX_FILE="$work/index"
+    git read-tree "$at" && git add --all --dry-run . | head -c 1
+) 2> "$work/said"
 {
     find . -mindepth 2 -name .git -prune 2> "$work/said" | sed -e 's|^\./||' -e 's|/\.git$||'
     inside ls-files -s | grep '^160000' | cut -f2-
 } | sort -u > "$work/nested" || :
 printf '.\0' > "$work/paths"
+number=0
 while IFS= read -r dir; do
+    number=$((number + 1))
+    if test "$number" -gt 200; then
+        printf ':(exclude,literal)%s\0' "$dir" >> "$work/paths"
+        say lost "$dir, which is one of too many Git repositories"
+        continue
+    fi
     if ! test -d "$dir" || test -L "$dir" || inside check-ignore --quiet -- "$dir"; then continue; fi
     if submodule "$dir"; then
         if test -e "$dir/.git"; then
             only=$(git -C "$dir" rev-list --count HEAD --not --remotes 2> "$work/said" || echo some)
-            dirty=$(git -C "$dir" status --porcelain 2> "$work/said" | head -c 1)
-            if test "$only$dirty" != 0; then say lost "what was done in the submodule $dir"; fi
+            if test "$only$(dirty "$dir")" != 0; then say lost "what was done in the submodule $dir"; fi
         fi
         continue
     fi
@@ -63,9 +90,11 @@ while IFS= read -r dir; do
     if test -f .gitignore; then set -- "$@" --exclude-from="$repo/.gitignore"; fi
     (
         export GIT_DIR="$work/none" GIT_WORK_TREE="$repo/$dir"; cd "$dir"; git ls-files -z "$@"
-    ) | { grep -zv '/$' || :; } > "$work/files"
+    ) 2> "$work/said" | { grep -zv '/$' || :; } > "$work/files"
+    unread
     if ! (cd "$dir"; inside update-index --add --replace -z --stdin < "$work/files" > "$work/said" 2>&1); then
-        say lost "files of the repository in $dir: $(tail -n 1 "$work/said")"
+        one_by_one "$dir" > "$work/said" 2>&1 || :
+        grep '^fatal:' "$work/said" | head -n 20 | while IFS= read -r line; do say lost "$line"; done
     fi
     say note "$dir is a Git repository of its own: its files were committed, its history was not"
 done < "$work/nested"
@@ -80,6 +109,7 @@ if ! add; then
     add || grep -E '^(error|fatal):' "$work/said" | head -n 100 \
         | while IFS= read -r line; do say lost "$line"; done
 fi
+unread
 inside ls-files -s | { grep '^160000' || :; } | cut -f2- | while IFS= read -r dir; do
     submodule "$dir" || say lost "the directory $dir, which is a Git repository of its own"
 done
@@ -88,7 +118,7 @@ done
 tree=$(inside write-tree)
 if test "$tree" != "$(inside rev-parse "$at^{tree}")"; then
     set -- -p "$at"
-    for other in $(cat "$(theirs rev-parse --git-path MERGE_HEAD)" 2> "$work/said" || :); do
+    for other in $(head -n 16 "$(theirs rev-parse --git-path MERGE_HEAD)" 2> "$work/said" || :); do
         inside rev-parse --quiet --verify "$other^{commit}" > "$work/said" || continue
         set -- "$@" -p "$other"
     done
@@ -104,8 +134,12 @@ if test "$on" != "$branch" && test "$head" = "$at" && test "$at" != "$tip"; then
     say note "the agent had left the work branch: what it did on ${on:-a detached HEAD} was put on it"
 fi
 echo "$at ${on:-refs/detached/$(echo "$at" | cut -c1-12)}" > "$work/refs"
-theirs for-each-ref --format='%(objectname) %(refname)' refs/heads refs/stash refs/outwake/aside \
-    >> "$work/refs"
+theirs for-each-ref --format='%(objectname) %(refname)' --no-merged="$head" --sort=-committerdate \
+    refs/heads refs/stash refs/outwake/aside > "$work/others" 2> "$work/said" \
+    || theirs for-each-ref --format='%(objectname) %(refname)' refs/heads refs/stash refs/outwake/aside \
+        > "$work/others"
+if test "$(wc -l < "$work/others")" -gt 200; then say lost "commits on more than 200 branches"; fi
+head -n 200 "$work/others" >> "$work/refs"
 beside=
 while read -r commit ref; do
     if test "$ref" = "$on"; then commit=$at; fi

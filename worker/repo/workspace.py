@@ -172,10 +172,14 @@ class Workspace:
         return bytes(content)
 
     async def _again(self, step: str, script: str, arguments: tuple[str, ...]) -> str:
-        """Run a step, again after a while if it failed for a reason that may pass."""
+        """Run a step, again after a while if it failed for a reason that may pass. One that took too long
+        would take too long again.
+        """
         for pause in _AGAIN:
             try:
                 return await _run(self._sandbox, step, script, *arguments)
+            except StepTimeout:
+                raise
             except TransientError as error:
                 log.warning("step_failed", step=step, reason=str(error), retry_in=pause)
                 await asyncio.sleep(pause)
