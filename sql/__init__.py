@@ -48,6 +48,7 @@ _FUNCTIONS: dict[Line, tuple[str, ...]] = {
         "access",
     ),
     "session": (
+        "fair",
         "create",
         "cancel",
         "follow",

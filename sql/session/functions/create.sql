@@ -166,9 +166,9 @@ BEGIN
         SELECT new_prompt.id, of_id, prompt_text, moment
         WHERE prompt_text IS NOT NULL
     )
-    INSERT INTO outbox (topic, ordering_key, payload, traceparent)
+    INSERT INTO outbox (topic, ordering_key, priority, payload, traceparent)
     VALUES (
-        'session.run', 'session:' || of_id,
+        'session.run', 'session:' || of_id, -session_rank(of_user, of_id),
         jsonb_strip_nulls(jsonb_build_object('session_id', of_id, 'prompt_id', new_prompt.id)),
         trace);
     outcome := 'created';
@@ -230,9 +230,9 @@ BEGIN
 
     INSERT INTO prompt (session_id, text) VALUES (of_session, prompt_text)
     RETURNING * INTO new_prompt;
-    INSERT INTO outbox (topic, ordering_key, payload, traceparent)
+    INSERT INTO outbox (topic, ordering_key, priority, payload, traceparent)
     VALUES (
-        'session.run', 'session:' || of_session,
+        'session.run', 'session:' || of_session, -session_rank(target.user_id, of_session),
         jsonb_build_object('session_id', of_session, 'prompt_id', new_prompt.id),
         trace);
     UPDATE session

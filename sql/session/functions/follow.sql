@@ -18,7 +18,8 @@ COMMENT ON FUNCTION payload_uuid(jsonb, text) IS 'The UUID that a payload has un
 -- 1. The prompt follows the row.
 -- 2. The session follows its rows.
 -- 3. When nothing is left to run, a sandbox that is still held becomes a row of topic sandbox.return.
--- 4. An end becomes webhooks (webhook.sql). Not by a trigger of its own, whose condition every statement that updates a
+-- 4. After an end the next row of the same user moves up (fair.sql).
+-- 5. An end becomes webhooks (webhook.sql). Not by a trigger of its own, whose condition every statement that updates a
 --    row would pay for.
 CREATE OR REPLACE FUNCTION session_follow() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -32,6 +33,7 @@ DECLARE
     now_state  text := CASE WHEN TG_OP = 'DELETE' THEN 'cancelled'
                                ELSE outbox_settled(NEW.state, NEW.cancel_requested_at) END;
     held       jsonb;
+    owner      text;
     next_status text;
     keep_until timestamptz;
 BEGIN
@@ -40,7 +42,7 @@ BEGIN
     END IF;
     -- The lock first, then new statements: a transaction that changes another row of this session comes wholly before
     -- or wholly after this one.
-    SELECT sandbox INTO held FROM session WHERE id = of_session FOR NO KEY UPDATE;
+    SELECT sandbox, user_id INTO held, owner FROM session WHERE id = of_session FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
@@ -98,6 +100,7 @@ BEGIN
     END IF;
     IF was_state IN ('ready', 'running') AND now_state NOT IN ('ready', 'running') THEN
         PERFORM session_tell_end(of_session, of_prompt, OLD.traceparent);
+        PERFORM session_moves_up(owner, OLD.priority);
     END IF;
     RETURN NULL;
 END
