@@ -2,11 +2,12 @@
 
 import asyncio
 
-from outwake.schema import LOCKS, SCHEMA
+from outwake import register
+from outwake.schema import LOCKS, SCHEMA, in_schema
 from tests.conftest import Connect
 from tests.support.api import Api
 from tests.support.roles import roles_of
-from tests.support.steps import one, starts
+from tests.support.steps import one, starts, until
 
 
 async def test_a_session_is_created_whatever_locks_a_stranger_holds(
@@ -53,3 +54,23 @@ async def test_the_rows_that_count_are_locked_by_nobody_else(connect: Connect, d
                 "SELECT has_any_column_privilege(current_user, 'outwake.session_admission'::regclass,"
                 " 'SELECT, INSERT, UPDATE, REFERENCES')",
             ), group
+
+
+async def test_nobody_is_taken_for_a_worker_by_a_lock_of_a_stranger(connect: Connect, database: str) -> None:
+    """A presence is a worker's only if its connection's role may write the table of workers."""
+    owner = await connect()
+    await register(owner, ["t"], presence=7)
+    lock, present = (
+        in_schema("SELECT pg_advisory_lock(:lock_presence, 7)"),
+        "SELECT count(*) FROM worker_present",
+    )
+    with roles_of(database) as roles:
+        groups = [(), ("outwake_producer",), ("outwake_reader",), ("outwake_operator",), ("outwake_worker",)]
+        for group in groups:
+            async with await connect(roles.login(*group).url) as conn:
+                await conn.execute(lock)
+                assert await one(owner, present) == (group == ("outwake_worker",)), group
+                assert await one(owner, "SELECT ready FROM outbox_ready()") == (group == ("outwake_worker",))
+            await until(owner, "SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'")
+    await owner.execute(lock)
+    assert await one(owner, present) == 1

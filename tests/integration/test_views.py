@@ -85,6 +85,26 @@ async def test_busy_draining_and_unnoticed(connect: Connect) -> None:
     assert await reasons(conn) == {waiting: "unnoticed"}
 
 
+@pytest.mark.parametrize("how", ["DISABLE TRIGGER USER", "ENABLE REPLICA TRIGGER outbox_inserted"])
+async def test_disabled_triggers_are_told(how: str, connect: Connect) -> None:
+    """By readiness at once, and by the row that nobody was told of."""
+    conn = await connect()
+    worker = await present(connect, conn, "t")
+    await conn.execute("SELECT outbox_park(%s)", (worker,))
+    assert await one(conn, "SELECT ready FROM outbox_ready()")
+    await conn.execute(f"ALTER TABLE outbox {how}".encode())
+    row = await add(conn)
+    await conn.execute("UPDATE outbox SET available_at = now() - interval '10 seconds'")
+    assert await one(conn, "SELECT ready FROM outbox_ready()") is False
+    said = "triggers of outbox are disabled, so new rows wake nobody: "
+    assert (await one(conn, "SELECT reason FROM outbox_ready()")).startswith(said)
+    assert await reasons(conn) == {row: "unnoticed"}
+    assert "outbox_inserted" in await one(conn, "SELECT detail FROM outbox_waiting")
+    await conn.execute("ALTER TABLE outbox ENABLE TRIGGER USER")
+    await conn.execute("ALTER TABLE outbox ENABLE ALWAYS TRIGGER outbox_inserted")
+    assert await one(conn, "SELECT ready FROM outbox_ready()")
+
+
 async def test_a_row_that_its_worker_has_yet_to_stop(connect: Connect) -> None:
     conn = await connect()
     worker = await present(connect, conn, "t")

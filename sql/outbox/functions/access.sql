@@ -151,8 +151,8 @@ BEGIN
         ) ON outbox TO :schema_monitor;
         GRANT SELECT ON worker, topic, outbox_alert, migration, worker_present, outbox_front, outbox_depth,
             worker_status, worker_running, outbox_waiting, outbox_writer, outbox_hourly TO :schema_monitor;
-        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_last_error, outbox_session_id
-            TO :schema_monitor;
+        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_triggers_off, outbox_last_error,
+            outbox_session_id TO :schema_monitor;
         PERFORM outbox_policy('monitor_sees', 'outbox', ':schema_monitor', 'SELECT', 'true');
     END IF;
 
@@ -162,8 +162,9 @@ BEGIN
             outbox_depth, worker_status, worker_running, outbox_waiting, outbox_writer, outbox_hourly
             TO :schema_operator;
         GRANT INSERT, UPDATE, DELETE ON topic TO :schema_operator;
-        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_history, outbox_error_read,
-            outbox_last_error, outbox_session_id, outbox_cancel, outbox_retry, outbox_discard, outbox_wake TO :schema_operator;
+        GRANT EXECUTE ON FUNCTION outbox_ready, outbox_throughput, outbox_stuck, outbox_triggers_off, outbox_history,
+            outbox_error_read, outbox_last_error, outbox_session_id, outbox_cancel, outbox_retry, outbox_discard,
+            outbox_wake TO :schema_operator;
         PERFORM outbox_policy('operator_sees', 'outbox', ':schema_operator', 'SELECT', 'true');
     END IF;
 END

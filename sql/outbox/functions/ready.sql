@@ -13,12 +13,14 @@ SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
     SELECT
-        p.workers > 0 AND coalesce(p.since_limit <= f.since, true),
+        p.workers > 0 AND p.triggers_off IS NULL AND coalesce(p.since_limit <= f.since, true),
         coalesce(f.since < p.since_limit, false),
         p.workers,
         greatest(statement_timestamp() - f.since, interval '0'),
         f.topic,
         CASE
+            WHEN p.triggers_off IS NOT NULL THEN
+                'triggers of outbox are disabled, so new rows wake nobody: ' || p.triggers_off
             WHEN p.workers = 0 AND coalesce(p.since_limit <= f.since, true) THEN 'no worker is present'
             WHEN f.since < p.since_limit THEN format(
                 'row %s of topic %s has been due for %s: %s', f.id, f.topic,
@@ -27,7 +29,8 @@ AS $$
         END
     FROM (
         SELECT (SELECT count(*)::integer FROM worker_present AS w WHERE NOT w.draining) AS workers,
-               statement_timestamp() - longest_wait AS since_limit
+               statement_timestamp() - longest_wait AS since_limit,
+               outbox_triggers_off() AS triggers_off
     ) AS p
     LEFT JOIN (
         SELECT o.topic, o.id, o.available_at AS since
@@ -39,7 +42,7 @@ AS $$
     ) AS f ON true
 $$;
 COMMENT ON FUNCTION outbox_ready(interval) IS
-    'Whether a worker is present and no row has been due for longer than longest_wait; if not, why. Cheap however many rows wait.';
+    'Whether a worker is present, no trigger of outbox is disabled and no row has been due for longer than longest_wait; if not, why. Cheap however many rows wait.';
 
 
 CREATE OR REPLACE FUNCTION outbox_stuck(stuck_after interval)

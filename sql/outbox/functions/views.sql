@@ -25,6 +25,14 @@ WHERE w.ended_at IS NULL
         AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
         AND l.classid = :lock_presence AND l.objid = w.presence::bigint::oid AND l.objsubid = 2
         AND l.granted
+        -- Any role may take an advisory lock; a worker's may write here.
+        AND EXISTS (
+            SELECT FROM pg_stat_activity AS a
+            WHERE a.pid = l.pid AND (
+                has_table_privilege(a.usesysid, ':schema.worker', 'UPDATE')
+                OR pg_has_role(a.usesysid, to_regrole(':schema_worker')::oid, 'MEMBER')
+            )
+        )
   );
 COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN connection holds their presence lock.';
 
@@ -212,6 +220,18 @@ COMMENT ON COLUMN worker_running.ordering_key IS 'Its ordering_key.';
 COMMENT ON COLUMN worker_running.session_id IS 'The session it works on, if any.';
 
 
+-- Rows that are written while a trigger of outbox is off wake nobody. 'A' is how triggers.sql leaves them; 'O' fires too,
+-- but in a replication role.
+CREATE OR REPLACE FUNCTION outbox_triggers_off() RETURNS text
+LANGUAGE sql STABLE
+SET search_path = :schema, pg_temp
+AS $$
+    SELECT string_agg(t.tgname, ', ' ORDER BY t.tgname) FROM pg_trigger AS t
+    WHERE t.tgrelid = ':schema.outbox'::regclass AND NOT t.tgisinternal AND t.tgenabled IN ('D', 'R')
+$$;
+COMMENT ON FUNCTION outbox_triggers_off() IS 'The triggers of outbox that somebody has disabled; null if none is.';
+
+
 -- Why each row waits. The first reason that holds is shown. When it is removed, the next may show.
 CREATE OR REPLACE VIEW outbox_waiting WITH (security_invoker = true) AS
 WITH staff AS MATERIALIZED (
@@ -289,7 +309,10 @@ SELECT
         WHEN 'workers draining' THEN format('all %s workers of the topic shut down', c.workers)
         WHEN 'locked' THEN format('transaction of pid %s holds its lock (pg_stat_activity)', x.pid)
         WHEN 'workers busy' THEN format('%s workers run %s rows in %s slots', c.workers, c.running, c.slots)
-        WHEN 'unnoticed' THEN 'a worker sleeps and was not told: SELECT :schema.outbox_wake()'
+        WHEN 'unnoticed' THEN coalesce(
+            'triggers of outbox are disabled (' || (SELECT outbox_triggers_off()) || '): ALTER TABLE :schema.outbox'
+            || ' ENABLE ALWAYS TRIGGER each of them; then SELECT :schema.outbox_wake()',
+            'a worker sleeps and was not told: SELECT :schema.outbox_wake()')
         ELSE 'a worker is about to claim it'
     END AS detail,
     CASE WHEN y.reason = 'key' THEN k.id END AS waits_for,

@@ -57,7 +57,7 @@ BEGIN
             worker_present, outbox_front, outbox_depth, worker_status, worker_running, outbox_waiting, outbox_writer,
             outbox_hourly TO :schema_reader;
         GRANT EXECUTE ON FUNCTION sql_reader_user, outbox_ready, outbox_throughput, outbox_history, outbox_error_read,
-            session_history, outbox_last_error, outbox_session_id TO :schema_reader;
+            outbox_triggers_off, session_history, outbox_last_error, outbox_session_id TO :schema_reader;
         -- Each SELECT in parentheses is evaluated once a statement, not once a row.
         PERFORM outbox_policy('reader_sees', 'session', ':schema_reader', 'SELECT',
             'user_id = (SELECT :schema.sql_reader_user(current_user))');
