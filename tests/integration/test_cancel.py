@@ -5,7 +5,6 @@ W runs the row, O is an operator.
 
 import asyncio
 from datetime import timedelta
-from typing import Any
 
 import pytest
 
@@ -235,13 +234,8 @@ async def test_row_made_ready_with_its_mark_on_would_run_without_the_trigger(con
 
 
 @with_and_without
-@pytest.mark.parametrize("why", ["the handler says so", "a cancel of an earlier attempt is heard late"])
-async def test_stop_without_a_mark_gives_the_row_back(
-    rule: Rule, why: str, connect: Connect, database: str
-) -> None:
-    """A handler that raises Cancelled unasked, or is stopped by an old notification: its row does not
-    stay with a worker that no longer runs it.
-    """
+async def test_stop_without_a_mark_gives_the_row_back(rule: Rule, connect: Connect, database: str) -> None:
+    """A handler raises Cancelled unasked: its row does not stay with a worker that no longer runs it."""
     psql = await connect()
     if rule == "taken out":
         await replace_body(
@@ -255,12 +249,9 @@ async def test_stop_without_a_mark_gives_the_row_back(
     async def says_cancelled(job: Job) -> None:
         raise Cancelled("I think so")
 
-    run: Any = says_cancelled if "handler" in why else hang
-    async with watched(database, run=run, lease=0.6) as worker:
+    async with watched(database, run=says_cancelled, lease=0.6) as worker:
         row = await add(psql)
         await worker.has_run(row)
-        if run is hang:
-            await psql.execute("SELECT pg_notify('outwake_cancel', %s)", (str(row),))
         if rule == "kept":
             query = "SELECT state <> 'running' OR attempt > 1 FROM outbox WHERE id = %s"
             await until(psql, query, row)

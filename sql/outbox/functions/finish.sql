@@ -115,8 +115,8 @@ COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
     'Gives claimed rows back without a failure: a drain, or a wait for something that is not there yet.';
 
 
--- Ends an attempt whose handler was stopped because of a cancel. If the row has no mark, the worker heard a cancel of an
--- earlier attempt late, or the handler wrongly said that it was cancelled. Then the row goes back, after a second,
+-- Ends an attempt whose handler was stopped because of a cancel. If the row has no mark, the handler wrongly said that it
+-- was cancelled, or a worker of an earlier version heard a notification late. Then the row goes back, after a second,
 -- because such a handler would spin.
 CREATE OR REPLACE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
