@@ -247,7 +247,7 @@ async def test_reader_reads_and_changes_nothing(connect: Connect, scenario: Scen
         "SELECT relname FROM pg_class WHERE relkind IN ('r', 'v') AND relnamespace = 'outwake'::regnamespace",
     )
     hidden = {"api_token", "sql_reader", "producer_topic"}
-    hidden |= {"session_memory", "sandbox_borrow", "sandbox_suspect"}
+    hidden |= {"session_memory", "sandbox_borrow", "sandbox_suspect", "session_admission"}
     assert hidden < set(names)
     for name in set(names) - hidden:
         await conn.execute(sql.SQL("SELECT * FROM {} LIMIT 1").format(sql.Identifier(name)))
