@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.conftest import Connect
-from tests.integration.test_claim_plans import explain
-from tests.support.steps import Connection, Rule, add, column, new_worker, one, replace_body, with_and_without
+from tests.support.plans import explain
+from tests.support.steps import Connection, Rule, add, column, new_worker, one, take_out, with_and_without
 
 CREATE = """
 SELECT session_create(
@@ -53,7 +53,8 @@ async def test_a_user_waits_for_one_turn_of_another_and_not_for_all(
     """1. Bob creates 40 sessions, and some run. 2. Alice creates three, Carol one. Taken out: the rank."""
     conn = await connect()
     if rule == "taken out":
-        await replace_body(conn, "session_rank", "sql", "SELECT 0")
+        rank = "coalesce(least(others, 9), session_rank(of_user, of_id))"
+        await take_out(conn, "session_create", rank, "0")
     await create(conn, "bob", 40)
     first = await column(conn, CLAIM, await new_worker(conn, "session.run"), slots)
     assert first == ["bob"] * slots

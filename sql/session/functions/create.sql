@@ -48,21 +48,30 @@ COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API 
 
 
 -- Counts under a lock of the user's, in a statement of its own, so that of two sessions at the same time the second sees
--- the first. The lock is a row of ours, which a few users share, because any role may take an advisory lock. Without a
--- limit there is no lock.
-CREATE OR REPLACE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
+-- the first. The lock is a row of ours, which a few users share, because any role may take an advisory lock.
+CREATE OR REPLACE FUNCTION session_unfinished(of_user text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
-    IF most_sessions IS NULL THEN
-        RETURN true;
-    END IF;
     PERFORM FROM session_admission AS a WHERE a.slot = (hashtext(of_user) & 1023) FOR NO KEY UPDATE;
     RETURN (
-        SELECT count(*) < most_sessions FROM session AS s
+        SELECT count(*) FROM session AS s
         WHERE s.user_id = of_user AND (s.inbox_status IN ('active', 'pending')) IS TRUE);
+END
+$$;
+COMMENT ON FUNCTION session_unfinished(text) IS
+    'How many unfinished sessions a user has; nobody else counts them until the commit.';
+
+
+-- Without a limit there is no lock.
+CREATE OR REPLACE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = :schema, pg_temp
+AS $$
+BEGIN
+    RETURN most_sessions IS NULL OR session_unfinished(of_user) < most_sessions;
 END
 $$;
 COMMENT ON FUNCTION session_admit(text, integer) IS 'Whether the user may have another unfinished session.';
@@ -99,6 +108,7 @@ DECLARE
     new_session session; -- as it will be stored, for the answer, which an idempotency row holds before that
     new_prompt  prompt;
     earlier     idempotency;
+    others      integer; -- unfinished sessions of the user; null: not counted
 BEGIN
     new_session.id := of_id;
     new_session.user_id := of_user;
@@ -123,8 +133,11 @@ BEGIN
         'prompts', CASE WHEN prompt_text IS NULL THEN '[]' ELSE jsonb_build_array(prompt_json(new_prompt)) END,
         'worker_present', worker_present);
 
+    IF most_sessions IS NOT NULL THEN
+        others := session_unfinished(of_user);
+    END IF;
     -- In two steps, because PL/pgSQL evaluates the first without a query.
-    IF NOT session_admit(of_user, most_sessions) THEN
+    IF others >= most_sessions THEN
         IF NOT EXISTS (
             SELECT FROM idempotency AS i WHERE i.user_id = of_user AND i.key = idempotency_key)
         THEN
@@ -168,7 +181,7 @@ BEGIN
     )
     INSERT INTO outbox (topic, ordering_key, priority, payload, traceparent)
     VALUES (
-        'session.run', 'session:' || of_id, -session_rank(of_user, of_id),
+        'session.run', 'session:' || of_id, -coalesce(least(others, 9), session_rank(of_user, of_id)),
         jsonb_strip_nulls(jsonb_build_object('session_id', of_id, 'prompt_id', new_prompt.id)),
         trace);
     outcome := 'created';
