@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -20,7 +20,10 @@ from outwake.settings import Settings
 
 _PAGE = 1000
 
-_LAST_ID = in_schema("SELECT coalesce(max(id), 0) FROM :schema.outbox")
+# The database's clock decides: the times of the rows are its own.
+_BEGIN = in_schema(
+    "SELECT coalesce(max(id), 0), clock_timestamp() - %s, clock_timestamp() - %s FROM :schema.outbox"
+)
 _PRUNE_ROWS = in_schema("SELECT deleted, next_id FROM :schema.outbox_prune(%s, %s, %s)")
 _PRUNE_WORKERS = in_schema("SELECT :schema.worker_prune(%s, %s)")
 _PRUNE_SESSIONS = in_schema("SELECT :schema.session_prune(%s, %s, %s)")
@@ -46,13 +49,14 @@ async def prune(
 
     Raises psycopg.Error; earlier pages stay deleted.
     """
-    now = datetime.now(UTC)
-    finished_before = now - timedelta(seconds=settings.retention)
-    quiet_before = now - timedelta(seconds=settings.message_retention)
     pruned = Pruned()
     from_id: int | None = 0
     async with connect() as conn:
-        last_id = (await _call(conn, _LAST_ID))[0]
+        last_id, finished_before, quiet_before = await _call(
+            conn,
+            _BEGIN,
+            (timedelta(seconds=settings.retention), timedelta(seconds=settings.message_retention)),
+        )
         others: list[tuple[str, tuple[Any, ...]]] = [(_PRUNE_WORKERS, (finished_before, _PAGE))]
         if await has_sessions(conn):
             others.append((_PRUNE_SESSIONS, (finished_before, quiet_before, _PAGE)))

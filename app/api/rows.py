@@ -29,6 +29,7 @@ ORDER BY o.finished_at DESC, o.id DESC
 LIMIT %(rows)s
 """)
 _SHOW = in_schema("SELECT :schema.outbox_json(o)::text FROM :schema.outbox AS o WHERE o.id = %s")
+_KEY_TAKEN = "An unfinished row has the same unique_key by now."
 
 
 class Changed(NamedTuple):
@@ -61,11 +62,13 @@ async def change_row(here: Context, identity: Identity, row_id: int, change: Cha
     try:
         row = await here.database.row(COMMANDS[change], (_check_id(row_id),))
     except pg.UniqueViolation:
-        raise Problem("wrong-state", "An unfinished row has the same unique_key by now.") from None
+        raise Problem("wrong-state", _KEY_TAKEN) from None
     assert row is not None
     shown = await _show(here, row_id)
     if row[0] is None:
         state = json.loads(shown)["state"]
+        if change == "retry" and state in ("dead", "cancelled"):
+            raise Problem("wrong-state", _KEY_TAKEN)
         raise Problem("wrong-state", f"A row that is {state} cannot take this: {change}.", state=state)
     here.stuck.work_came()
     return Changed(shown, row[0] == "running")

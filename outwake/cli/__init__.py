@@ -30,6 +30,7 @@ _WAKE = in_schema("SELECT :schema.outbox_wake()")
 _ROLES = {"status": "monitor", "top": "monitor", "prune": "worker", "wake": "operator"}
 _ROLES.update(dict.fromkeys(_OPERATIONS, "operator"))
 """The role that a command needs; the others need the owner of the schema."""
+_UNCHANGED = "unchanged: no such row, or not in a state for that, or its unique_key is taken"
 _EXTRAS = ("api", "worker")
 """The commands with an extra of the same name; the others need `cli`."""
 
@@ -226,7 +227,7 @@ def _operate(settings: "Settings", operation: str, rows: list[int]) -> int:
     query = COMMANDS[operation]
     states = asyncio.run(_call(settings, query, [(row,) for row in rows]))
     for row, state in zip(rows, states, strict=True):
-        print(f"{row} {state or 'unchanged: no such row, or not in a state for that'}")
+        print(f"{row} {state or _UNCHANGED}")
     return 0 if all(states) else 1
 
 

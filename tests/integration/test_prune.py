@@ -5,13 +5,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import LiteralString
 from uuid import uuid4
+
+import pytest
 
 from outwake.prune import prune
 from outwake.settings import Settings
 from tests.conftest import Connect
 from tests.support.process import running
-from tests.support.steps import Connection
+from tests.support.steps import Connection, claim_ids, column, new_worker, one
+
+PRUNE_ROW: LiteralString = (
+    "INSERT INTO outbox (topic, unique_key, max_attempts) VALUES ('outbox.prune', 'outbox.prune', 32767)"
+)
 
 
 async def test_what_is_past_its_retention_goes_and_the_rest_stays(
@@ -51,9 +58,7 @@ async def test_what_is_past_its_retention_goes_and_the_rest_stays(
     gone, foreign = tmp_path / str(uuid4()), tmp_path / "notes"
     for place in (*places, gone, foreign):
         place.mkdir()
-    await conn.execute(
-        "INSERT INTO outbox (topic, unique_key, max_attempts) VALUES ('outbox.prune', 'outbox.prune', 32767)"
-    )
+    await conn.execute(PRUNE_ROW)
     environment = {"DATABASE_URL": database, "OUTWAKE_WORKSPACE_ROOT": str(tmp_path)}
     async with running("worker", "--topics", "outbox.prune", env=environment) as worker:
         pruned = await worker.event("pruned")
@@ -114,3 +119,44 @@ async def test_rests_after_each_page_as_long_as_it_took(database: str, connect: 
     assert len(slow) >= 2
     for (began, ended), (next_began, _) in slow:
         assert next_began - ended >= 0.9 * (ended - began)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "SELECT outbox_cancel(id) FROM outbox WHERE state = 'ready'",
+        "UPDATE outbox SET state = 'cancelled' WHERE state = 'ready'",
+        "UPDATE outbox SET cancel_requested_at = now() WHERE state = 'ready'",
+    ],
+)
+async def test_pruning_comes_back_whoever_cancels_it(connect: Connect, end: LiteralString) -> None:
+    conn = await connect()
+    await conn.execute(PRUNE_ROW)
+    for times in (1, 2):
+        await conn.execute(end)
+        cursor = await conn.execute(
+            "SELECT count(*) FILTER (WHERE state = 'cancelled' AND finished_at IS NOT NULL),"
+            " count(*) FILTER (WHERE state = 'ready' AND available_at > now() + interval '59 minutes'"
+            " AND max_attempts = 32767) FROM outbox"
+        )
+        assert await cursor.fetchone() == (times, 1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "SELECT outbox_end_cancelled(%s, 1, 1)",
+        "SELECT outbox_hand_back(%s, '{1}', '{1}', '0')",
+        "SELECT outbox_fail(%s, 1, 1, 'no', NULL, true)",
+    ],
+)
+async def test_pruning_comes_back_if_it_is_cancelled_while_it_runs(
+    end: LiteralString, connect: Connect
+) -> None:
+    conn = await connect()
+    await conn.execute(PRUNE_ROW)
+    worker = await new_worker(conn, "outbox.prune")
+    assert await claim_ids(conn, worker, topics=("outbox.prune",)) == [1]
+    await conn.execute("SELECT outbox_cancel(1)")
+    await one(conn, end, worker)
+    assert await column(conn, "SELECT state FROM outbox ORDER BY id") == ["cancelled", "ready"]

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -153,3 +154,23 @@ def test_the_editable_path_has_the_package_alone() -> None:
 def test_the_rooms_are_links_to_the_folders_at_the_root() -> None:
     links = [path for path in (ROOT / "outwake").iterdir() if path.is_symlink()]
     assert {path.name: path.resolve() for path in links} == {name: ROOT / name for name in ROOMS}
+
+
+CLOCKS = {
+    "app/auth/identity.py": "a token's exp, by the issuer's clock",
+    "worker/handlers/webhook.py": "the signature's time, for the receiver",
+    "outwake/cli/status.py": "when the command looked, for its reader",
+    "app/dashboard/words.py": "how long ago, for a reader",
+}
+"""Who reads this host's clock, and for what."""
+
+
+def test_no_clock_of_a_host_meets_a_time_of_the_database() -> None:
+    """The database's clock decides: a worker's may be hours behind. The monotonic clock is for durations."""
+    read = {
+        str(path.relative_to(ROOT))
+        for room in ("app", "worker", "outwake")
+        for path in (ROOT / room).rglob("*.py")
+        if re.search(r"datetime\.now|\btime\.time\(|utcnow|date\.today", path.read_text())
+    }
+    assert read == set(CLOCKS)

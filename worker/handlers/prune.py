@@ -7,7 +7,7 @@ The host that runs the row also removes the directories of deleted sessions. In 
 import asyncio
 import shutil
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -21,8 +21,7 @@ from outwake.telemetry.log import get_logger
 
 TOPIC = "outbox.prune"
 
-_EVERY = timedelta(hours=1)
-
+_LATER = "SELECT clock_timestamp() + interval '1 hour'"  # the database's clock, by which rows are due
 _GONE = in_schema(
     "SELECT k.id FROM unnest(%s::uuid[]) AS k (id)"
     " WHERE NOT EXISTS (SELECT FROM :schema.session AS s WHERE s.id = k.id)"
@@ -38,10 +37,13 @@ async def run(job: Job) -> None:
     directories = await _remove_directories(job, Path(settings.workspace_root))
     async with job.transaction() as conn:
         await job.complete(conn)
+        cursor = await conn.execute(_LATER)
+        later = await cursor.fetchone()
+        assert later is not None
         await enqueue(
             conn,
             TOPIC,
-            available_at=datetime.now(UTC) + _EVERY,
+            available_at=later[0],
             max_attempts=job.row.max_attempts,
             unique_key=TOPIC,
             on_duplicate="keep",

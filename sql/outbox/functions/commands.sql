@@ -11,7 +11,8 @@ AS $$
     UPDATE outbox
     SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
         state = CASE state WHEN 'ready' THEN 'cancelled' ELSE state END,
-        finished_at = CASE state WHEN 'ready' THEN clock_timestamp() END,
+        -- outbox_settle sets it where it is missing, and sees to the successor of a row that prunes.
+        finished_at = CASE WHEN state = 'ready' AND topic <> 'outbox.prune' THEN clock_timestamp() END,
         blocked = false
     WHERE id = row_id AND state IN ('ready', 'running')
     RETURNING state
@@ -20,19 +21,30 @@ COMMENT ON FUNCTION outbox_cancel(bigint) IS
     'Cancels a row: cancelled at once if it waits, running until its worker has stopped it; null if it had ended.';
 
 
+-- A row whose unique_key is taken by now stays as it is, so that a statement over many rows goes on.
 CREATE OR REPLACE FUNCTION outbox_retry(row_id bigint) RETURNS text
-LANGUAGE sql VOLATILE SECURITY DEFINER
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
+DECLARE
+    holder    bigint := (SELECT unique_key_holder(o.unique_key) FROM outbox AS o WHERE o.id = row_id);
+    new_state text;
+BEGIN
+    IF holder <> row_id THEN
+        RAISE NOTICE 'row % stays as it is: row % has its unique_key and is not finished', row_id, holder;
+        RETURN NULL;
+    END IF;
     UPDATE outbox
     SET state = 'ready', failures = 0, available_at = clock_timestamp(), cancel_requested_at = NULL,
         finished_at = NULL, blocked = false
     WHERE id = row_id AND state IN ('dead', 'cancelled')
-    RETURNING state
+    RETURNING state INTO new_state;
+    RETURN new_state;
+END
 $$;
 COMMENT ON FUNCTION outbox_retry(bigint) IS
-    'Makes a dead or cancelled row ready again with its failures forgiven; its errors stay.';
+    'Makes a dead or cancelled row ready again with its failures forgiven; its errors stay. Null if it had not ended so, or if an unfinished row has its unique_key.';
 
 
 CREATE OR REPLACE FUNCTION outbox_discard(row_id bigint) RETURNS text

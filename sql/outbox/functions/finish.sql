@@ -82,6 +82,7 @@ AS $$
             ELSE 'ready'
         END,
         finished_at = CASE
+            WHEN o.topic = 'outbox.prune' THEN NULL
             WHEN o.cancel_requested_at IS NOT NULL OR permanent OR o.failures >= o.max_attempts - 1
             THEN clock_timestamp()
         END,
@@ -104,7 +105,9 @@ SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
-        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
+        -- outbox_settle sets it where it is missing, and sees to the successor of a row that prunes.
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL AND o.topic <> 'outbox.prune'
+                           THEN clock_timestamp() END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
     FROM unnest(ids, attempts) AS f (id, attempt)
     WHERE o.id >= f.id AND o.id <= f.id
@@ -125,7 +128,8 @@ SET jit = off SET enable_seqscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
-        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
+        finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL AND o.topic <> 'outbox.prune'
+                           THEN clock_timestamp() END,
         available_at = CASE WHEN o.cancel_requested_at IS NULL THEN clock_timestamp() + interval '1 second'
                             ELSE o.available_at END
     WHERE o.id = row_id AND o.attempt = row_attempt AND o.worker_id = holder AND o.state || '' = 'running'

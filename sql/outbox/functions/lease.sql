@@ -57,9 +57,9 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'OW001';
     END IF;
-    -- A worker's connections count upwards. A call on a connection that was given up may arrive while the worker sleeps
+    -- A worker's connections count upwards, and wrap at 2^31: half of the numbers are behind. A call on a connection that was given up may arrive while the worker sleeps
     -- on a later one. It must neither clear the flag nor give back what runs by now.
-    IF connection < me.presence THEN
+    IF (connection::bigint - me.presence + 2147483648) % 2147483648 >= 1073741824 THEN
         RAISE EXCEPTION 'connection % of worker % was given up', connection, worker_back;
     END IF;
     UPDATE worker SET presence = connection, parked = false WHERE id = worker_back;

@@ -1,6 +1,18 @@
 -- Housekeeping: a row of topic outbox.prune deletes what is past its retention, in small batches, and schedules its
 -- successor in the transaction that ends it (worker/handlers/prune.py). Dead rows are kept until somebody retries or
--- discards them.
+-- discards them. The row can be cancelled, but pruning does not end with it: outbox_settle calls outbox_prune_later.
+
+
+CREATE OR REPLACE FUNCTION outbox_prune_later() RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = :schema, pg_temp
+AS $$
+    INSERT INTO outbox (topic, unique_key, available_at, max_attempts)
+    VALUES ('outbox.prune', 'outbox.prune', clock_timestamp() + interval '1 hour', 32767)
+    ON CONFLICT DO NOTHING
+$$;
+COMMENT ON FUNCTION outbox_prune_later() IS
+    'Enqueues the row that prunes, for in an hour, unless there is one.';
 
 
 -- One page of the outbox by id. Ids are nearly in the order of time, so that the end is where a page holds

@@ -53,6 +53,7 @@ BEGIN
             ELSE 'ready'
         END,
         finished_at = CASE
+            WHEN o.topic = 'outbox.prune' THEN NULL
             WHEN o.cancel_requested_at IS NOT NULL OR o.failures >= o.max_attempts - 1 THEN clock_timestamp()
         END,
         failures = least(o.failures, 2147483646) + 1,

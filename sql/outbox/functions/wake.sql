@@ -162,6 +162,9 @@ BEGIN
                                THEN coalesce(finished_at, clock_timestamp()) END
         WHERE id = NEW.id AND state = NEW.state;
     END IF;
+    IF NEW.topic = 'outbox.prune' AND (cancelled OR NEW.state NOT IN ('ready', 'running')) THEN
+        PERFORM outbox_prune_later();
+    END IF;
     IF NEW.state = 'ready' AND NOT cancelled AND NOT NEW.blocked
         AND (OLD.state <> 'ready' OR OLD.blocked OR NEW.available_at < OLD.available_at OR NEW.topic <> OLD.topic)
     THEN
