@@ -4,17 +4,25 @@ The reason why a handler was stopped decides what becomes of its row, so each st
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
+from functools import partial
 
+import psycopg
+
+from outwake.connect import is_outage
 from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
-from outwake.handler import Handler, Job, Run
+from outwake.handler import Connection, Handler, Job, Run
 from outwake.telemetry import trace
 from outwake.telemetry.log import debugging, get_logger, log_context
 from outwake.worker.engine.payload import UnreadablePayload
+
+_PUT_OFF = timedelta(seconds=1)
+_MOST_PUT_OFF = 20
+"""Attempts of a row that end without a failure, before the loss of a connection counts as one."""
 
 log = get_logger(__name__)
 
@@ -65,7 +73,7 @@ _BY_STOP = {
 class Attempt:
     """A handler that runs for a row, in its own task."""
 
-    __slots__ = ("_ended", "_handler", "_stop", "_task", "job", "started_at")
+    __slots__ = ("_ended", "_handler", "_outage", "_stop", "_task", "job", "started_at")
 
     def __init__(
         self, job: Job, handler: Handler, started_at: float, ended: Callable[["Attempt", Outcome], None]
@@ -75,6 +83,9 @@ class Attempt:
         self._handler = handler
         self._ended = ended
         self._stop: Stop | None = None
+        self._outage: psycopg.Error | None = None
+        """The error by which the job's connection was lost, or could not be had."""
+        job.connection = partial(self._connection, job.connection)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
@@ -136,6 +147,31 @@ class Attempt:
             async with asyncio.timeout(timeout.total_seconds()):
                 await running
 
+    @asynccontextmanager
+    async def _connection(
+        self, connection: Callable[[], AbstractAsyncContextManager[Connection]]
+    ) -> AsyncIterator[Connection]:
+        """The job's connection."""
+        conn: Connection | None = None
+        try:
+            async with connection() as conn:
+                yield conn
+        except psycopg.Error as error:
+            if conn is None or conn.closed or is_outage(error):
+                self._outage = error
+            raise
+
+    def _lost_connection(self, error: BaseException) -> bool:
+        """Whether the handler failed only because the database was away. It may not say so for ever: perhaps
+        it is the row's own query that ends the server's process.
+        """
+        row = self.job.row
+        return (
+            self._outage is not None
+            and self._outage in (error, error.__cause__, error.__context__)
+            and row.attempt - row.failures <= _MOST_PUT_OFF
+        )
+
     def _done(self, task: asyncio.Task[None]) -> None:
         self._ended(self, self._outcome(task))
 
@@ -162,6 +198,9 @@ class Attempt:
                 return Outcome(job, End.FAIL, str(error), error.delay)
             case Permanent():
                 return Outcome(job, End.FAIL, str(error), permanent=True)
+            case _ if self._lost_connection(error):
+                reason = str(error).partition("\n")[0]
+                return Outcome(job, End.HAND_BACK, f"the database was away: {reason}", _PUT_OFF)
             case TimeoutError() if not str(error):
                 return Outcome(job, End.FAIL, "timed out")
             case _:
