@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, LiteralString
 
-from psycopg import AsyncConnection, AsyncCursor, sql
+from psycopg import AsyncCursor, sql
 
 from outwake._statement import Statement, Statements
+from outwake.connect import ServerConnection
 
 Row = tuple[Any, ...]
 
@@ -14,7 +15,7 @@ Query = LiteralString | sql.SQL | sql.Composed | Statement
 Params = Sequence[Any] | Mapping[str, Any] | None
 
 
-class Connection(AsyncConnection[Row]):
+class Connection(ServerConnection):
     async def rows(self, query: Query, params: Params = None) -> list[Row]:
         """All rows of one statement. A caller must wait for the rows before it sends the next query.
 

@@ -1,8 +1,8 @@
 """The API's connections to the database. They fail fast.
 
 A request must not wait for the pool's timeout to learn that Postgres is down:
-1. An idle connection gets no data unless the server closes it. So a pooled connection whose socket is
-   readable is dead, and is replaced before use. This check costs a system call, no round trip.
+1. A pooled connection that its server has closed, or whose server was replaced, is replaced before use. This
+   check costs a system call, no round trip (ServerConnection.usable).
 2. An outage begins when no connection is left and none can be made. A refused connect shows that within
    milliseconds, a silent one after CONNECT_TIMEOUT. If some connections are left (the server may have reached
    its limit), requests wait for one of them.
@@ -12,7 +12,6 @@ A request must not wait for the pool's timeout to learn that Postgres is down:
 
 import asyncio
 import random
-import select
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -25,7 +24,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from outwake.app.api.problems import unavailable
 from outwake.app.connection import Connection, Params, Query, Row
-from outwake.connect import abort_after, conninfo, deadline
+from outwake.connect import ServerConnection, abort_after, conninfo, deadline
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 
@@ -47,7 +46,7 @@ def _conninfo(settings: Settings) -> str:
         return info
     # Postgres keeps plans. A plan made for an empty table would scan it all (sql/outbox/functions/claim.sql).
     options = (
-        f"{conninfo_to_dict(info)['options']} -c TimeZone=UTC -c enable_seqscan=off "
+        f"{conninfo_to_dict(info)['options']} -c enable_seqscan=off "
         f"-c statement_timeout={round(STATEMENT_TIMEOUT * 1000)} "
         f"-c lock_timeout={round(LOCK_TIMEOUT * 1000)}"
     )
@@ -140,7 +139,7 @@ class Database:
                         self._waiting.discard(waiting)
             except TimeoutError:
                 raise unavailable() from None
-            if not _dead(conn):
+            if conn.usable:
                 return conn
             await conn.close()
             await self._pool.putconn(conn)
@@ -164,7 +163,7 @@ class Database:
         pause, last_pause = PROBE_PAUSE
         while True:
             try:
-                conn = await AsyncConnection.connect(self._conninfo)
+                conn = await ServerConnection.connect(self._conninfo)
             except psycopg.Error as error:
                 if self._pool.get_stats()["pool_size"] == 0:
                     self._begin_outage()
@@ -186,11 +185,3 @@ class Database:
         for waiting in self._waiting:
             if not waiting.expired():
                 waiting.reschedule(now)
-
-
-def _dead(conn: AsyncConnection) -> bool:
-    if conn.closed:
-        return True
-    poll = select.poll()
-    poll.register(conn.fileno(), select.POLLIN)
-    return bool(poll.poll(0))

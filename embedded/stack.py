@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import psycopg
 from psycopg import sql
 
 from outwake._migrate import migrate
+from outwake.connect import connect
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.schema import SCHEMA
 
 DATABASE = "outwake"
 _READY_TIMEOUT = 60.0
 _STOP_TIMEOUT = 30.0
+_SILENCE = timedelta(seconds=10)
 
 Report = Callable[[str], None]
 
@@ -67,7 +70,7 @@ async def running(
 
 async def _create_database(url: str) -> None:
     """Create the database. Its search_path lets people at psql omit the schema's name."""
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
+    async with await connect(url, "outwake demo", _SILENCE) as conn:
         cursor = await conn.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,))
         if await cursor.fetchone() is None:
             await conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))

@@ -1,8 +1,8 @@
 """Migrates a database to this code's schema.
 
 1. Take an advisory lock, so that two replicas may start at once: the second waits, then finds nothing to do.
-2. Refuse a schema that is not ours alone: others who may create objects in it could make our functions
-   call theirs.
+2. Refuse a database whose encoding is not UTF8: rows hold text in any language. Refuse a schema that is not
+   ours alone: others who may create objects in it could make our functions call theirs.
 3. Refuse a ledger that differs. The table `migration` holds the hash of every applied file. If a numbered
    file was applied in another form, the tables are not those that this code expects.
 4. Apply nothing if the database is newer, because older functions must not replace newer ones.
@@ -17,6 +17,7 @@ outwake/_ledger.py reads what was applied, and knows what fits this code.
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from typing import LiteralString
 
@@ -39,6 +40,7 @@ from outwake._ledger import (
     step,
     unknown,
 )
+from outwake.connect import connect
 from outwake.errors import SchemaError
 from outwake.schema import SCHEMA, Schema
 from outwake.sql import LINES, File, Line
@@ -54,13 +56,8 @@ __all__ = [
     "uninstall_sql",
 ]
 
-_SETTINGS: tuple[LiteralString, ...] = (
-    "search_path = pg_catalog",  # others may define functions in public that fit a query better
-    "DateStyle = ISO",  # psycopg reads no other
-    "statement_timeout = 0",  # the second of two replicas waits for the first
-    "lock_timeout = 0",
-    "idle_in_transaction_session_timeout = 0",
-)
+_SILENCE = timedelta(seconds=10)
+"""Both ends give up a connection whose network is silent this long."""
 
 _LOCK_TIMEOUT = 0.5
 """Seconds that a transaction waits for a table lock; everybody else waits behind it. The value is less than
@@ -173,11 +170,7 @@ def uninstall_sql(schema: Schema = SCHEMA) -> str:
 
 
 async def _connect(url: str) -> Connection:
-    """Connect with settings that hold, whatever the role and the database have set."""
-    conn = await psycopg.AsyncConnection.connect(url, autocommit=True, client_encoding="UTF8")
-    for setting in _SETTINGS:
-        await conn.execute(f"SET {setting}")
-    return conn
+    return await connect(url, "outwake migrate", _SILENCE)
 
 
 def _chosen(only: Line | None) -> tuple[Line, ...]:
@@ -211,6 +204,12 @@ WHERE n.nspname = %(name)s
 async def _refuse_foreign(conn: Connection, schema: Schema) -> None:
     """Step 2. Raises SchemaError."""
     name = schema.name
+    encoding = conn.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise SchemaError(
+            f"the database {conn.info.dbname} has the encoding {encoding}, Outwake needs UTF8:"
+            " CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
     cursor = await conn.execute(
         "SELECT FROM pg_get_keywords() AS k WHERE k.word = %s AND k.catcode IN ('R', 'T')", (name,)
     )

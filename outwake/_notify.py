@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from outwake.connect import connect, deadline
+from outwake.connect import ServerConnection, connect, deadline
 
 Heard = Callable[[str, str], None]
 """Called with the channel and the payload of a notification."""
@@ -34,7 +34,7 @@ _STEP = 1000
 class ListenConnection:
     """An open LISTEN connection, and the number of its presence."""
 
-    def __init__(self, conn: psycopg.AsyncConnection[Any], presence: int) -> None:
+    def __init__(self, conn: ServerConnection, presence: int) -> None:
         self.conn = conn
         self.presence = presence
 

@@ -1,29 +1,38 @@
-"""Connections that notice when the other side has gone.
+"""The one place where connections to the database are opened.
 
-Both ends must notice a silent path within a lease. The client then reconnects. The server then ends a dead
-client's session and frees its locks; by default it would keep them for two hours.
+1. Both ends notice within a lease that the other has gone. The client then reconnects. The server then ends a
+   dead client's session and frees its locks; by default it would keep them for two hours.
+2. The session has the settings that the code relies on (outwake/_options.py).
+3. Of several hosts, the one that answered last is tried first, and a primary that was replaced is refused
+   (outwake/_hosts.py).
 """
 
 import asyncio
 import os
 import re
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import error_from_result
 
+from outwake._hosts import Origin, answered, in_order, is_behind
+from outwake._options import OWN, REPORTED, SHARED, SINCE_17, startup
+
+_CONNECT_TIMEOUT = 2
+"""Seconds for each of several hosts. It is libpq's minimum."""
+
 
 def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, shared: bool = False) -> str:
-    """`url` with keepalive and user timeout for `lease`. `pooled`: a pooler accepts no server options.
+    """`url` with the settings above, and with silence noticed within `lease`. Options of the URL win.
 
-    `shared`: a user's code also runs on the connection, so it keeps the search_path of its role and database.
-    Otherwise only our own queries run on it. They name the schema, so the search_path is pg_catalog alone.
+    `pooled`: a pooler accepts no server options. `shared`: a user's code also runs on the connection.
     """
     seconds = lease.total_seconds()
     # The first probe comes after a third of the lease, then at most ten over the rest, so that silence is
@@ -32,24 +41,21 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
     rest = max(1, int(seconds) - idle - 1)
     count = min(rest, 10)
     interval = rest // count
-    # jit is off. Before PostgreSQL 18 a disabled scan that is the only possible plan has a very high cost, so
-    # each call would be compiled (sql/outbox/functions/claim.sql).
-    server = (
-        f"-c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} "
-        f"-c tcp_keepalives_count={count} "
-        f"-c tcp_user_timeout={int(seconds * 1000)} "
-        "-c jit=off "
-        "-c DateStyle=ISO -c IntervalStyle=postgres"  # psycopg reads no others
-    )
-    if not shared:
-        server += " -c search_path=pg_catalog"
-    own = conninfo_to_dict(url).get("options") or ""  # options of the URL stay
-    extra: dict[str, Any] = {} if pooled else {"options": f"{server} {own}"}
+    server = {
+        "tcp_keepalives_idle": str(idle),
+        "tcp_keepalives_interval": str(interval),
+        "tcp_keepalives_count": str(count),
+        "tcp_user_timeout": str(int(seconds * 1000)),
+        **(SHARED if shared else OWN),
+    }
+    found = conninfo_to_dict(url)
+    several = "," in str(found.get("host") or found.get("hostaddr") or "")
+    extra = {} if pooled else {"options": f"{startup(server)} {found.get('options') or ''}"}
     return make_conninfo(
         url,
         application_name=name,
         client_encoding="UTF8",
-        connect_timeout=max(2, int(seconds)),
+        connect_timeout=_CONNECT_TIMEOUT if several else max(_CONNECT_TIMEOUT, int(seconds)),
         keepalives=1,
         keepalives_idle=idle,
         keepalives_interval=interval,
@@ -59,15 +65,98 @@ def conninfo(url: str, name: str, lease: timedelta, *, pooled: bool = False, sha
     )
 
 
-async def connect(
-    url: str, name: str, lease: timedelta, *, pooled: bool = False
-) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+_ORIGIN = """
+SELECT c.system_identifier, CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN pg_catalog.substr(
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8) END
+FROM pg_catalog.pg_control_system() AS c
+"""
+"""Any role may ask this, unless somebody revoked it."""
+
+
+class ServerConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
+    """A connection as it is opened here. The pools make such connections too."""
+
+    origin = Origin(None, None)
+
+    @classmethod
+    async def connect(  # type: ignore[override]
+        cls, conninfo: str = "", *, shared: bool = False, **more: Any
+    ) -> Self:
+        """Connect to the first host that answers and was not replaced. Raises psycopg.Error."""
+        tries = 1 + str(conninfo_to_dict(conninfo).get("host") or "").count(",")
+        while True:
+            conn = await super().connect(in_order(conninfo), **more)
+            try:
+                with deadline(conn, float(conninfo_to_dict(conninfo).get("connect_timeout") or 10)):
+                    await conn._introduce(shared=shared)
+            except BaseException:
+                await conn.close()
+                raise
+            host, port = conn.info.host, conn.info.port
+            answered(conninfo, host, port, well=not conn.outdated)
+            if not conn.outdated:
+                return conn
+            await conn.close()
+            tries -= 1
+            if not tries:
+                raise psycopg.OperationalError(
+                    f"the server at {host}:{port} was replaced: this process has seen a"
+                    " newer timeline of its cluster. Stop that server"
+                )
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another server has replaced this connection's."""
+        return is_behind(self.origin)
+
+    @property
+    def usable(self) -> bool:
+        """Whether nobody has closed it, and its server was not replaced. It costs no round trip: a connection
+        that is not in use gets no data, unless the server closes it.
+        """
+        if self.closed or self.outdated:
+            return False
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    async def _introduce(self, *, shared: bool) -> None:
+        """Set what the startup packet could not set, and learn which server this is."""
+        wanted = {} if shared or self.info.server_version < 170000 else dict(SINCE_17)
+        for name in REPORTED:
+            value = (SHARED if shared else OWN).get(name)
+            said = self.info.parameter_status(name)
+            if value is not None and said is not None and said.partition(",")[0] != value:
+                wanted[name] = value
+        if wanted:
+            await self._ask("; ".join(f"SET {name} = '{value}'" for name, value in wanted.items()))
+        with suppress(psycopg.DatabaseError):
+            found = await self._ask(_ORIGIN)
+            cluster, timeline = found.get_value(0, 0), found.get_value(0, 1)
+            if cluster is not None and timeline is not None:
+                self.origin = Origin(cluster.decode(), int(timeline, 16))
+
+    async def _ask(self, query: str) -> pq.abc.PGresult:
+        """Without psycopg's cursor, which begins a transaction where the connection is not in autocommit."""
+        self.pgconn.send_query(query.encode())
+        *_, last = await self.wait(generators.execute(self.pgconn))
+        return checked(last, self)
+
+
+async def connect(url: str, name: str, lease: timedelta, *, pooled: bool = False) -> ServerConnection:
     """An autocommit connection. With `pooled` nothing is prepared: the server may be another each time."""
-    return await psycopg.AsyncConnection.connect(
+    return await ServerConnection.connect(
         conninfo(url, name, lease, pooled=pooled),
         autocommit=True,
         prepare_threshold=None if pooled else 2,
     )
+
+
+async def check(conn: ServerConnection) -> None:
+    """For a pool: close a connection that may not be used, and raise psycopg.OperationalError."""
+    if not conn.usable:
+        await conn.close()
+        raise psycopg.OperationalError("the server has closed the connection, or was replaced")
 
 
 @contextmanager
@@ -122,14 +211,28 @@ _OUTAGES = {
 }
 
 
+_SIGNS = (
+    "Connection refused",
+    "the database system is",  # starting up, shutting down, in recovery
+    # target_session_attrs in the URL: a standby, or a primary that takes no writes
+    "session is read-only",
+    "server is in hot standby mode",
+)
+"""A failure to connect has no SQLSTATE."""
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether the error says that the server is down, or accepts no writes, for everybody. Then no other
     worker can be rescuing our rows.
     """
     if isinstance(error, psycopg.Error) and error.sqlstate in _OUTAGES:
         return True
-    text = str(error)
-    return "Connection refused" in text or "the database system is" in text
+    first, several, failures = str(error).partition("All failures were:\n")
+    # Of several hosts, each must say so: one that is silent may be the one that others use.
+    return all(
+        any(sign in failure for sign in _SIGNS)
+        for failure in (failures.split("\n- host:") if several else [first])
+    )
 
 
 def will_not_pass(error: BaseException, mend: str) -> str | None:

@@ -23,6 +23,7 @@ import psycopg
 import pytest
 
 from outwake import Job, migrate
+from outwake._notify import PRESENCES
 from outwake.connect import connect as connect_noticing
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.schema import in_schema
@@ -174,6 +175,61 @@ async def test_presence_is_new_for_each_connection(connect: Connect, database: s
         await psql.execute(in_schema("SELECT pg_advisory_lock(:lock_presence, %s)"), (first,))  # the ghost
         held.release()
         await until(psql, "SELECT count(*) = 1 FROM worker_present WHERE presence <> %s AND parked", first)
+
+
+async def test_presence_wraps(connect: Connect, database: str) -> None:
+    """1. W has the last number. 2. Its connection breaks. 3. It comes back under a low number. 4. A late
+    call of the connection before is refused.
+    """
+    psql = await connect()
+    async with watched(database) as worker:
+        worker.worker._presence = PRESENCES - 1
+        await psql.execute("UPDATE worker SET presence = %s", (PRESENCES - 1,))
+        held = worker.hold("connect")
+        await end_listener(psql)
+        await held.wait()
+        held.release()
+        await until(psql, "SELECT count(*) = 1 FROM worker_present WHERE presence < 10000 AND parked")
+        with pytest.raises(psycopg.errors.RaiseException, match="given up"):
+            await psql.execute("SELECT outbox_reconnect(%s, %s, '{}', '{}')", (worker.id, PRESENCES - 1))
+
+
+async def test_a_connection_that_broke_while_idle_reaches_no_handler(connect: Connect, database: str) -> None:
+    """1. A handler has used a connection. 2. The server ends it. 3. The next handler gets another."""
+    psql = await connect()
+
+    async def uses(job: Job) -> None:
+        async with job.connection() as conn:
+            await conn.execute("SELECT 1")
+
+    async with watched(database, run=uses) as worker:
+        for _ in range(3):
+            row = await add(psql)
+            await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
+            assert (await get(psql, row, "attempt"), await get(psql, row, "failures")) == (1, 0)
+            await worker.asleep()
+            await end_session(psql, "outwake worker job")
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+async def test_an_outage_is_no_failure_of_a_handler(keeps: bool, connect: Connect, database: str) -> None:
+    """1. A handler's query is under way. 2. The server ends the connection. 3. The row runs again. But a row
+    whose attempts always end so fails in the end.
+    """
+    psql = await connect()
+
+    async def ends(job: Job) -> None:
+        if keeps or job.row.attempt == 1:
+            async with job.connection() as conn:
+                await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    async with watched(database, run=ends):
+        row = await add(psql, attempt=19 if keeps else 0)
+        if keeps:
+            await until(psql, "SELECT failures > 0 FROM outbox WHERE id = %s", row)
+        else:
+            await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
+            assert (await get(psql, row, "attempt"), await get(psql, row, "failures")) == (2, 0)
 
 
 @pytest.mark.parametrize("probe", [0.3, 0])

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from outwake.schema import SCHEMA
 from outwake.sql import LINES, File, Line, files, newest
 from tests.conftest import Connect
 from tests.support.api import serving
+from tests.support.database import new_database
 from tests.support.frozen import frozen
 from tests.support.process import ROOT
 from tests.support.schema import describe
@@ -127,18 +127,18 @@ async def test_settings_of_the_database_do_no_harm(
         assert await check_schema(conn, LINES) == "current"
 
 
-async def test_a_database_without_an_encoding_is_migrated_and_accepted(server: str) -> None:
-    name = "test_ascii_" + secrets.token_hex(8)
-    url = with_database(server, name)
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'".encode())
-        try:
-            assert sorted(await migrate(url)) == sorted(NAMES)
-            assert await migrate(url) == []
-            async with await connect_as_we_do(url, "test", timedelta(seconds=6)) as conn:
-                assert await check_schema(conn, LINES) == "current"
-        finally:
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_in_another_encoding_is_refused_before_anything_is_made(
+    server: str, encoding: str
+) -> None:
+    with new_database(server, "template0", f"ENCODING '{encoding}' LOCALE 'C'") as name:
+        url = with_database(server, name)
+        for refused in (migrate(url), print_sql(url)):
+            with pytest.raises(SchemaError, match=f"encoding {encoding}.* UTF8") as raised:
+                await refused
+            assert "\n" not in str(raised.value)
+        with psycopg.connect(url) as conn:
+            assert conn.execute("SELECT to_regnamespace('outwake')").fetchone() == (None,)
 
 
 async def test_a_file_that_fails_leaves_nothing_of_itself(

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
@@ -12,12 +13,16 @@ from tests.support.server import with_database
 
 
 @contextmanager
-def new_database(server: str, template: str = "template1") -> Iterator[str]:
-    """The name of a new database on the server, a clone of `template`; it is dropped in the end."""
+def new_database(server: str, template: str = "template1", options: LiteralString = "") -> Iterator[str]:
+    """The name of a new database on the server, a clone of `template`; it is dropped in the end. `options` of
+    CREATE DATABASE: an encoding, a collation.
+    """
     name = f"test_{secrets.token_hex(8)}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} {}").format(
+                sql.Identifier(name), sql.Identifier(template), sql.SQL(options)
+            )
         )
     try:
         set_search_path(with_database(server, name))

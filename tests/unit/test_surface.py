@@ -160,7 +160,7 @@ CLOCKS = {
     "app/auth/identity.py": "a token's exp, by the issuer's clock",
     "worker/handlers/webhook.py": "the signature's time, for the receiver",
     "outwake/cli/status.py": "when the command looked, for its reader",
-    "app/dashboard/words.py": "how long ago, for a reader",
+    "app/dashboard/formatting.py": "how long ago, for a reader",
 }
 """Who reads this host's clock, and for what."""
 

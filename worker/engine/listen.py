@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import pq
 
 from outwake._notify import Heard, ListenConnection
@@ -78,7 +79,9 @@ class Listener:
             self._reply = None
 
     def check(self) -> None:
-        """Raise the connection's error if it is broken."""
+        """Raise psycopg.Error if the connection is broken, or if its server was replaced."""
+        if self._connection.conn.outdated:
+            raise psycopg.OperationalError("the server was replaced")
         if self._reading is not None and self._reading.done() and not self._reading.cancelled():
             self._reading.result()
 

@@ -16,7 +16,16 @@ from psycopg_pool import AsyncConnectionPool
 
 from outwake._claim import reconnect, register
 from outwake._migrate import Fit, check_schema
-from outwake.connect import connect, conninfo, deadline, grant, is_outage, will_not_pass
+from outwake.connect import (
+    ServerConnection,
+    check,
+    connect,
+    conninfo,
+    deadline,
+    grant,
+    is_outage,
+    will_not_pass,
+)
 from outwake.errors import SchemaError, WorkerEnded
 from outwake.handler import Connection, Handler
 from outwake.installed import has_sessions
@@ -333,9 +342,9 @@ class Worker:
         )
 
 
-def _pool(settings: Settings, concurrency: int, *, shared: bool) -> AsyncConnectionPool[Connection]:
+def _pool(settings: Settings, concurrency: int, *, shared: bool) -> AsyncConnectionPool[ServerConnection]:
     """Connections for jobs. `shared`: a user's code runs on them too."""
-    return AsyncConnectionPool[Connection](
+    return AsyncConnectionPool[ServerConnection](
         conninfo(
             settings.database_url,
             "outwake worker job",
@@ -343,7 +352,13 @@ def _pool(settings: Settings, concurrency: int, *, shared: bool) -> AsyncConnect
             pooled=settings.pooled,
             shared=shared,
         ),
-        kwargs={"autocommit": True, "prepare_threshold": None if settings.pooled else 2},
+        connection_class=ServerConnection,
+        kwargs={
+            "autocommit": True,
+            "prepare_threshold": None if settings.pooled else 2,
+            "shared": shared,
+        },
+        check=check,
         min_size=0,
         max_size=min(concurrency, 20) + 2,
         open=False,
