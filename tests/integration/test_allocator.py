@@ -213,7 +213,7 @@ async def test_arguments_reach_the_shell_as_they_are(client: AioSandbox) -> None
 
 
 async def test_a_file_arrives_as_it_is(client: AioSandbox, parts: Production) -> None:
-    content = bytes(range(256))
+    content = bytes(range(256)) * 5000  # more than one request holds
     path = parts.sandboxes[0].home / "file"
     await client.write(str(path), content)
     assert path.read_bytes() == content

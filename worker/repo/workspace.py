@@ -167,7 +167,8 @@ class Workspace:
             if not chunk:
                 break
             content += chunk[: size - len(content)]
-        if hashlib.sha256(content).hexdigest() != digest:
+        read = await asyncio.to_thread(hashlib.sha256, content)
+        if read.hexdigest() != digest:
             raise TransientError("the commits could not be read from the sandbox")
         return bytes(content)
 

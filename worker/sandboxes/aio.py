@@ -26,6 +26,8 @@ from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError, StepTimeout
 _ANSWER = 60.0  # seconds for an answer, beyond what a step may take
 _WAIT = 30  # seconds of one /v1/shell/wait
 _PAUSE = 0.05
+_PIECE = 512 * 1024  # bytes of a file in one request
+_NAME = 200  # characters of a word of the sandbox's
 _KILL_TIMEOUT = 10.0
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 _SLACK = 10.0  # seconds that the sandbox has to report its own timeout
@@ -59,13 +61,17 @@ class AioSandbox:
         return self._mcp_config
 
     async def write(self, path: str, content: bytes) -> None:
-        """Write a file. Raises TransientError or PermanentError if the sandbox does not confirm it."""
-        data = await self._call(
-            "file/write",
-            {"file": path, "content": base64.b64encode(content).decode(), "encoding": "base64"},
-        )
-        if data.get("bytes_written") not in (None, len(content)):
-            raise TransientError("the sandbox wrote only a part of a file")
+        """Write a file, in pieces that are made into JSON in some milliseconds each.
+
+        Raises TransientError or PermanentError if the sandbox does not confirm it.
+        """
+        for start in range(0, len(content) or 1, _PIECE):
+            piece = content[start : start + _PIECE]
+            encoded = base64.b64encode(piece).decode()
+            body = {"file": path, "content": encoded, "encoding": "base64", "append": start > 0}
+            data = await self._call("file/write", body)
+            if data.get("bytes_written") not in (None, len(piece)):
+                raise TransientError("the sandbox wrote only a part of a file")
 
     async def run(self, step: str, script: str, *arguments: str, timeout: float = STEP_TIMEOUT) -> str:
         """Run a shell script with arguments `$1`, `$2` …; return its output without the last line break.
@@ -99,7 +105,8 @@ class AioSandbox:
         data = await self._call(
             "shell/exec", {"id": shell, "command": command, "async_mode": False, "timeout": timeout}, timeout
         )
-        shell = str(data.get("session_id") or shell)
+        named = data.get("session_id")
+        shell = named if isinstance(named, str) and 0 < len(named) <= _NAME else shell
         # A step without output may still run: a clone prints nothing.
         while data.get("status") in ("running", "no_change_timeout"):
             left = until - time.monotonic()
@@ -110,7 +117,7 @@ class AioSandbox:
             await asyncio.sleep(_PAUSE)  # in case the call returns at once
             data = await self._call("shell/view", {"id": shell})
         if data.get("status") != "completed":
-            raise TransientError(f"{step}: the sandbox's shell ended as {data.get('status')}")
+            raise TransientError(f"{step}: the sandbox's shell ended as {_short(data.get('status'))}")
         return data
 
     async def _kill(self, shell: str) -> None:
@@ -131,9 +138,13 @@ class AioSandbox:
         if not isinstance(answer, dict) or not 200 <= status < 300:
             raise TransientError(f"the sandbox answered {route} with status {status}")
         if answer.get("success") is not True:
-            raise TransientError(f"the sandbox failed at {route}: {str(answer.get('message'))[:200]}")
+            raise TransientError(f"the sandbox failed at {route}: {_short(answer.get('message'))}")
         data = answer.get("data")
         return data if isinstance(data, dict) else {}
+
+
+def _short(said: Any) -> str:
+    return said[:_NAME] if isinstance(said, str) else "nothing that can be told"
 
 
 def _text(output: Any) -> str:

@@ -26,6 +26,7 @@ _NONE_FREE = (404, 503)
 _MARGIN = 30.0
 """Seconds beyond `wait` after which we assume that the allocator will never answer."""
 _ANSWER = 30.0  # seconds for any other answer
+_ITEM = 1 << 20  # bytes of an answer with an item, which is stored with the session
 _SWEEP_TIMEOUT = 20.0
 _SWEEP = 'rm -rf "$HOME/outwake"'
 _LOOKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -67,7 +68,7 @@ class AllocatorProvider:
         try:
             async with self._client() as client:
                 status, answer = await ask(
-                    client, "GET", "/ip/borrow", query=query, seconds=self._wait + _MARGIN
+                    client, "GET", "/ip/borrow", query=query, seconds=self._wait + _MARGIN, limit=_ITEM
                 )
         except NotSent as error:
             raise TransientError(f"the allocator can't be reached: {error}") from error
@@ -144,4 +145,4 @@ def _said(answer: Any) -> str:
     if not isinstance(answer, dict):
         return ""
     parts = (answer.get("err"), answer.get("msg"), answer.get("message"))
-    return ": ".join(str(part)[:500] for part in parts if part)[:500]
+    return ": ".join(part[:500] for part in parts if isinstance(part, str) and part)[:500]

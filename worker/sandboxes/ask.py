@@ -30,12 +30,13 @@ async def ask(
     path: str,
     *,
     seconds: float,
+    limit: int = LIMIT,
     body: Any = None,
     query: dict[str, str | float] | None = None,
 ) -> tuple[int, Any]:
     """The status and the JSON of the answer; None in place of an answer that is not JSON.
 
-    seconds: for the whole request. Raises NoAnswer.
+    seconds: for the whole request. limit: bytes of the answer. Raises NoAnswer.
     """
     try:
         async with (
@@ -52,8 +53,8 @@ async def ask(
             content = bytearray()
             async for chunk in response.aiter_raw():
                 content += chunk
-                if len(content) > LIMIT:
-                    raise NoAnswer(f"its answer has more than {LIMIT >> 20} MiB")
+                if len(content) > limit:
+                    raise NoAnswer(f"its answer has more than {limit >> 20} MiB")
             status = response.status_code
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise NotSent(type(error).__name__) from error
