@@ -26,8 +26,12 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     # Parking without steps 2 and 3: nobody waits for writers that missed the flag.
     "park": ("outbox_writers", "l.locktype = 'relation'", "false AND l.locktype = 'relation'"),
-    # A claim of a single row behind the cursor does not ask the clock.
-    "early": ("outbox_complete_and_claim", "least(v.since, moment)", "v.since"),
+    # The claim does not ask the clock.
+    "early": (
+        "outbox_complete_and_claim",
+        "CASE WHEN v.alone THEN least(v.since, moment) ELSE moment END",
+        "'infinity'",
+    ),
     # A key's rows exclude each other, but run in any order.
     "order": ("outbox_take_key", ") < row_id OR EXISTS", ") < 0 OR EXISTS"),
     # The limit counts nothing.
