@@ -32,7 +32,7 @@ class Claimed(NamedTuple):
     id: int
     topic: str
     ordering_key: str | None
-    payload: dict[str, Any]
+    payload: Any
     attempt: int
     failures: int
     max_attempts: int

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
@@ -59,8 +59,8 @@ class Job:
     _completing: bool = field(default=False, repr=False)
 
     @property
-    def payload(self) -> dict[str, Any]:
-        """The row's payload."""
+    def payload(self) -> Any:
+        """The row's payload: any JSON value. A producer at psql may insert one that is no object."""
         return self.row.payload
 
     @property
@@ -88,14 +88,17 @@ class Job:
         self._completing = True
 
 
-Run = Callable[[Job], Awaitable[None] | None]
+Run = Callable[[Job], Awaitable[object] | object]
+"""What a handler runs: anything that can be called with a job. Its value is not used."""
 
 
 @dataclass(frozen=True)
 class Handler:
-    """Serves one topic. `run` returns when the work is done; a plain function runs in a thread.
+    """Serves one topic. The work is done when `run` has returned and, if it returned an awaitable, when that
+    has been awaited. A plain function runs in a thread, and so does an async one behind a decorator, because
+    it looks like one. An awaitable that it returns is awaited on the worker's event loop.
 
-    It may raise Retry, Permanent or HandBack (outwake.errors). Any other exception is a failure, which is
+    `run` may raise Retry, Permanent or HandBack (outwake.errors). Any other exception is a failure, which is
     retried with backoff. `timeout` limits one attempt; the topic table can override it.
     """
 
@@ -108,10 +111,27 @@ class Handler:
     """It runs only Outwake's own queries. Its connections do not use the role's search_path, because others
     may be able to create functions and operators there."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError if a call of `run` would do nothing."""
+        called = _called(self.run)
+        if not callable(self.run):
+            raise ConfigurationError(f"the handler of topic {self.topic} cannot be called: {self.run!r}")
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            raise ConfigurationError(
+                f"the handler of topic {self.topic} is a generator, which nobody would run: {self.run!r}"
+            )
+
     @cached_property
     def blocking(self) -> bool:
-        """Whether `run` is a plain function."""
-        return not inspect.iscoroutinefunction(self.run)
+        """Whether `run` is called in a thread: it is not known to be async."""
+        return not inspect.iscoroutinefunction(_called(self.run))
+
+
+def _called(run: object) -> object:
+    """The function that a call of `run` calls first: behind partials, and of an object its __call__."""
+    while isinstance(run, partial):
+        run = run.func
+    return run if inspect.isroutine(run) or inspect.isclass(run) else getattr(run, "__call__", run)  # noqa: B004
 
 
 def installed_handlers() -> dict[str, Handler]:

@@ -214,9 +214,9 @@ class ObservedWorker:
         """The same handler, noting its rows first."""
         if not inspect.iscoroutinefunction(run):
 
-            def blocks(job: Job) -> None:
+            def blocks(job: Job) -> object:
                 self._loop.call_soon_threadsafe(self._note, job)
-                run(job)
+                return run(job)
 
             return blocks
 

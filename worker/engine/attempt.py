@@ -4,8 +4,10 @@ The reason why a handler was stopped decides what becomes of its row, so each st
 """
 
 import asyncio
+import inspect
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -15,7 +17,7 @@ import psycopg
 
 from outwake.connect import is_outage
 from outwake.errors import Cancelled, Fenced, HandBack, Permanent, Retry
-from outwake.handler import Connection, Handler, Job, Run
+from outwake.handler import Connection, Handler, Job
 from outwake.telemetry import trace
 from outwake.telemetry.log import debugging, get_logger, log_context
 from outwake.worker.engine.payload import UnreadablePayload
@@ -127,8 +129,7 @@ class Attempt:
     def _log_fields(self) -> dict[str, object]:
         row = self.job.row
         fields: dict[str, object] = {"outbox_id": row.id, "attempt": row.attempt, "topic": row.topic}
-        payload: object = row.payload  # any JSON, in a row that was typed by hand
-        if isinstance(payload, dict) and isinstance(session := payload.get("session_id"), str):
+        if isinstance(row.payload, dict) and isinstance(session := row.payload.get("session_id"), str):
             fields["session_id"] = session
         return fields
 
@@ -138,14 +139,46 @@ class Attempt:
         handler, job = self._handler, self.job
         if isinstance(job.row.payload, UnreadablePayload):
             raise Permanent(job.row.payload.reason)
-        running = _in_thread(handler.run, job) if handler.blocking else handler.run(job)
-        assert running is not None
         timeout = job.row.timeout or handler.timeout
-        if timeout is None:  # asyncio.timeout(None) would cost time for nothing
-            await running
+        seconds = None if timeout is None else timeout.total_seconds()
+        if handler.blocking:
+            result = await self._in_thread(seconds)
         else:
-            async with asyncio.timeout(timeout.total_seconds()):
-                await running
+            result = handler.run(job)
+        if inspect.isawaitable(result):
+            if seconds is None:  # asyncio.timeout(None) would cost time for nothing
+                await result
+            else:
+                async with asyncio.timeout(seconds):
+                    await result
+        elif inspect.isgenerator(result) or inspect.isasyncgen(result):
+            raise Permanent(f"the handler returned {type(result).__name__}, which nobody runs")
+
+    async def _in_thread(self, seconds: float | None) -> object:
+        """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
+        interrupted: until it returns it works on the row, whatever a stop or its time limit says. If it has
+        done its work by then, that counts, and it is not done again.
+        """
+        began = time.monotonic()
+        thread = asyncio.ensure_future(asyncio.to_thread(self._handler.run, self.job))
+        stopped = late = False
+        while not thread.done():
+            try:
+                await asyncio.wait([thread], timeout=None if late else seconds)
+            except asyncio.CancelledError:
+                stopped = True
+            if seconds is not None and not late and time.monotonic() - began >= seconds:
+                late = True
+                log.warning("time_limit_passed", limit=seconds)
+        if late:
+            log.warning("ended_late", seconds=round(time.monotonic() - began, 1), limit=seconds)
+        if stopped:
+            unfinished = thread.exception() is not None or inspect.isawaitable(thread.result())
+            if unfinished:
+                if thread.exception() is None and inspect.iscoroutine(coroutine := thread.result()):
+                    coroutine.close()
+                raise asyncio.CancelledError
+        return thread.result()
 
     @asynccontextmanager
     async def _connection(
@@ -206,18 +239,3 @@ class Attempt:
             case _:
                 log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
                 return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
-
-
-async def _in_thread(run: Run, job: Job) -> None:
-    """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
-    interrupted: a stop takes effect when it returns, because until then it still works on the row.
-    """
-    thread = asyncio.ensure_future(asyncio.to_thread(run, job))
-    try:
-        await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        while not thread.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([thread])
-        thread.exception()
-        raise

@@ -29,7 +29,8 @@ async def give_back(job: Job) -> None:
 
     A second return does no harm.
     """
-    session_id, held = job.payload.get("session_id"), job.payload.get("sandbox")
+    payload = job.payload if isinstance(job.payload, dict) else {}
+    session_id, held = payload.get("session_id"), payload.get("sandbox")
     if not isinstance(held, dict):
         raise Permanent("the payload holds no sandbox")
     async with job.transaction() as conn:

@@ -188,7 +188,8 @@ def _with_losses(verdict: Verdict, lost: list[str]) -> Verdict:
 
 
 async def _load(job: Job) -> Turn | None:
-    session_id, prompt_id = job.payload.get("session_id"), job.payload.get("prompt_id")
+    payload = job.payload if isinstance(job.payload, dict) else {}
+    session_id, prompt_id = payload.get("session_id"), payload.get("prompt_id")
     try:
         async with job.connection() as conn:
             cursor = await conn.execute(

@@ -47,6 +47,8 @@ async def deliver(job: Job) -> None:
 
     settings = load()
     payload = job.payload
+    if not isinstance(payload, dict) or not payload.keys() >= {"event", "id", "url"}:
+        raise Permanent("the payload holds no event")
     pause = backoff(FIRST_PAUSE, LAST_PAUSE, job.row.failures)
     body = json.dumps(payload["event"], separators=(",", ":"), ensure_ascii=False).encode()
     try:
