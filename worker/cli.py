@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from outwake.cli.usage import Parser
 from outwake.errors import ConfigurationError, SchemaError
 from outwake.handler import Handler, installed_handlers
 from outwake.lean import collect_seldom
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="worker",
         description="Claims outbox rows and runs their handlers until SIGTERM. Options: docs/worker.md.",
     )

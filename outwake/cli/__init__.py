@@ -26,7 +26,10 @@ _OPERATIONS = {
     "retry": "make a dead or cancelled row ready again",
     "discard": "end a dead row for good",
 }
-_WAKE = in_schema("SELECT :schema.outbox_wake()")
+_WAKE = in_schema(
+    "SELECT w.n FROM (SELECT :schema.outbox_wake()) AS done, LATERAL (SELECT count(*)::int AS n"
+    " FROM :schema.worker_present) AS w"
+)
 _ROLES = {"status": "monitor", "top": "monitor", "prune": "worker", "wake": "operator"}
 _ROLES.update(dict.fromkeys(_OPERATIONS, "operator"))
 """The role that a command needs; the others need the owner of the schema."""
@@ -96,8 +99,9 @@ def _first_line(error: Exception) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from outwake.cli import token
+    from outwake.cli.usage import Parser
 
-    parser = argparse.ArgumentParser(prog="outwake", description="Outwake, an outbox on Postgres.")
+    parser = Parser(prog="outwake", description="Outwake, an outbox on Postgres.")
     parser.add_argument("--version", action="version", version=f"outwake {metadata.version('outwake')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_migrate(commands.add_parser("migrate", help="bring the database to this version's schema"))
@@ -146,7 +150,7 @@ def _add_json(parser: argparse.ArgumentParser, form: str) -> None:
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    number = float(text)  # a ValueError is a usage error too
     if not 0.1 <= number <= 3600:
         raise argparse.ArgumentTypeError("must be between 0.1 and 3600")
     return number
@@ -186,7 +190,8 @@ def _run(words: list[str]) -> int:
 
             return asyncio.run(token.run(load(), arguments))
         case "wake":
-            asyncio.run(_call(load(), _WAKE, [()]))
+            [present] = asyncio.run(_call(load(), _WAKE, [()]))
+            print(f"woke every worker; present now: {present}")
         case "prune":
             return asyncio.run(_prune(load()))
         case operation:

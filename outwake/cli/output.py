@@ -47,13 +47,32 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Record], *, right: Sequence[str] = ()) -> Table:
-    """A table with one line a row; a missing value stays empty."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Record],
+    *,
+    right: Sequence[str] = (),
+    whole: Sequence[str] = (),
+    one_line: bool = False,
+) -> Table:
+    """A table; a missing value stays empty. A value that is too long is folded or, with `one_line`, cut.
+    Values of the columns `right` and `whole` are not cut.
+    """
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
     for name in columns:
-        made.add_column(name.replace("_", " "), justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(_cell(row.get(name)) for name in columns))
+        made.add_column(
+            name.replace("_", " "),
+            justify="right" if name in right else "left",
+            overflow="fold",
+            # rich takes the width that is missing from the other columns.
+            no_wrap=one_line and (name in right or name in whole),
+        )
+    for cell in (cell for row in cells if one_line for cell in row):
+        cell.no_wrap, cell.overflow = True, "ellipsis"
+    for row in cells:
+        made.add_row(*row)
     return made
 
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from outwake._migrate import check_schema
 from outwake.cli.connection import open_connection
+from outwake.cli.keys import pressed
 from outwake.cli.output import Record, as_json, clean, console, table
 from outwake.errors import SchemaError
 from outwake.schema import in_schema
@@ -61,7 +62,7 @@ async def status(settings: Settings, *, json: bool) -> int:
 
 
 async def top(settings: Settings, *, every: float, json: bool) -> int:
-    """Show everything until interrupted: on a terminal in place, as JSON one object a line."""
+    """Show everything until interrupted: on a terminal in place, until `q` too; as JSON one object a line."""
     if not json and not sys.stdout.isatty():
         return await status(settings, json=False)
     async with _connection(settings) as conn:
@@ -69,10 +70,15 @@ async def top(settings: Settings, *, every: float, json: bool) -> int:
             while True:
                 print(as_json(await _look(conn, settings)), flush=True)
                 await asyncio.sleep(every)
-        with Live(console=console(), screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(_page(await _look(conn, settings), hint="Ctrl-C ends"), refresh=True)
-                await asyncio.sleep(every)
+        shown = console()
+        with pressed(b"qQ") as ended, Live(console=shown, screen=True, auto_refresh=False) as live:
+            while not ended.is_set():
+                page = _screen(await _look(conn, settings), shown.height)
+                live.update(page, refresh=True)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(every):
+                        await ended.wait()
+        return 0
 
 
 @asynccontextmanager
@@ -96,37 +102,59 @@ async def _look(conn: psycopg.AsyncConnection[Any], settings: Settings) -> Recor
     return found
 
 
-def _page(found: Record, hint: str = "") -> RenderableType:
+def _head(found: Record, hint: str = "") -> Text:
     ready = found["ready"]
     word, style = ("ready", "bold green") if ready["ready"] else ("NOT READY", "bold red")
-    head = Text.assemble((word, style), f"  {clean(ready['reason'] or '')}", (f"   {hint}", "dim"))
-    parts: list[RenderableType] = [
-        head,
-        table(
-            "Outbox", ["topic", "state", "wait", "rows", "oldest"], found["outbox"], right=["rows", "oldest"]
-        ),
-        table(
-            "Workers",
-            ["host", "pid", "state", "running", "concurrency", "up", "lease_left", "topics"],
-            found["workers"],
-            right=["pid", "running", "concurrency", "up", "lease_left"],
-        ),
-    ]
-    if found["running"]:
-        columns = ["id", "topic", "attempt", "running_for", "host", "pid", "session_id"]
-        parts.append(
-            table("Running", columns, found["running"], right=["id", "attempt", "running_for", "pid"])
-        )
-    if found["waiting"]:
-        columns = ["id", "topic", "reason", "waited", "detail", "last_error"]
-        parts.append(
-            table(f"Waiting or dead, the longest {_SHOWN}", columns, found["waiting"], right=["id", "waited"])
-        )
-    if found["writers"]:
-        columns = ["pid", "role", "application", "state", "open_for", "query"]
-        parts.append(
-            table(
-                "Open transactions that write to outbox", columns, found["writers"], right=["pid", "open_for"]
-            )
-        )
-    return Group(*parts)
+    return Text.assemble(
+        (word, style), (f"   {hint}" if hint else "", "dim"), f"  {clean(ready['reason'] or '')}"
+    )
+
+
+def _screen(found: Record, height: int) -> RenderableType:
+    """What fits a screen of that height: first what is stuck, a line for each row. The rest is cut off."""
+    head = _head(found, hint="q ends")
+    head.no_wrap, head.overflow = True, "ellipsis"
+    stuck = {**found, "waiting": found["waiting"][: max(3, height - 14)]}
+    names = ["waiting", *(name for name in _TABLES if name != "waiting")]
+    return Group(head, *_tables(stuck, names, one_line=True))
+
+
+def _page(found: Record) -> RenderableType:
+    return Group(_head(found), *_tables(found, list(_TABLES), one_line=False))
+
+
+def _tables(found: Record, names: Sequence[str], *, one_line: bool) -> Iterator[RenderableType]:
+    for name in names:
+        title, columns, right, whole = _TABLES[name]
+        if found[name] or name in ("outbox", "workers"):
+            yield table(title, columns, found[name], right=right, whole=whole, one_line=one_line)
+
+
+_TABLES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
+    "outbox": ("Outbox", ["topic", "state", "wait", "rows", "oldest"], ["rows", "oldest"], ["state", "wait"]),
+    "workers": (
+        "Workers",
+        ["host", "pid", "state", "running", "concurrency", "up", "lease_left", "topics"],
+        ["pid", "running", "concurrency", "up", "lease_left"],
+        ["state"],
+    ),
+    "running": (
+        "Running",
+        ["id", "topic", "attempt", "running_for", "host", "pid", "session_id"],
+        ["id", "attempt", "running_for", "pid"],
+        [],
+    ),
+    "waiting": (
+        f"Waiting or dead, the longest {_SHOWN}",
+        ["id", "topic", "reason", "waited", "detail", "last_error"],
+        ["id", "waited"],
+        ["reason"],
+    ),
+    "writers": (
+        "Open transactions that write to outbox",
+        ["pid", "role", "application", "state", "open_for", "query"],
+        ["pid", "open_for"],
+        [],
+    ),
+}
+"""Title, columns, those to the right, and those that are not cut on a small screen."""

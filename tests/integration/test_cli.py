@@ -5,11 +5,13 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -85,14 +87,26 @@ async def test_top_shows_what_changes(database: str, connect: Connect) -> None:
         assert top.stderr == []
 
 
-_SIZE = {"COLUMNS": "200", "LINES": "60"}
+@dataclass
+class Terminal:
+    """What a person at a terminal has of a process."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    descriptor: int
+
+    def press(self, keys: bytes) -> None:
+        os.write(self.descriptor, keys)
 
 
 @asynccontextmanager
-async def on_a_terminal(database: str, *arguments: str) -> AsyncIterator[tuple[Any, asyncio.StreamReader]]:
-    """Run it where it finds a terminal, 200 columns wide."""
+async def on_a_terminal(
+    database: str, *arguments: str, columns: int = 200, lines: int = 60
+) -> AsyncIterator[Terminal]:
+    """Run it where it finds a terminal."""
+    size = {"COLUMNS": str(columns), "LINES": str(lines)}
     ours, theirs = pty.openpty()
-    env = {**os.environ, "DATABASE_URL": database, "PYTHONPATH": str(ROOT), "TERM": "xterm"} | _SIZE
+    env = {**os.environ, "DATABASE_URL": database, "PYTHONPATH": str(ROOT), "TERM": "xterm"} | size
     process = await asyncio.create_subprocess_exec(
         *command_line("outwake"), *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env
     )
@@ -102,7 +116,7 @@ async def on_a_terminal(database: str, *arguments: str) -> AsyncIterator[tuple[A
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", 0)
     )
     try:
-        yield process, reader
+        yield Terminal(process, reader, ours)
     finally:
         if process.returncode is None:
             process.kill()
@@ -112,7 +126,8 @@ async def on_a_terminal(database: str, *arguments: str) -> AsyncIterator[tuple[A
 
 async def test_top_on_a_terminal_gives_the_screen_back(database: str, connect: Connect) -> None:
     await build(connect)
-    async with on_a_terminal(database, "top", "--every", "0.1") as (process, reader):
+    async with on_a_terminal(database, "top", "--every", "0.1") as terminal:
+        process, reader = terminal.process, terminal.reader
         said = b""
         async with awaiting("top's screen, and its end", seen=lambda: said):
             while not (b"NOT READY" in said and b"topic paused" in said):
@@ -122,6 +137,60 @@ async def test_top_on_a_terminal_gives_the_screen_back(database: str, connect: C
                 said += await reader.read(65536)
             assert await process.wait() == 130
     assert said.index(b"\x1b[?1049h") < said.index(b"NOT READY")  # on the other screen
+
+
+async def test_top_shows_what_is_stuck_on_a_small_screen_and_ends_by_q(
+    database: str, connect: Connect
+) -> None:
+    """At 80 by 24 each row that waits has a line of its own, with its reason, and nothing comes before."""
+    scenario = await build(connect)
+    conn = await connect()
+    stuck = "SELECT id::text, reason FROM outbox_waiting WHERE reason NOT IN ('due', 'scheduled')"
+    expected = await (await conn.execute(stuck)).fetchall()
+    assert len(expected) >= 5
+    async with on_a_terminal(database, "top", "--every", "0.1", columns=80, lines=24) as terminal:
+        said = b""
+        async with awaiting("two screens of top", seen=lambda: said):
+            while said.count(b"NOT READY") < 2:
+                said += await terminal.reader.read(65536)
+        terminal.press(b"q")
+        async with awaiting("top to end", seen=lambda: said):
+            while b"\x1b[?1049l" not in said:
+                said += await terminal.reader.read(65536)
+            assert await terminal.process.wait() == 0
+    first = next(frame for frame in said.split(b"\x1b[H") if b"NOT READY" in frame).decode()
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", first).splitlines()
+    assert len(screen) <= 24
+    assert max(map(len, screen)) <= 80
+    begins = next(place for place, line in enumerate(screen) if line.startswith("Waiting or dead"))
+    assert begins == 1
+    for row, reason in expected:
+        assert [line for line in screen if line.split()[:1] == [row] and reason in line], (row, screen)
+    assert scenario.rows
+
+
+async def test_top_ends_without_a_word_when_its_reader_has_gone(database: str) -> None:
+    top = " ".join(map(shlex.quote, [*command_line("outwake"), "top", "--json", "--every", "0.1"]))
+    process = await asyncio.create_subprocess_shell(
+        f"{top} | head -n 2",
+        env={**os.environ, "DATABASE_URL": database, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with awaiting("both to end"):
+        output, errors = await process.communicate()
+    assert len(output.splitlines()) == 2
+    assert errors == b""
+
+
+async def test_wake_says_what_it_did(database: str, connect: Connect, manual: ManualWorker) -> None:
+    ear = await connect()
+    await ear.execute("LISTEN outwake_wake")
+    process = await run(database, "wake")
+    assert process.stdout == ["woke every worker; present now: 1"]
+    assert await process.ended() == 0
+    async for note in ear.notifies(timeout=60, stop_after=1):
+        assert note.payload == "*@0"
 
 
 async def test_tail_follows_to_the_end(database: str, connect: Connect, manual: ManualWorker) -> None:
@@ -229,7 +298,8 @@ async def test_prune_deletes_what_is_past_its_retention(database: str, connect: 
 
 
 async def test_migrate_shows_progress_on_a_terminal(empty_database: str) -> None:
-    async with on_a_terminal(empty_database, "migrate") as (process, reader):
+    async with on_a_terminal(empty_database, "migrate") as terminal:
+        process, reader = terminal.process, terminal.reader
         said = b""
         async with awaiting("the migrations, and the end", seen=lambda: said, timeout=TIMEOUT * 8):
             while _in_place("outbox", "session").encode() not in said:

@@ -41,12 +41,21 @@ async def test_row_that_is_in_no_state_for_it(connect: Connect, database: str) -
 
 
 @pytest.mark.parametrize(
-    "arguments", [["retry"], ["retry", "seven"], ["cancel", "1.5"], ["unknown"], []], ids=" ".join
+    "arguments",
+    [
+        *([], ["unknown"], ["un\nknown"], ["--unknown"], ["retry"], ["retry", "seven"], ["cancel", "1.5"]),
+        *(["top", "--every", "0"], ["top", "--every", "x"], ["tail"], ["tail", "no id"], ["status", "1"]),
+        *(["migrate", "--list", "--print"], ["migrate", "--only", "x"], ["wake", "x"], ["prune", "--json"]),
+        *(["token"], ["token", "create"], ["token", "create", "--user", "u", "--name", "n", "--days", "x"]),
+        *(["worker", "--concurrency", "0"], ["worker", "--concurrency", "x"], ["worker", "x"]),
+    ],
+    ids=" ".join,
 )
-async def test_usage_error(arguments: list[str], database: str) -> None:
+async def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], database: str) -> None:
     status, out, err = await outwake(*arguments, DATABASE_URL=database)
-    assert (status, out) == (2, [])
-    assert err[-1].startswith("outwake")
+    assert (status, out, len(err)) == (2, [], 1), err
+    assert err[0].startswith(("outwake: ", "worker: "))
+    assert err[0].endswith("--help`")
 
 
 async def test_number_that_no_row_can_have(database: str) -> None:
@@ -83,7 +92,7 @@ async def test_wake(connect: Connect, database: str) -> None:
     async with watched(database) as worker:
         await psql.execute("ALTER TABLE outbox DISABLE TRIGGER USER")
         row = await add(psql)
-        assert await outwake("wake", DATABASE_URL=database) == (0, [], [])
+        assert await outwake("wake", DATABASE_URL=database) == (0, ["woke every worker; present now: 1"], [])
         await worker.has_run(row)
 
 
