@@ -11,6 +11,7 @@ from outwake.app.api.body import idempotency_key, read_body, read_query, tracepa
 from outwake.app.api.models import (
     MessageQuery,
     PromptCreate,
+    PromptQuery,
     RowQuery,
     SessionCreate,
     SessionPatch,
@@ -51,6 +52,11 @@ async def list_sessions(request: Request, identity: Identity) -> Response:
 
 async def show_session(request: Request, identity: Identity) -> Response:
     return json_response(await sessions.show_session(context(request), identity, request.path_params["id"]))
+
+
+async def list_prompts(request: Request, identity: Identity) -> Response:
+    asked, id_ = read_query(request, PromptQuery), request.path_params["id"]
+    return _page("prompts", await sessions.list_prompts(context(request), identity, id_, asked))
 
 
 async def rename_session(request: Request, identity: Identity) -> Response:

@@ -9,12 +9,17 @@ from outwake.app.auth.identity import Identity
 from outwake.app.context import Context
 from outwake.schema import in_schema
 
-PAGE_BYTES = 4_000_000  # compressed, as stored; the first message of a page may be larger
+PAGE_BYTES = 2_000_000  # of the answer; the last message of a page may go beyond
 
-# It reads one row more than asked for, to know whether another page follows. A page also ends when it is
-# too large.
-_LIST = in_schema("""
-WITH target AS (
+# Message by message, so that no more are read than a page holds: a megabyte may be stored in a few kilobytes.
+# `place` 0 is where the page begins.
+_THESE = """
+m.session_id = %(id)s AND (%(attempts)s = 'all' OR (
+    (m.prompt_id, m.attempt) IN (SELECT l.prompt_id, l.attempt FROM last_attempt AS l)
+    AND m.body ->> 'type' IS DISTINCT FROM 'superseded'))
+"""
+_LIST = in_schema(f"""
+WITH RECURSIVE target AS (
     SELECT s.id FROM :schema.session AS s
     WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 ),
@@ -24,45 +29,41 @@ last_attempt AS MATERIALIZED (
     FROM :schema.prompt AS p
     WHERE p.session_id = %(id)s AND %(attempts)s = 'last'
 ),
-found AS MATERIALIZED (
-    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at, row_number() OVER reading AS place,
-           sum(pg_column_size(f.body)) OVER reading - pg_column_size(f.body) AS bytes_before
-    FROM (
-        SELECT m.seq, m.prompt_id, m.attempt, m.body, m.created_at
+page (place, seq, text, bytes) AS (
+    SELECT 0, %(after)s::bigint, NULL::text, 0::bigint
+    UNION ALL
+    SELECT p.place + 1, next.seq, next.text, p.bytes + octet_length(next.text)
+    FROM page AS p
+    CROSS JOIN LATERAL (
+        SELECT m.seq, :schema.message_json(m.seq, m.prompt_id, m.attempt, m.body, m.created_at)::text AS text
         FROM :schema.message AS m
-        WHERE m.session_id = %(id)s AND m.seq > %(after)s
-          AND (%(attempts)s = 'all' OR (
-              (m.prompt_id, m.attempt) IN (SELECT l.prompt_id, l.attempt FROM last_attempt AS l)
-              AND m.body ->> 'type' IS DISTINCT FROM 'superseded'))
+        WHERE m.seq > p.seq AND {_THESE}
         ORDER BY m.seq
-        LIMIT %(limit)s + 1
-    ) AS f
-    WINDOW reading AS (ORDER BY f.seq)
-),
-page AS MATERIALIZED (
-    SELECT f.seq, f.prompt_id, f.attempt, f.body, f.created_at FROM found AS f
-    WHERE f.place <= %(limit)s AND f.bytes_before < %(page_bytes)s
+        LIMIT 1
+    ) AS next
+    WHERE p.place < %(limit)s AND p.bytes < %(page_bytes)s
 )
 SELECT
-    (SELECT coalesce(
-        array_agg(:schema.message_json(p.seq, p.prompt_id, p.attempt, p.body, p.created_at)::text
-                  ORDER BY p.seq),
-        '{}') FROM page AS p),
+    (SELECT coalesce(array_agg(p.text ORDER BY p.place) FILTER (WHERE p.place > 0), '{{}}') FROM page AS p),
     (SELECT max(p.seq) FROM page AS p),
-    (SELECT count(*) FROM found) > (SELECT count(*) FROM page)
+    EXISTS (SELECT FROM :schema.message AS m WHERE m.seq > (SELECT max(p.seq) FROM page AS p) AND {_THESE})
 FROM target
-""")
+""")  # noqa: S608 - constants of this module
 
 
 async def list_messages(
-    here: Context, identity: Identity, session_id: UUID, asked: MessageQuery
+    here: Context,
+    identity: Identity,
+    session_id: UUID,
+    asked: MessageQuery,
+    page_bytes: int | None = None,
 ) -> Page[int]:
     """In order. `next` is the last seq of the page. Raises Problem (not-found, unavailable)."""
     values = {
         **asked.model_dump(),
         "id": session_id,
         "scope": identity.scope,
-        "page_bytes": PAGE_BYTES,
+        "page_bytes": page_bytes or PAGE_BYTES,
     }
     row = await here.database.row(_LIST, values)
     if row is None:

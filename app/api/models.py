@@ -148,6 +148,12 @@ class SessionQuery(Request):
     repo: Annotated[str, Field(max_length=REPO_LENGTH), Storable] | None = None
 
 
+class PromptQuery(Request):
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    cursor: Annotated[str, Field(max_length=200), Storable] | None = None
+    """`prompts_next` of the session, or `next` of the page before."""
+
+
 class MessageQuery(Request):
     after: Annotated[int, Field(ge=0, le=MAX_SEQ)] = 0
     """Only messages with a higher `seq`: `next` of the page before."""
@@ -195,6 +201,18 @@ class Session(Answer):
     updated_at: datetime
 
 
+class Retrying(Answer):
+    """A turn that failed and is tried again."""
+
+    failures: int
+    max_attempts: int
+    """After as many failures the prompt is `failed`."""
+    error: str | None
+    """Why it failed last."""
+    next_try_at: datetime | None
+    """When it is tried next at the earliest; null: now."""
+
+
 class Prompt(Answer):
     id: UUID
     session_id: UUID
@@ -207,6 +225,8 @@ class Prompt(Answer):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    retrying: Retrying | None = None
+    """Set while a turn that has failed waits or is tried again."""
 
 
 class PromptCreated(Prompt):
@@ -215,8 +235,18 @@ class PromptCreated(Prompt):
 
 class SessionDetail(Session):
     prompts: list[Prompt]
+    """The newest, in order: 100 at most, or as many as a megabyte holds."""
+    prompts_next: str | None = None
+    """The `cursor` of `/sessions/{id}/prompts` for those before; null: these are all."""
     worker_present: bool
     """Whether a worker is there to do the work. If not, the session waits until one starts."""
+
+
+class PromptPage(Answer):
+    prompts: list[Prompt]
+    """Newest first."""
+    next: str | None
+    """The next page's `cursor`; null on the last page."""
 
 
 class SessionPage(Answer):

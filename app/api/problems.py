@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "not-acceptable": (406, "No media type that was asked for can be given"),
     "branch-taken": (409, "Another session works on this branch"),
     "archived": (409, "The session is archived"),
+    "session-full": (409, "The session has as many prompts as it may"),
     "wrong-state": (409, "The row's state does not allow this"),
     "body-too-large": (413, "The body is too large"),
     "unsupported-media-type": (415, "The body's media type is not understood"),

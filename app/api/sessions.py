@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -18,13 +19,15 @@ from pydantic import BaseModel
 from outwake._statement import Statement
 from outwake.app.api import cursor
 from outwake.app.api.answer import Page
-from outwake.app.api.models import PromptCreate, SessionCreate, SessionPatch, SessionQuery
+from outwake.app.api.models import PromptCreate, PromptQuery, SessionCreate, SessionPatch, SessionQuery
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.connection import Row
 from outwake.app.context import Context
 from outwake.schema import in_schema
 
+PROMPTS = 100  # shown with a session
+PAGE_BYTES = 1_000_000  # of the answer's prompts; the last prompt of a page may go beyond
 SESSION_RETRY = 30  # seconds, because a turn takes minutes
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 
@@ -70,15 +73,50 @@ FROM :schema.prompt_create(
 """)
 )
 
-_SHOW = in_schema("""
-SELECT (:schema.session_json(s) || jsonb_build_object(
-    'worker_present', %(worker_present)s::boolean,
-    'prompts', (
-        SELECT coalesce(jsonb_agg(:schema.prompt_json(p) ORDER BY p.created_at, p.id), '[]')
-        FROM :schema.prompt AS p WHERE p.session_id = s.id)))::text
+# Prompt by prompt from the newest back, as messages.py reads messages. `place` 0 is where the page begins.
+# `retrying` tells the owner of a turn that failed why, and when it is tried again.
+_PROMPTS = """
+failing AS MATERIALIZED (
+    SELECT o.payload ->> 'prompt_id' AS prompt_id, jsonb_build_object(
+        'failures', o.failures, 'max_attempts', o.max_attempts,
+        'error', left(o.errors -> -1 ->> 'error', 4000),
+        'next_try_at', CASE o.state WHEN 'ready' THEN o.available_at END) AS retrying
+    FROM :schema.outbox AS o
+    WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %(id)s::text
+      AND o.state IN ('ready', 'running') AND o.failures > 0
+),
+page (place, created_at, id, text, bytes) AS (
+    SELECT 0, %(at)s::timestamptz, %(key)s::uuid, NULL::text, 0::bigint
+    UNION ALL
+    SELECT p.place + 1, next.created_at, next.id, next.text, p.bytes + octet_length(next.text)
+    FROM page AS p
+    CROSS JOIN LATERAL (
+        SELECT q.created_at, q.id, (:schema.prompt_json(q) || jsonb_build_object('retrying', (
+            SELECT f.retrying FROM failing AS f WHERE f.prompt_id = q.id::text LIMIT 1)))::text AS text
+        FROM :schema.prompt AS q
+        WHERE q.session_id = %(id)s::uuid AND (q.created_at, q.id) < (p.created_at, p.id)
+          AND (%(ids)s::uuid[] IS NULL OR q.id = ANY (%(ids)s))
+        ORDER BY q.created_at DESC, q.id DESC
+        LIMIT 1
+    ) AS next
+    WHERE p.place < %(rows)s AND p.bytes < %(page_bytes)s
+)
+"""
+_SHOW = in_schema(f"""
+WITH RECURSIVE {_PROMPTS}
+SELECT
+    (SELECT coalesce(array_agg(p.text ORDER BY p.place) FILTER (WHERE p.place > 0), '{{}}') FROM page AS p),
+    CASE WHEN last.more THEN last.created_at END, last.id,
+    (:schema.session_json(s) || jsonb_build_object('worker_present', %(worker_present)s::boolean))::text
 FROM :schema.session AS s
-WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
-""")
+CROSS JOIN LATERAL (
+    SELECT p.created_at, p.id, EXISTS (
+        SELECT FROM :schema.prompt AS q
+        WHERE q.session_id = s.id AND (q.created_at, q.id) < (p.created_at, p.id)) AS more
+    FROM page AS p ORDER BY p.place DESC LIMIT 1
+) AS last
+WHERE s.id = %(id)s::uuid AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+""")  # noqa: S608
 
 _LIST = sql.SQL(
     in_schema("""
@@ -101,19 +139,19 @@ _CONDITIONS = {
 _CANCEL = in_schema("""
 SELECT c.cancelled, c.cancelling
 FROM :schema.session AS s CROSS JOIN LATERAL :schema.session_cancel(s.id) AS c
-WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+WHERE s.id = %(id)s::uuid AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 """)
 
 _ARCHIVE = in_schema("""
 SELECT :schema.session_archive(s.id)
 FROM :schema.session AS s
-WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+WHERE s.id = %(id)s::uuid AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 """)
 
 _RENAME = in_schema("""
 WITH found AS (
     SELECT s.id FROM :schema.session AS s
-    WHERE s.id = %(id)s AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
+    WHERE s.id = %(id)s::uuid AND (%(scope)s::text IS NULL OR s.user_id = %(scope)s)
 ),
 renamed AS (
     UPDATE :schema.session AS s
@@ -194,7 +232,7 @@ async def create_prompt(
     key: str | None,
     trace: str | None,
 ) -> Created:
-    """Raises Problem (not-found, archived, key-reused, too-many-sessions, unavailable)."""
+    """Raises Problem (not-found, archived, session-full, key-reused, too-many-sessions, unavailable)."""
     values = {
         "id": session_id,
         "scope": identity.scope,
@@ -217,6 +255,8 @@ async def create_prompt(
         raise no_session()
     if outcome == "archived":
         raise archived()
+    if outcome == "limited" and answer is not None:
+        raise Problem("session-full", "Continue in a new session: name this one as its parent.")
     _check_outcome(outcome)
     here.stuck.work_came()
     return Created(str(session_id), answer, outcome == "replayed")
@@ -241,10 +281,44 @@ async def list_sessions(here: Context, identity: Identity, asked: SessionQuery) 
 
 
 async def show_session(here: Context, identity: Identity, session_id: UUID) -> str:
-    """The session with its prompts. Raises Problem (not-found, unavailable)."""
-    present = await here.presence.present()
-    values = {"id": session_id, "scope": identity.scope, "worker_present": present}
-    return str((await _found(here, _SHOW, values))[0])
+    """The session with its newest prompts, in order. Raises Problem (not-found, unavailable)."""
+    shown, page = await _read(here, identity, session_id, PromptQuery(limit=PROMPTS))
+    prompts = ", ".join(reversed(page.items))
+    return f'{shown[:-1]}, "prompts": [{prompts}], "prompts_next": {json.dumps(page.next)}}}'
+
+
+async def list_prompts(
+    here: Context,
+    identity: Identity,
+    session_id: UUID,
+    asked: PromptQuery,
+    ids: Sequence[UUID] | None = None,
+) -> Page[str]:
+    """Newest first; only those of `ids`, if given. Raises Problem (not-found, invalid, unavailable)."""
+    return (await _read(here, identity, session_id, asked, ids))[1]
+
+
+async def _read(
+    here: Context,
+    identity: Identity,
+    session_id: UUID,
+    asked: PromptQuery,
+    ids: Sequence[UUID] | None = None,
+) -> tuple[str, Page[str]]:
+    """The session without its prompts, and a page of these."""
+    at, key = cursor.decode(asked.cursor, cursor.uuid)
+    values = {
+        "id": session_id,
+        "scope": identity.scope,
+        "worker_present": await here.presence.present(),
+        "at": at or "infinity",
+        "key": key,
+        "ids": list(ids) if ids is not None else None,
+        "rows": asked.limit,
+        "page_bytes": PAGE_BYTES,
+    }
+    prompts, last_at, last_key, session = await _found(here, _SHOW, values)
+    return session, Page(prompts, cursor.encode(last_at, last_key) if last_at else None)
 
 
 async def rename_session(here: Context, identity: Identity, session_id: UUID, asked: SessionPatch) -> str:
@@ -301,7 +375,7 @@ def _hash(target: str, asked: BaseModel) -> bytes:
 
 def _first_line(prompt: str) -> str:
     """The first line that has text, made fit for a title. Empty if there is none."""
-    for line in prompt.splitlines():
+    for line in prompt[:10_000].splitlines():
         if not line.isprintable():
             line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
         words = " ".join(line.split())

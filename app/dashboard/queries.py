@@ -65,7 +65,7 @@ reason AS MATERIALIZED (
 _SESSION_ROWS = in_schema(f"""
 WITH wanted AS MATERIALIZED (
     SELECT o.id, o.payload, o.state, o.failures, o.cancel_requested_at FROM :schema.outbox AS o
-    WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s
+    WHERE o.topic = 'session.run' AND o.payload ->> 'session_id' = %s AND o.payload ->> 'prompt_id' = ANY (%s)
 ),
 {_REASONS}
 SELECT o.id, o.payload ->> 'prompt_id', o.state, o.failures, o.cancel_requested_at IS NOT NULL,
@@ -309,9 +309,9 @@ async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
     return {str(row[0]): Turns(*row) for row in rows}
 
 
-async def turn_rows(database: Database, session: UUID) -> dict[str | None, TurnRow]:
+async def turn_rows(database: Database, session: UUID, prompts: list[str]) -> dict[str | None, TurnRow]:
     """By prompt id. Pruned rows are missing."""
-    found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (str(session),)))
+    found = (TurnRow(*row) for row in await database.rows(_SESSION_ROWS, (str(session), prompts)))
     return {row.prompt_id: row for row in found}
 
 

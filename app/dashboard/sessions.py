@@ -4,7 +4,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -18,13 +19,14 @@ from outwake.app.api.models import (
     MAX_SEQ,
     MessageQuery,
     PromptCreate,
+    PromptQuery,
     SessionCreate,
     SessionPatch,
     SessionQuery,
 )
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
-from outwake.app.context import context
+from outwake.app.context import Context, context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.conversation import attempts_of, outcome_of
 from outwake.app.dashboard.formatting import pretty
@@ -35,6 +37,7 @@ from outwake.app.live.streams import Stream
 LIST = 30  # sessions on a page
 WINDOW = 300  # messages on a page
 BATCH = 500  # messages the script requests at a time
+PAGE_BYTES = 1_000_000  # of a page's messages
 FOLLOWED = 100  # most sessions of one stream
 FILTERS = ("inbox_status", "session_status", "repo")
 FIELDS = ("repo", "target_branch", "prompt", "title", "branch", "parent")
@@ -154,12 +157,13 @@ async def show_session(request: Request, identity: Identity) -> Response:
     live = request.query_params.get("live") == "1"
     after = _after(request, max(await queries.last_seq(here.database, id_) - WINDOW, 0))
     asked = MessageQuery(after=after, limit=BATCH if live else WINDOW, attempts="all")
-    found = await messages.list_messages(here, identity, id_, asked)
+    found = await messages.list_messages(here, identity, id_, asked, PAGE_BYTES)
     shown = [json.loads(item) for item in found.items]
     said = attempts_of(shown)
+    prompts = await _prompts(here, identity, session, said)
     turns = [
         {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
-        for prompt in session["prompts"]
+        for prompt in prompts
     ]
     costs = [turn["facts"]["cost"] for turn in turns if "cost" in turn["facts"]]
     if live:  # other turns have not changed
@@ -170,13 +174,26 @@ async def show_session(request: Request, identity: Identity) -> Response:
         "session.html",
         session=session,
         turns=turns,
-        rows=await queries.turn_rows(here.database, id_),
+        rows=await queries.turn_rows(here.database, id_, [prompt["id"] for prompt in prompts]),
         cost=sum(costs) if costs else None,
         after=after,
         earlier=max(after - WINDOW, 0) if after and not live else None,
         seen=shown[-1]["seq"] if shown else after,
         more=found.next,
     )
+
+
+async def _prompts(
+    here: Context, identity: Identity, session: dict[str, Any], said: Collection[str]
+) -> list[dict[str, Any]]:
+    """The session's newest prompts, and earlier ones whose messages are shown. All by time."""
+    newest: list[dict[str, Any]] = session["prompts"]
+    missing = [UUID(id_) for id_ in set(said) - {prompt["id"] for prompt in newest}]
+    if not missing:
+        return newest
+    asked = PromptQuery(limit=len(missing))
+    page = await sessions.list_prompts(here, identity, UUID(session["id"]), asked, missing)
+    return [*map(json.loads, reversed(page.items)), *newest]
 
 
 async def show_message(request: Request, identity: Identity) -> Response:

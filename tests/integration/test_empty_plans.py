@@ -173,7 +173,19 @@ CALLS = {
 }
 
 QUERIES: dict[str, tuple[Any, Any]] = {
-    "show a session": (sessions._SHOW, {"id": SESSION_ID, "scope": None, "worker_present": True}),
+    "show a session": (
+        sessions._SHOW,
+        {
+            "id": SESSION_ID,
+            "scope": None,
+            "worker_present": True,
+            "at": "infinity",
+            "key": None,
+            "ids": None,
+            "rows": 9,
+            "page_bytes": 9,
+        },
+    ),
     "rename a session": (sessions._RENAME, {"id": SESSION_ID, "scope": None, "title": "t"}),
     "list messages": (
         messages._LIST,

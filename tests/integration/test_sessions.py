@@ -4,8 +4,10 @@ import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 
+from outwake.app.api import messages, sessions
 from outwake.app.database import Database
 from tests.conftest import Connect
 from tests.support.api import Api
@@ -337,3 +339,97 @@ async def test_unknown_session(api: Api, method: str, path: str) -> None:
         response = await api.client.request(method, f"/sessions/{session_id}{path}", json=body)
         assert response.status_code == 404
         assert response.headers["content-type"] == "application/problem+json"
+
+
+async def test_messages_of_one_page_are_bounded_by_their_real_size(api: Api, manual: ManualWorker) -> None:
+    """A megabyte of one letter is stored in some kilobytes."""
+    created = await api.create()
+    await manual.claim()
+    for _ in range(8):
+        await manual.say("x" * 1_000_000)
+    page = await api.client.get(f"/sessions/{created['id']}/messages", params={"limit": 1000})
+    assert len(page.content) < messages.PAGE_BYTES + 1_100_000
+    assert page.json()["next"] == len(page.json()["messages"])
+    seqs: list[int] = []
+    after: int | None = 0
+    while after is not None:
+        page = await api.client.get(f"/sessions/{created['id']}/messages", params={"after": after})
+        seqs += [message["seq"] for message in page.json()["messages"]]
+        after = page.json()["next"]
+    assert seqs == list(range(1, 9))
+
+
+async def test_a_session_shows_its_newest_prompts_and_lists_the_others(
+    api: Api, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = await api.create()
+    path = f"/sessions/{created['id']}"
+    for number in range(1, 8):
+        await api.client.post(f"{path}/prompts", json={"prompt": f"Turn {number}"})
+    monkeypatch.setattr(sessions, "PROMPTS", 3)
+    shown = (await api.client.get(path)).json()
+    assert [prompt["text"] for prompt in shown["prompts"]] == ["Turn 5", "Turn 6", "Turn 7"]
+    listed: list[str] = []
+    cursor = shown["prompts_next"]
+    while cursor:
+        page = await api.client.get(f"{path}/prompts", params={"cursor": cursor, "limit": 2})
+        listed += [prompt["text"] for prompt in page.json()["prompts"]]
+        cursor = page.json()["next"]
+    assert listed == ["Turn 4", "Turn 3", "Turn 2", "Turn 1", "Do it"]
+
+
+async def test_a_session_with_too_much_text_still_answers(api: Api, connect: Connect) -> None:
+    created = await api.create()
+    conn = await connect()
+    await conn.execute(
+        "INSERT INTO prompt (session_id, text) SELECT %s, repeat('x', 200000) FROM generate_series(1, 1500)",
+        (created["id"],),
+    )
+    for path in (f"/sessions/{created['id']}", f"/ui/sessions/{created['id']}"):
+        answer = await api.client.get(path) if "ui" not in path else await plain(api, path)
+        assert answer.status_code == 200
+        assert len(answer.content) < sessions.PAGE_BYTES + 1_000_000
+    refused = await api.client.post(f"/sessions/{created['id']}/prompts", json={"prompt": "More"})
+    assert (refused.status_code, refused.json()["title"]) == (
+        409,
+        "The session has as many prompts as it may",
+    )
+
+
+async def test_the_prompts_of_a_session_are_limited_in_bytes(api: Api, connect: Connect) -> None:
+    created = await api.create()
+    conn = await connect()
+    await conn.execute(
+        "INSERT INTO prompt (session_id, text) SELECT %s, repeat('€', 200000) FROM generate_series(1, 26)",
+        (created["id"],),
+    )
+    path = f"/sessions/{created['id']}/prompts"
+    assert (await api.client.post(path, json={"prompt": "€" * 200_000})).status_code == 201
+    assert (await api.client.post(path, json={"prompt": "€" * 200_000})).status_code == 409
+    assert (await api.client.post(path, json={"prompt": "More"})).status_code == 201
+
+
+async def test_an_owner_sees_why_a_turn_is_tried_again(api: Api, manual: ManualWorker) -> None:
+    created = await api.create()
+    path = f"/sessions/{created['id']}"
+    assert created["prompts"][0]["retrying"] is None
+    await manual.claim()
+    await manual.conn.execute(
+        "SELECT outbox_fail(%s, %s, %s, 'no such branch: main', '1 hour', false)",
+        (manual.id, manual.row, manual.attempt),
+    )
+    [prompt] = (await api.client.get(path)).json()["prompts"]
+    assert (prompt["status"], prompt["reason"]) == ("queued", None)
+    assert prompt["retrying"]["error"] == "no such branch: main"
+    assert (prompt["retrying"]["failures"], prompt["retrying"]["max_attempts"]) == (1, 10)
+    assert prompt["retrying"]["next_try_at"] > prompt["created_at"]
+    page = (await plain(api, f"/ui{path}")).text
+    assert "no such branch: main" in page
+    assert "failed 1 of 10 times" in page
+    assert "next try" in page
+
+
+async def plain(api: Api, path: str) -> httpx.Response:
+    """A page, which is no part of the API's document."""
+    async with httpx.AsyncClient(base_url=api.url, timeout=60) as client:
+        return await client.get(path)

@@ -18,7 +18,7 @@ LANGUAGE sql STABLE
 RETURN jsonb_build_object(
     'id', p.id, 'session_id', p.session_id, 'text', p.text, 'status', p.status,
     'reason', p.reason, 'result', p.result, 'created_at', p.created_at,
-    'started_at', p.started_at, 'finished_at', p.finished_at);
+    'started_at', p.started_at, 'finished_at', p.finished_at, 'retrying', NULL);
 COMMENT ON FUNCTION prompt_json(prompt) IS 'A prompt as the HTTP API shows it.';
 
 
@@ -131,7 +131,7 @@ BEGIN
     END IF;
     answer := session_json(new_session) || jsonb_build_object(
         'prompts', CASE WHEN prompt_text IS NULL THEN '[]' ELSE jsonb_build_array(prompt_json(new_prompt)) END,
-        'worker_present', worker_present);
+        'prompts_next', NULL, 'worker_present', worker_present);
 
     IF most_sessions IS NOT NULL THEN
         others := session_unfinished(of_user);
@@ -191,9 +191,26 @@ COMMENT ON FUNCTION session_create IS
     'Writes a session, its prompt and its outbox row; answers as POST /sessions does.';
 
 
+-- A session's prompts are read as a whole by no query, but shown by pages that a person turns.
+CREATE OR REPLACE FUNCTION session_has_room(of_session uuid, prompt_text text) RETURNS boolean
+LANGUAGE plpgsql STABLE
+SET search_path = :schema, pg_temp
+SET jit = off SET enable_seqscan = off
+AS $$
+BEGIN
+    -- octet_length reads no text that is stored apart.
+    RETURN (
+        SELECT count(*) < 1000 AND coalesce(sum(octet_length(p.text)), 0) + octet_length(prompt_text) <= 16777216
+        FROM prompt AS p WHERE p.session_id = of_session);
+END
+$$;
+COMMENT ON FUNCTION session_has_room(uuid, text) IS
+    'Whether the session may have this prompt too: 1,000 prompts and 16 MiB of their texts at most.';
+
+
 -- A follow-up turn. Locks the session, so that meanwhile nobody archives it or sets its status. The answer is kept under
 -- the key of by_user, who asks and need not be the owner. outcome: created, replayed, mismatch, missing, archived,
--- limited.
+-- limited; limited with an answer if the session itself is full, which code of before takes for the user's limit.
 CREATE OR REPLACE FUNCTION prompt_create(
     of_session      uuid,
     of_user         text,
@@ -238,6 +255,11 @@ BEGIN
     END IF;
     IF target.inbox_status = 'completed' AND NOT session_admit(target.user_id, most_sessions) THEN
         outcome := 'limited';
+        RETURN;
+    END IF;
+    IF NOT session_has_room(of_session, prompt_text) THEN
+        outcome := 'limited';
+        answer := '{"full": true}';
         RETURN;
     END IF;
 
