@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -238,6 +239,21 @@ ENDPOINTS = [
 ]
 
 
+class _Integer(Convertor[int]):
+    """Starlette's own takes any number of digits, and Python then refuses to read them."""
+
+    regex = "[0-9]{1,19}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("int", _Integer())
+
+
 def routes() -> list[Route]:
     """The table as routes. The methods of one path share a route, so that a 405 names all of them."""
     paths: dict[str, dict[str, Endpoint]] = {}
@@ -256,6 +272,9 @@ def _route(path: str, methods: Mapping[str, Endpoint]) -> Route:
             here = context(request)
             identity = await here.authenticator.identify(request)
             admit(request, here.limits, identity)
-        return await endpoint.handler(request, identity)
+        response = await endpoint.handler(request, identity)
+        if user := getattr(request.state, "made_of_token", None):
+            response.headers["Outwake-User"] = user
+        return response
 
     return Route(path, handle, methods=list(methods))

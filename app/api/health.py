@@ -14,6 +14,7 @@ from outwake.app.api.models import Health, Ready, ReadyQuery
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
+from outwake.app.shared import Shared
 from outwake.errors import SchemaError
 from outwake.sql import LINES
 from outwake.telemetry.ready import outbox_ready
@@ -30,7 +31,7 @@ async def alive(request: Request, identity: Identity) -> Response:
 async def ready(request: Request, identity: Identity) -> Response:
     """Whether the API can serve requests and streams. `workers=1` also asks whether workers run sessions."""
     asked = read_query(request, ReadyQuery)
-    found, misfit = await _look(context(request))
+    found, misfit = await _LOOK.get(context(request))
     answer = found.model_dump()
     needed = _OURS if asked.workers == "0" else _OURS + _WORKERS
     missing = [name for name in needed if not answer[name]]
@@ -73,3 +74,6 @@ async def _look(here: Context) -> tuple[Ready, str]:
         stuck=outbox.reason if outbox.stuck else None,
     )
     return found, ""
+
+
+_LOOK = Shared(_look)

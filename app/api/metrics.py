@@ -16,6 +16,7 @@ from starlette.responses import Response
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
+from outwake.app.shared import Shared
 from outwake.telemetry.metrics import CONTENT_TYPE, database_metrics, render, unreachable
 
 REGISTRY = CollectorRegistry()
@@ -53,9 +54,9 @@ def _counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]
 
 
 async def metrics(request: Request, identity: Identity) -> Response:
-    """This process's counters, and the database's figures as of now."""
+    """This process's counters, and the database's figures of the last moment."""
     here = context(request)
-    text = render(REGISTRY.collect(), _listening(here), await _database(here))
+    text = render(REGISTRY.collect(), _listening(here), await _DATABASE.get(here))
     return Response(text, media_type=CONTENT_TYPE)
 
 
@@ -73,3 +74,6 @@ async def _database(here: Context) -> list[Metric]:
             return await database_metrics(conn)
     except (psycopg.Error, Problem, TimeoutError):
         return unreachable()
+
+
+_DATABASE = Shared(_database)

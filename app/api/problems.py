@@ -122,6 +122,8 @@ def of_database(error: psycopg.Error) -> Problem:
             return unavailable("The database took too long; try again.")
         case psycopg.OperationalError():
             return unavailable()
+        case psycopg.DataError() if error.sqlstate is None:  # the driver refuses a NUL
+            return Problem("invalid", "The request has a character that cannot be stored.")
     return Problem("internal", "The error was logged.")
 
 

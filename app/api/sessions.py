@@ -25,6 +25,7 @@ from outwake.app.auth.identity import Identity
 from outwake.app.connection import Row
 from outwake.app.context import Context
 from outwake.schema import in_schema
+from outwake.session.names import BIDI
 
 PROMPTS = 100  # shown with a session
 PAGE_BYTES = 1_000_000  # of the answer's prompts; the last prompt of a page may go beyond
@@ -377,7 +378,9 @@ def _first_line(prompt: str) -> str:
     """The first line that has text, made fit for a title. Empty if there is none."""
     for line in prompt[:10_000].splitlines():
         if not line.isprintable():
-            line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+            line = "".join(
+                c for c in line if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp")
+            )
         words = " ".join(line.split())
         if words:
             return words if len(words) <= 80 else words[:79].rstrip() + "…"

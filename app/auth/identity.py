@@ -10,8 +10,10 @@ process:
 1. The process listens on loopback only, unless OUTWAKE_DEV_IDENTITY=1 says that something else keeps
    strangers out (a compose network, an authenticating proxy).
 2. A web page in the user's own browser can reach loopback. Such a page has another Origin. A page that gave
-   our address its own name (DNS rebinding) has another Host. Both are refused.
-If a request has a token, the token decides in this mode too.
+   our address its own name (DNS rebinding) has another Host. Both are refused. With OUTWAKE_DEV_IDENTITY the
+   Host may also be an address, which cannot be rebound, or the host of OUTWAKE_PUBLIC_URL.
+If a request has an API token, the token decides in this mode too. Any other token is taken for the user
+`local`, and the answer's header Outwake-User says so.
 """
 
 import ipaddress
@@ -29,6 +31,9 @@ from outwake.app.database import Database
 from outwake.errors import ConfigurationError
 from outwake.session.token import check_user, hash_of, is_token
 from outwake.settings import Settings
+
+DEVELOPER = "local"
+"""The user that everybody is in development mode."""
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 TOKEN_LENGTH = 16_384
@@ -83,11 +88,15 @@ class Authenticator:
     async def identify(self, request: Request) -> Identity:
         """The request's identity. Raises Problem (unauthorized, forbidden, unavailable)."""
         if given := request.headers.getlist("authorization"):
-            return await self.by_token(_bearer(given))
-        if self._settings.token_required:
+            token = _bearer(given)
+            if self._settings.token_required or is_token(token):
+                return await self.by_token(token)
+        elif self._settings.token_required:
             raise unauthorized("Send an Authorization header with a bearer token.", None)
         _check_developer(request, self._settings)
-        return Identity("local", operator=True)
+        if given:  # a placeholder of an example: the answer says whose it became
+            request.state.made_of_token = DEVELOPER
+        return Identity(DEVELOPER, operator=True)
 
     @property
     def issuer(self) -> Issuer | None:
@@ -145,12 +154,31 @@ def _bearer(given: list[str]) -> str:
 
 
 def _check_developer(request: Request, settings: Settings) -> None:
-    host = request.headers.get("host", "")
-    if not settings.dev_identity and not is_loopback(_name(host)):
-        raise Problem("forbidden", "The Host header names another machine than this one.")
-    origin = request.headers.get("origin")
-    if origin is not None and request.method not in SAFE_METHODS and origin.partition("://")[2] != host:
+    name = _name(request.headers.get("host", ""))
+    fine = is_loopback(name)
+    if settings.dev_identity and not fine:
+        # An address cannot be rebound, only a name can.
+        fine = _is_address(name) or name == _name(urlsplit(settings.public_url or "").netloc)
+    if not name or not fine:
+        raise Problem(
+            "forbidden",
+            "The Host header names another machine than this one."
+            + (" OUTWAKE_PUBLIC_URL says by what name it is reached." if settings.dev_identity else ""),
+        )
+    if request.method not in SAFE_METHODS and not is_same_origin(request, settings):
         raise Problem("forbidden", "Pages of another origin may not do this.")
+
+
+def is_same_origin(request: Request, settings: Settings) -> bool:
+    """Whether the request's Origin is this server as a browser sees it. A request may have none."""
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    if origin is None:
+        return True
+    if settings.public_url and (
+        origin == settings.public_url or urlsplit(settings.public_url).netloc == host
+    ):
+        return origin == settings.public_url
+    return origin == f"{request.url.scheme}://{host}"
 
 
 def check_host(settings: Settings) -> None:
@@ -161,6 +189,14 @@ def check_host(settings: Settings) -> None:
             "OUTWAKE_OIDC_ISSUER or OUTWAKE_REQUIRE_TOKEN=1; "
             "OUTWAKE_DEV_IDENTITY=1 says that strangers are kept out by other means"
         )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

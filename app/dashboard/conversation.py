@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from textwrap import indent
 from typing import Any
 
-from outwake.app.dashboard.markdown import to_html
+from outwake.app.dashboard.markdown import Budget, to_html
 from outwake.session.events import (
     AgentEvent,
     Result,
@@ -66,8 +66,9 @@ class Attempt:
     messages: list[Message]
 
 
-def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
+def attempts_of(messages: Sequence[dict[str, Any]], budget: Budget | None = None) -> dict[str, list[Attempt]]:
     """The attempts by prompt id. `messages` are as the API lists them."""
+    budget = budget or Budget()
     found: dict[str, list[Attempt]] = {}
     calls: dict[str, Block] = {}
     for message in messages:
@@ -76,7 +77,7 @@ def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
         if not attempts or attempts[-1].number != number:
             attempts.append(Attempt(number, []))
         kept = []
-        for block in blocks_of(message["body"]):
+        for block in blocks_of(message["body"], budget):
             if block.key:
                 block.slot = f"s-{prompt}-{number}-{block.key}"
             if block.kind == "tool":
@@ -90,17 +91,18 @@ def attempts_of(messages: Sequence[dict[str, Any]]) -> dict[str, list[Attempt]]:
     return found
 
 
-def blocks_of(body: Any) -> Iterator[Block]:
+def blocks_of(body: Any, budget: Budget | None = None) -> Iterator[Block]:
     """The parts of one stored line, of any form."""
+    budget = budget or Budget()
     for event in read(body):
         if not isinstance(event, Superseded):
-            yield _block(event)
+            yield _block(event, budget)
 
 
-def _block(event: AgentEvent) -> Block:
+def _block(event: AgentEvent, budget: Budget) -> Block:
     match event:
         case Text(text):
-            return _prose(text)
+            return _prose(text, budget)
         case Thinking(text):
             return _clipped("thinking", text, title="Thinking")
         case ToolCall(key, name, given):
@@ -119,9 +121,10 @@ def _block(event: AgentEvent) -> Block:
             return Block("note")
 
 
-def _prose(text: str) -> Block:
+def _prose(text: str, budget: Budget) -> Block:
+    """Without `html`, the text is shown as it is."""
     block = _clipped("text", text)
-    block.html = to_html(block.text)
+    block.html = to_html(block.text, budget)
     return block
 
 

@@ -4,6 +4,9 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+LARGEST = 1e15
+"""Of numbers that are shown. psql can write any."""
+
 
 def duration(span: timedelta | float | None) -> str:
     """12 ms, 3.4 s, 5 min 6 s, 2 h 10 min or 3 d 4 h. None gives an empty string."""
@@ -52,11 +55,15 @@ def ago(at: datetime | str) -> str:
 def money(dollars: float | None) -> str:
     if dollars is None:
         return ""
+    if not abs(dollars) < LARGEST:
+        return "$?"
     return f"${dollars:.2f}" if dollars >= 0.01 or dollars == 0 else f"${dollars:.4f}"
 
 
 def count(number: float) -> str:
     """4,312 in full; larger numbers rounded: 12k, 3.4M."""
+    if not abs(number) < LARGEST:
+        return "very many"
     if number < 10_000:
         return f"{number:,.0f}"
     return f"{number / 1000:.0f}k" if number < 1_000_000 else f"{number / 1_000_000:.1f}M"

@@ -1,6 +1,6 @@
 """Pages for operators: the outbox by state with charts, one row, dead rows, and workers."""
 
-import json
+import re
 import time
 from collections import defaultdict
 from datetime import timedelta
@@ -19,11 +19,13 @@ from outwake.app.api.rows import Change
 from outwake.app.auth.identity import Identity, check_operator
 from outwake.app.context import context
 from outwake.app.dashboard import queries
+from outwake.app.dashboard.build import parse
 from outwake.app.dashboard.charts import charts
 from outwake.app.dashboard.page import back, go, read_form, render
 from outwake.app.dashboard.queries import Bin, Running
 from outwake.app.database import Database
 
+_TOPIC = re.compile(r"[a-z][a-z0-9_.-]{0,99}")
 STATES = ("ready", "running", "dead", "done", "cancelled")
 RANGES = {
     "hour": (timedelta(minutes=1), 60, "1 hour"),
@@ -60,6 +62,8 @@ async def show_outbox(request: Request, identity: Identity) -> Response:
     state = request.query_params.get("state", "ready")
     state = state if state in STATES else "ready"
     topic = request.query_params.get("topic") or None
+    if topic is not None and not _TOPIC.fullmatch(topic):
+        raise Problem("invalid", "That is no topic.")
     name = request.query_params.get("range", "hour")
     name = name if name in RANGES else "hour"
     depth = await queries.depth(here.database)
@@ -88,7 +92,7 @@ async def show_dead(request: Request, identity: Identity) -> Response:
     cursor = request.query_params.get("cursor")
     asked = check_query(RowQuery, {"limit": 30, "cursor": cursor or None})
     found = await rows.list_rows(context(request), identity, asked)
-    shown = [{**row, "told": _errors(row["errors"])} for row in map(json.loads, found.items)]
+    shown = [{**row, "told": _errors(row["errors"])} for row in map(parse, found.items)]
     return await render(request, identity, "dead.html", rows=shown, next=found.next, cursor=cursor)
 
 
@@ -102,7 +106,7 @@ def _errors(errors: Any) -> list[dict[str, str]]:
 
 async def show_row(request: Request, identity: Identity) -> Response:
     here = context(request)
-    row = json.loads(await rows.show_row(here, identity, request.path_params["id"]))
+    row = parse(await rows.show_row(here, identity, request.path_params["id"]))
     history = await queries.history(here.database, row["id"])
     return await render(request, identity, "row.html", row=row, history=history)
 

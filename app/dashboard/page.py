@@ -8,10 +8,10 @@ names another site. Programs can use the JSON API instead.
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 import psycopg
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,11 +22,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from outwake.app.api.answer import Answer
 from outwake.app.api.body import read_bytes
 from outwake.app.api.problems import Problem, of_database
-from outwake.app.auth.identity import Identity
+from outwake.app.auth.identity import Identity, is_same_origin
 from outwake.app.context import context
 from outwake.app.dashboard import formatting, queries
+from outwake.app.dashboard.build import off_loop, packed
 from outwake.app.dashboard.cookie import identify, signed_in
 from outwake.app.dashboard.queries import Overview
 from outwake.telemetry.log import get_logger
@@ -64,7 +66,10 @@ def _static(name: str) -> str:
 
 
 def _time(at: Any, text: str | None = None) -> Markup:
-    moment = formatting.moment(at)
+    try:
+        moment = formatting.moment(at)
+    except (ValueError, TypeError, OverflowError):  # psql can write any
+        return Markup("<span>{}</span>").format(str(at)[:40])
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         moment.isoformat(), f"{moment:%Y-%m-%d %H:%M:%S} UTC", text or formatting.ago(at)
     )
@@ -98,27 +103,29 @@ async def render(
         present = await here.presence.present()
     if identity.operator:
         overview = await queries.overview(here.database, timedelta(seconds=here.settings.stuck_after))
-    return _page(
+    make = partial(
+        _text,
         request,
         template,
-        status,
         identity=identity if identity is not NOBODY else None,
         overview=overview,
         worker_present=present,
         **values,
     )
+    accepted = request.headers.get("accept-encoding", "")
+    body, headers = await off_loop(identity.user_id, lambda: packed(make(), accepted))
+    return Answer(body, status, headers, "text/html; charset=utf-8")
 
 
-def _page(request: Request, template: str, status: int, **values: Any) -> Response:
+def _text(request: Request, template: str, **values: Any) -> str:
     theme = request.cookies.get(THEME_COOKIE, "auto")
-    text = _TEMPLATES.get_template(template).render(
+    return _TEMPLATES.get_template(template).render(
         path=request.url.path,
         here=_here(request),
         signed_in=signed_in(request),
         theme=theme if theme in THEMES else "auto",
         **values,
     )
-    return HTMLResponse(text, status)
 
 
 def page(path: str, handler: Handler, *methods: str, known: bool = True) -> Route:
@@ -155,7 +162,7 @@ def _error(request: Request, identity: Identity | None, problem: Problem) -> Res
         "worker_present": True,
         "identity": identity,
     }
-    response = _page(request, "error.html", problem.status, problem=problem, **values)
+    response = HTMLResponse(_text(request, "error.html", problem=problem, **values), problem.status)
     response.headers.update(problem.headers)
     return response
 
@@ -172,9 +179,7 @@ def _here(request: Request) -> str:
 def _check_same_site(request: Request) -> None:
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     same = site in (None, "same-origin") and (site, origin) != (None, None)
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        same = same and origin == context(request).settings.public_url
-    if not same:
+    if not (same and is_same_origin(request, context(request).settings)):
         raise Problem("forbidden", "This form was not sent by a page of this server.")
 
 

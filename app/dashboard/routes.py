@@ -11,6 +11,7 @@ from outwake.app.api.body import check_accept
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.dashboard import outbox, sessions, signin
+from outwake.app.dashboard.cookie import is_secure
 from outwake.app.dashboard.page import PACKED, THEME_COOKIE, THEMES, YEAR, back, go, page, read_form
 from outwake.app.live import events
 
@@ -51,7 +52,10 @@ async def choose_theme(request: Request, identity: Identity) -> Response:
     form = await read_form(request)
     response = go(back(form, "/"))
     if (theme := form.get("theme")) in THEMES:
-        response.set_cookie(THEME_COOKIE, str(theme), max_age=YEAR, samesite="strict", httponly=True)
+        secure = is_secure(request)
+        response.set_cookie(
+            THEME_COOKIE, str(theme), max_age=YEAR, samesite="strict", httponly=True, secure=secure
+        )
     return response
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID
@@ -28,8 +28,10 @@ from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
 from outwake.app.dashboard import queries
-from outwake.app.dashboard.conversation import attempts_of, outcome_of
+from outwake.app.dashboard.build import off_loop, parse, parse_message
+from outwake.app.dashboard.conversation import Attempt, attempts_of, outcome_of
 from outwake.app.dashboard.formatting import pretty
+from outwake.app.dashboard.markdown import Budget
 from outwake.app.dashboard.page import go, read_form, render
 from outwake.app.live.events import HEARTBEAT, Following
 from outwake.app.live.streams import Stream
@@ -153,13 +155,12 @@ async def _form(
 async def show_session(request: Request, identity: Identity) -> Response:
     """The page. With `after` and `live=1`: only messages after that seq, and what may have changed."""
     here, id_ = context(request), request.path_params["id"]
-    session = json.loads(await sessions.show_session(here, identity, id_))
+    session = parse(await sessions.show_session(here, identity, id_))
     live = request.query_params.get("live") == "1"
     after = _after(request, max(await queries.last_seq(here.database, id_) - WINDOW, 0))
     asked = MessageQuery(after=after, limit=BATCH if live else WINDOW, attempts="all")
     found = await messages.list_messages(here, identity, id_, asked, PAGE_BYTES)
-    shown = [json.loads(item) for item in found.items]
-    said = attempts_of(shown)
+    shown, said = await off_loop(identity.user_id, lambda: _read(found.items))
     prompts = await _prompts(here, identity, session, said)
     turns = [
         {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
@@ -183,6 +184,12 @@ async def show_session(request: Request, identity: Identity) -> Response:
     )
 
 
+def _read(items: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, list[Attempt]]]:
+    """The messages, and the attempts of each prompt as they are shown."""
+    shown = [parse_message(item) for item in items]
+    return shown, attempts_of(shown, Budget())
+
+
 async def _prompts(
     here: Context, identity: Identity, session: dict[str, Any], said: Collection[str]
 ) -> list[dict[str, Any]]:
@@ -193,7 +200,7 @@ async def _prompts(
         return newest
     asked = PromptQuery(limit=len(missing))
     page = await sessions.list_prompts(here, identity, UUID(session["id"]), asked, missing)
-    return [*map(json.loads, reversed(page.items)), *newest]
+    return [*map(parse, reversed(page.items)), *newest]
 
 
 async def show_message(request: Request, identity: Identity) -> Response:
@@ -201,10 +208,12 @@ async def show_message(request: Request, identity: Identity) -> Response:
     seq, id_ = request.path_params["seq"], request.path_params["id"]
     asked = check_query(MessageQuery, {"after": max(seq - 1, 0), "limit": 1, "attempts": "all"})
     found = await messages.list_messages(context(request), identity, id_, asked)
-    message = json.loads(found.items[0]) if found.items else {"seq": None}
+    if not found.items:
+        raise Problem("not-found", "There is no such message.")
+    message = await off_loop(identity.user_id, lambda: parse_message(found.items[0]))
     if message["seq"] != seq:
         raise Problem("not-found", "There is no such message.")
-    return json_response(pretty(message))
+    return json_response(await off_loop(identity.user_id, lambda: pretty(message)))
 
 
 def _after(request: Request, otherwise: int) -> int:

@@ -27,6 +27,9 @@ _FILE = re.compile(rf"file:///{_PATH}")
 # In https: user@ and user:password@. Elsewhere: user:password@.
 _CREDENTIALS = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@|[^/@]*:[^/@]*@", re.IGNORECASE)
 
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction in which the text around them is shown."""
+
 _BRANCH = re.compile(r"[A-Za-z0-9._/+@#=,()-]+")
 _TOPIC = re.compile(r"(?=.{1,100}$)[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 
@@ -107,7 +110,7 @@ def check_title(title: str) -> str:
     if len(title) > TITLE_LENGTH:
         raise InvalidNameError(f"the title is longer than {TITLE_LENGTH} characters")
     # Cc: controls. Cs: lone surrogates, which Postgres refuses. Zl, Zp: line and paragraph separators.
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in title):
+    if any(char in BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in title):
         raise InvalidNameError("the title must not contain control characters or line breaks")
     return title
 

@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote, urlsplit
 from outwake.worker.errors import TransientError
 
 LIMIT = 64 * 1024
+LONGEST_NAME = 255  # bytes of a file's name; a user whose name is longer has no file
 
 
 def load_credentials(path: Path | None, user_id: str) -> bytes | None:
@@ -23,8 +24,9 @@ def load_credentials(path: Path | None, user_id: str) -> bytes | None:
         return None
     try:
         if path.is_dir():
-            path = path / _file_name(user_id)
-            if not path.is_file():
+            name = _file_name(user_id)
+            path = path / name
+            if len(name) > LONGEST_NAME or not path.is_file():
                 return None
         with path.open("rb") as file:
             content = file.read(LIMIT + 1)

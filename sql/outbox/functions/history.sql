@@ -70,6 +70,9 @@ BEGIN
     attempt := element ->> 'attempt';
     worker_id := element ->> 'worker_id';
     at := element ->> 'at';
+    IF at NOT BETWEEN '1970-01-01' AND '9999-12-30' THEN -- no form that programs read
+        at := NULL;
+    END IF;
 EXCEPTION
     WHEN data_exception THEN NULL;
 END
