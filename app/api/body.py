@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +15,7 @@ from outwake.telemetry import trace
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_EVENT_ID = re.compile(r"([0-9]{1,18})(?:-([0-9a-f]{8}))?")
 MAX_FIELDS = 50
 
 _KEY = re.compile(r'"[\x20\x21\x23-\x7e]{1,255}"|[\x21\x23-\x7e]{1,255}')
@@ -123,14 +124,22 @@ def _bad_key() -> Problem:
     return _bad_header("Idempotency-Key", "must be one string of 1 to 255 ASCII characters")
 
 
-def last_event_id(request: Request) -> int | None:
-    """The seq of the last event the client has. Raises Problem (invalid)."""
+class EventId(NamedTuple):
+    """The seq of the client's last message, and the mark of the last state, if it has that too."""
+
+    seq: int
+    mark: str | None
+
+
+def last_event_id(request: Request) -> EventId | None:
+    """The id of the last event that the client has. Raises Problem (invalid)."""
     given = request.headers.get("last-event-id")
     if given is None or given == "":
         return None
-    if not (given.isascii() and given.isdecimal() and len(given) <= 18):
+    found = _EVENT_ID.fullmatch(given)
+    if found is None:
         raise _bad_header("Last-Event-ID", "must be the id of an event of this stream")
-    return int(given)
+    return EventId(int(found[1]), found[2])
 
 
 def traceparent(request: Request) -> str | None:

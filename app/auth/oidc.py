@@ -47,6 +47,9 @@ PAUSE = 10.0  # least seconds between fetches for an unknown kid
 FAILURE_PAUSE = 1.0  # seconds after a failed fetch, if there are no valid keys
 FETCH_TIMEOUT = 5.0  # seconds
 MAX_DOCUMENT = 1_000_000  # bytes
+MAX_KEYS = 100
+
+Answer = dict[str, Any]
 
 log = get_logger("outwake.app.auth.oidc")
 
@@ -55,7 +58,7 @@ class Rejected(Exception):
     """The token is not accepted. The message tells the client why."""
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """The issuer's answer cannot be used."""
 
 
@@ -192,8 +195,8 @@ class Issuer:
         try:
             async with asyncio.timeout(2 * FETCH_TIMEOUT):
                 found = await self._discover()
-                keys = [key for jwk in found if (key := _usable(jwk))]
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, _Unusable) as error:
+                keys = [key for jwk in found[:MAX_KEYS] if (key := _usable(jwk))]
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, Unusable) as error:
             log.warning("issuer_keys_not_fetched", issuer=self._issuer, error=str(error) or repr(error))
             return
         self._keys, self.fetched_at = keys, begun
@@ -203,44 +206,62 @@ class Issuer:
         """A URL of the discovery document, which is fetched again. Raises Problem (unavailable)."""
         try:
             return self._url(await self._document(), name)
-        except (httpx.HTTPError, httpx.InvalidURL, _Unusable) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, Unusable) as error:
             log.warning("issuer_not_discovered", issuer=self._issuer, error=str(error) or repr(error))
             raise unavailable("The identity provider does not answer; try again.") from None
 
     async def _document(self) -> dict[str, Any]:
         found = await self._get(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
         if found.get("issuer") != self._issuer:
-            raise _Unusable("the discovery document is of another issuer")
+            raise Unusable("the discovery document is of another issuer")
         return found
 
     def _url(self, document: Mapping[str, Any], name: str) -> str:
         url = document.get(name)
         if not isinstance(url, str) or (self._secure and not url.startswith("https://")):
-            raise _Unusable(f"the discovery document has no {name} that is as safe as the issuer's URL")
+            raise Unusable(f"the discovery document has no {name} that is as safe as the issuer's URL")
         return url
 
     async def _discover(self) -> list[Any]:
         keys = (await self._get(self._url(await self._document(), "jwks_uri"))).get("keys")
         if not isinstance(keys, list):
-            raise _Unusable("the issuer's key set is none")
+            raise Unusable("the issuer's key set is none")
         return keys
 
     async def _get(self, url: str) -> dict[str, Any]:
-        async with self._client.stream("GET", url, headers={"Accept": "application/json"}) as response:
-            if response.status_code != 200:
-                raise _Unusable(f"{url} answers {response.status_code}")
+        status, document = await ask(self._client, "GET", url)
+        if status != 200:
+            raise Unusable(f"{url} answers {status}")
+        if document is None:
+            raise Unusable(f"{url} is not a JSON object")
+        return document
+
+
+async def ask(client: httpx.AsyncClient, method: str, url: str, **more: Any) -> tuple[int, Answer | None]:
+    """An issuer's status and JSON object, if it is one. At most MAX_DOCUMENT bytes in FETCH_TIMEOUT seconds.
+
+    Nothing is decompressed: a few kilobytes would become gigabytes. Raises Unusable, httpx.HTTPError.
+    """
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    try:
+        async with (
+            asyncio.timeout(FETCH_TIMEOUT),
+            client.stream(method, url, headers=headers, **more) as response,
+        ):
+            if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                raise Unusable(f"{url} is compressed")
             text = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 text += chunk
                 if len(text) > MAX_DOCUMENT:
-                    raise _Unusable(f"{url} is longer than {MAX_DOCUMENT} bytes")
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict):
-            raise _Unusable(f"{url} is not a JSON object")
-        return document
+                    raise Unusable(f"{url} is longer than {MAX_DOCUMENT} bytes")
+    except TimeoutError:
+        raise Unusable(f"{url} takes longer than {FETCH_TIMEOUT:g} s") from None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+    return response.status_code, document if isinstance(document, dict) else None
 
 
 def _usable(jwk: Any) -> Key | None:

@@ -68,7 +68,7 @@ def _static(name: str) -> str:
 def _time(at: Any, text: str | None = None) -> Markup:
     try:
         moment = formatting.moment(at)
-    except (ValueError, TypeError, OverflowError):  # psql can write any
+    except (ValueError, TypeError, AttributeError, OverflowError):  # psql can write any
         return Markup("<span>{}</span>").format(str(at)[:40])
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         moment.isoformat(), f"{moment:%Y-%m-%d %H:%M:%S} UTC", text or formatting.ago(at)

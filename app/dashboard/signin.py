@@ -21,7 +21,8 @@ from starlette.responses import Response
 
 from outwake.app.api.problems import Problem, unavailable
 from outwake.app.auth.identity import Identity
-from outwake.app.auth.oidc import FETCH_TIMEOUT, Issuer
+from outwake.app.auth.oidc import FETCH_TIMEOUT, Issuer, Unusable
+from outwake.app.auth.oidc import ask as ask_issuer
 from outwake.app.context import context
 from outwake.app.dashboard import cookie
 from outwake.app.dashboard.page import back, go, read_form, render
@@ -163,15 +164,14 @@ async def _exchange(request: Request, code: str, verifier: str) -> str:
     url = await _issuer(request).endpoint("token_endpoint")
     try:
         async with httpx.AsyncClient(timeout=FETCH_TIMEOUT, auth=auth) as client:
-            answer = await client.post(url, data=form, headers={"Accept": "application/json"})
-            found = answer.json()
-    except (httpx.HTTPError, ValueError):
+            status, found = await ask_issuer(client, "POST", url, data=form)
+    except (httpx.HTTPError, httpx.InvalidURL, Unusable):
         raise unavailable("The identity provider does not answer; try again.") from None
-    token = found.get("access_token") if isinstance(found, dict) else None
-    if answer.status_code != 200 or not isinstance(token, str) or is_token(token):
-        why = found.get("error") if isinstance(found, dict) else None
-        log.warning("code_not_exchanged", status=answer.status_code, error=str(why))
-        raise Problem("unauthorized", f"The issuer did not accept the code: {why or answer.status_code}.")
+    token = found.get("access_token") if found else None
+    if status != 200 or not isinstance(token, str) or is_token(token):
+        why = str(found.get("error", ""))[:200] if found else ""
+        log.warning("code_not_exchanged", status=status, error=why)
+        raise Problem("unauthorized", f"The issuer did not accept the code: {why or status}.")
     return token
 
 

@@ -6,8 +6,9 @@
 
 A stream ends when the token that opened it expires. The client reconnects with a new one.
 
-`status` has no id. It is the first event of each connection, and is sent again when the status changes. A
-client that reconnects with the Last-Event-ID of its last message gets each later message once.
+`status` is the first event of each connection, and is sent again when the status changes. Only the last one
+has an id, `SEQ-MARK`, where the mark names the state. A client that reconnects with its Last-Event-ID gets
+each later message once, and the last state unless it has it: then the answer is 204.
 """
 
 import time
@@ -36,8 +37,10 @@ async def follow_session(request: Request, identity: Identity) -> Response:
     close = here.limits.open_stream(identity)
     stream = here.hub.follow(
         request.path_params["id"],
-        asked.after if seen is None else seen,
+        asked.after if seen is None else seen.seq,
         until_completed=asked.until == "completed",
+        mark=seen.mark if seen else None,
+        reader=identity.user_id,
     )
 
     def leave() -> None:

@@ -10,7 +10,7 @@ snapshot, so one row tells whether the session is completed and everything was s
 """
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from uuid import UUID
 
 import psycopg
@@ -24,9 +24,11 @@ from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 
 PAUSE = 0.05  # least seconds between two reads
-GROUPS = 500  # streams read by one statement
+GROUPS = 100  # streams read by one statement
 BATCH = 100  # messages
-BATCH_BYTES = 65536  # as stored; the first message of a batch may be larger
+BATCH_BYTES = 65536  # of the events; the last message of a batch may go beyond
+HELD = 67_108_864  # bytes that the streams of a process hold for clients that do not read
+HELD_FOR_READER = 8_388_608  # bytes, for all streams of one user
 
 _READ = in_schema("""
 SELECT
@@ -48,22 +50,28 @@ SELECT
 FROM unnest(%(ids)s::uuid[], %(cursors)s::bigint[]) WITH ORDINALITY AS w (session_id, after, place)
 JOIN :schema.session AS s ON s.id = w.session_id
 CROSS JOIN LATERAL (
+    -- Message by message, as app/api/messages.py reads a page.
+    WITH RECURSIVE part (place, seq, superseded, text, bytes) AS (
+        SELECT 0, w.after, false, NULL::text, 0::bigint
+        UNION ALL
+        SELECT p.place + 1, next.seq, next.superseded, next.text, p.bytes + octet_length(next.text)
+        FROM part AS p
+        CROSS JOIN LATERAL (
+            SELECT m.seq, (m.body ->> 'type') IS NOT DISTINCT FROM 'superseded' AS superseded,
+                   :schema.message_json(m.seq, m.prompt_id, m.attempt, m.body, m.created_at)::text AS text
+            FROM :schema.message AS m
+            WHERE m.session_id = w.session_id AND m.seq > p.seq
+            ORDER BY m.seq
+            LIMIT 1
+        ) AS next
+        WHERE p.place < %(batch)s AND p.bytes < %(batch_bytes)s
+    )
     SELECT
-        coalesce(array_agg(b.seq ORDER BY b.seq), '{}') AS seqs,
-        coalesce(array_agg((b.body ->> 'type') IS NOT DISTINCT FROM 'superseded' ORDER BY b.seq), '{}')
-            AS superseded,
-        coalesce(array_agg(
-            :schema.message_json(b.seq, b.prompt_id, b.attempt, b.body, b.created_at)::text ORDER BY b.seq),
-            '{}') AS texts
-    FROM (
-        SELECT m.seq, m.prompt_id, m.attempt, m.body, m.created_at,
-               sum(pg_column_size(m.body)) OVER (ORDER BY m.seq) - pg_column_size(m.body) AS bytes_before
-        FROM :schema.message AS m
-        WHERE m.session_id = w.session_id AND m.seq > w.after
-        ORDER BY m.seq
-        LIMIT %(batch)s
-    ) AS b
-    WHERE b.bytes_before < %(batch_bytes)s
+        coalesce(array_agg(b.seq ORDER BY b.place), '{}') AS seqs,
+        coalesce(array_agg(b.superseded ORDER BY b.place), '{}') AS superseded,
+        coalesce(array_agg(b.text ORDER BY b.place), '{}') AS texts
+    FROM part AS b
+    WHERE b.place > 0
 ) AS batch
 """)
 
@@ -99,9 +107,19 @@ class Hub:
             group.create_task(self._read_stale())
             group.create_task(self._watches.run())
 
-    def follow(self, session_id: UUID, after: int, *, until_completed: bool) -> Stream:
+    def follow(
+        self,
+        session_id: UUID,
+        after: int,
+        *,
+        until_completed: bool,
+        mark: str | None = None,
+        reader: str = "",
+    ) -> Stream:
         """A new stream. End it with `leave`."""
-        stream = Stream(self._taken, session_id, after, until_completed=until_completed)
+        stream = Stream(
+            self._taken, session_id, after, until_completed=until_completed, mark=mark, reader=reader
+        )
         if self._closing:
             stream.fail(Problem("unavailable", "This process is shutting down."))
         elif not self._database.available:
@@ -118,6 +136,7 @@ class Hub:
         if not streams:
             del self._streams[stream.session_id]
             self._watches.followed_changed()
+        self._taken(stream)
 
     def close(self) -> None:
         """End all streams. Their clients reconnect to another process."""
@@ -127,8 +146,8 @@ class Hub:
                 stream.end()
 
     def _taken(self, stream: Stream) -> None:
-        """The stream's buffer is empty again."""
-        if stream in self._stale:
+        """The stream's buffer is empty again, so there is room for one that waits."""
+        if self._stale:
             self._to_read.set()
 
     def _mark(self, stream: Stream) -> None:
@@ -145,15 +164,27 @@ class Hub:
         while True:
             await self._to_read.wait()
             self._to_read.clear()
-            groups: defaultdict[tuple[UUID, int], list[Stream]] = defaultdict(list)
-            for stream in self._stale:
-                if not stream.full:
-                    groups[stream.session_id, stream.cursor].append(stream)
+            groups = self._ready()
             places = list(groups)
             for start in range(0, len(places), GROUPS):
                 part = places[start : start + GROUPS]
                 await self._read({place: groups[place] for place in part})
             await asyncio.sleep(PAUSE)
+
+    def _ready(self) -> dict[tuple[UUID, int], list[Stream]]:
+        """The streams to read for: those with an empty buffer, while reader and process hold little."""
+        held: Counter[str] = Counter()
+        for streams in self._streams.values():
+            for stream in streams:
+                held[stream.reader] += stream.held
+        total = held.total()
+        groups: defaultdict[tuple[UUID, int], list[Stream]] = defaultdict(list)
+        for stream in self._stale:
+            if not stream.full and held[stream.reader] < HELD_FOR_READER and total < HELD:
+                groups[stream.session_id, stream.cursor].append(stream)
+                held[stream.reader] += BATCH_BYTES
+                total += BATCH_BYTES
+        return groups
 
     async def _read(self, groups: dict[tuple[UUID, int], list[Stream]]) -> None:
         reading = {stream for streams in groups.values() for stream in streams}

@@ -1,6 +1,7 @@
 """What a client that follows a session gets: its events, read in batches."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 from uuid import UUID
@@ -25,17 +26,29 @@ class Stream:
     """One client that follows a session."""
 
     def __init__(
-        self, taken: Callable[["Stream"], None], session_id: UUID, after: int, *, until_completed: bool
+        self,
+        taken: Callable[["Stream"], None],
+        session_id: UUID,
+        after: int,
+        *,
+        until_completed: bool,
+        mark: str | None = None,
+        reader: str = "",
     ) -> None:
-        """`taken` is called when the stream's buffer is empty again."""
+        """`taken` is called when the stream's buffer is empty again. `mark` names the last state that the
+        client has seen, `reader` is the user whose client it is.
+        """
         self.session_id = session_id
+        self.reader = reader
         self.cursor = after
         self.user_id: str | None = None
         self._taken = taken
         self._after = after
         self._until_completed = until_completed
         self._state: str | None = None
+        self._mark = mark
         self._batch = b""
+        self._handed_out = 0
         self._ended = False
         self._failure: Problem | None = None
         self._news = asyncio.Event()
@@ -47,8 +60,14 @@ class Stream:
 
     @property
     def nothing_left(self) -> bool:
-        """The stream ended without a message."""
-        return self._ended and self.cursor == self._after
+        """The client has each message, and the last state."""
+        seen = self._state is not None and self._mark == mark_of(self._state)
+        return self._ended and self.cursor == self._after and seen
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory: those that wait, and those that were handed out last and may not be sent yet."""
+        return len(self._batch) + self._handed_out
 
     @property
     def full(self) -> bool:
@@ -62,6 +81,7 @@ class Stream:
 
     async def take(self, timeout: float) -> bytes:
         """The next events. Empty if none came within `timeout` seconds, or if none will come."""
+        self._handed_out = 0  # its sender came back, so the client has taken nearly all
         if not self._batch and not self._ended:
             self._news.clear()
             try:
@@ -70,6 +90,7 @@ class Stream:
             except TimeoutError:
                 return b""
         batch, self._batch = self._batch, b""
+        self._handed_out = len(batch)
         self._taken(self)
         return batch
 
@@ -88,19 +109,22 @@ class Stream:
             _event("superseded" if superseded else "message", text, seq)
             for seq, superseded, text in zip(found.seqs, found.superseded, found.texts, strict=True)
         ]
-        if first:
-            parts.insert(0, _event("status", found.state))
-            self._state = found.state
-        elif all_read and found.state != self._state:
-            parts.append(_event("status", found.state))
-            self._state = found.state
-        self._batch = b"".join(parts)
         over = ("archived", "completed") if self._until_completed else ("archived",)
-        if all_read and found.inbox_status in over:
-            self._ended = True
+        self._ended = self._ended or (all_read and found.inbox_status in over)
+        if first:
+            last = self._ended and not parts
+            parts.insert(0, self._status(found.state, last=last))
+        elif all_read and found.state != self._state:
+            parts.append(self._status(found.state, last=self._ended))
+        self._state = found.state if first or all_read else self._state
+        self._batch = b"".join(parts)
         if self._batch or self._ended:
             self._news.set()
         return not all_read
+
+    def _status(self, state: str, *, last: bool) -> bytes:
+        """The last one has an id, so that a client that comes back need not be told again."""
+        return _event("status", state, f"{self.cursor}-{mark_of(state)}" if last else None)
 
     def fail(self, problem: Problem) -> None:
         """End the stream. A client without an answer yet gets the problem."""
@@ -112,7 +136,12 @@ class Stream:
         self._news.set()
 
 
-def _event(name: str, data: str, seq: int | None = None) -> bytes:
+def mark_of(state: str) -> str:
+    """A short name of a state."""
+    return hashlib.sha256(state.encode()).hexdigest()[:8]
+
+
+def _event(name: str, data: str, id_: int | str | None = None) -> bytes:
     """One event. `data` has no line break, because Postgres made it."""
-    head = f"id: {seq}\n" if seq is not None else ""
+    head = f"id: {id_}\n" if id_ is not None else ""
     return f"{head}event: {name}\ndata: {data}\n\n".encode()

@@ -58,11 +58,13 @@ async def test_host_that_strangers_reach_is_refused(database: str) -> None:
 
 
 async def test_host_that_strangers_reach_by_explicit_wish(database: str) -> None:
-    async with api(database, OUTWAKE_HOST="0.0.0.0", OUTWAKE_DEV_IDENTITY="1") as process:
+    wish = {"OUTWAKE_HOST": "0.0.0.0", "OUTWAKE_DEV_IDENTITY": "1", "OUTWAKE_PUBLIC_URL": "http://api"}
+    async with api(database, **wish) as process:
         ready = await process.event("api_ready")
         async with httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{ready['port']}/sessions"
             assert (await client.get(url, headers={"Host": "api"})).status_code == 200
+            assert (await client.get(url, headers={"Host": "evil.test"})).status_code == 403
 
 
 async def test_port_that_is_taken(database: str) -> None:

@@ -1,13 +1,16 @@
 """Tokens of an issuer: whose they are, and what is asked of the issuer, when."""
 
 import asyncio
+import gzip
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, cast
 
+import httpx
 import pytest
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from outwake.app.api.problems import Problem
 from outwake.app.auth import identity, oidc
@@ -253,3 +256,40 @@ async def test_without_keys_a_verified_token_is_not_believed(
     with pytest.raises(Problem) as raised:
         await authenticator.by_token(token)
     assert raised.value.kind == "unavailable"
+
+
+class Endless(Response):
+    """An answer without end. `sent` counts its bytes."""
+
+    sent = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while self.sent < 200_000_000:
+            await send({"type": "http.response.body", "body": b" " * 65_536, "more_body": True})
+            self.sent += 65_536
+            await asyncio.sleep(0)
+
+
+async def test_an_issuers_answer_is_counted_and_never_decompressed(stand_in: StandIn, issuer: Issuer) -> None:
+    stand_in.broken = endless = Endless()
+    with pytest.raises(Problem, match="identity provider"):
+        await issuer.verify(stand_in.token())
+    assert endless.sent < 20_000_000
+    bomb = gzip.compress(b" " * 50_000_000)
+    stand_in.broken = Response(bomb, headers={"Content-Encoding": "gzip"})
+    async with httpx.AsyncClient() as client:
+        with pytest.raises(oidc.Unusable, match="compressed"):
+            await oidc.ask(client, "GET", f"{stand_in.url}/certs")
+
+
+async def test_an_issuer_that_drips_is_given_up(
+    stand_in: StandIn, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oidc, "FETCH_TIMEOUT", 0.2)
+    stand_in.gate.clear()
+    try:
+        with pytest.raises(Problem, match="identity provider"):
+            await issuer.verify(stand_in.token())
+    finally:
+        stand_in.gate.set()

@@ -137,13 +137,14 @@ async def test_a_token_is_asked_for_once_each_max_age(
         assert (await api.client.get("/sessions", headers=bearer(text))).status_code == status
 
 
-async def test_in_development_mode_a_token_is_still_judged(database: str, connect: Connect) -> None:
+async def test_in_development_mode_an_api_token_is_still_judged(database: str, connect: Connect) -> None:
     token_id, text = await token.create(await connect(), "robot", "x")
     assert isinstance(token_id, UUID)
     async with serving(database) as api:
         assert (await api.client.get("/outbox")).status_code == 200
         assert (await api.client.get("/outbox", headers=bearer(text))).status_code == 403
-        assert (await api.client.get("/outbox", headers=bearer("nonsense"))).status_code == 401
+        unknown = bearer(f"{token.PREFIX}{'x' * 43}")
+        assert (await api.client.get("/outbox", headers=unknown)).status_code == 401
 
 
 async def test_a_stream_ends_with_its_token(

@@ -19,7 +19,7 @@ from pathlib import Path
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _CURSOR = re.compile(r"WyI[A-Za-z0-9_-]{60,}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+\+00:00")
-_TAIL = re.compile(r"(?<=-)[0-9a-f]{8}(?=\")")
+_TAIL = re.compile(r"(?<=-)[0-9a-f]{8}(?=[\"'\n]|$)")
 _VARYING_HEADERS = re.compile(r"^(date|content-length|transfer-encoding): .*\n", re.MULTILINE)
 _PART = re.compile(r"```console\n(?P<block>.*?)```|<!-- hand: (?P<hand>[^>]*?) -->", re.DOTALL)
 

@@ -1,0 +1,171 @@
+"""What a process of the API takes under all limits at once: `python -m bench.limits [SECONDS]`.
+
+Strangers and a user do together what docs/limits.md bounds, each for some seconds. Another process asks
+/healthz meanwhile: how long the slowest answer took is how long the event loop was kept, and what the machine
+added.
+The last line: `limits: memory_mb BEFORE PEAK AFTER healthz_ms P50 P99 MAX answers N`.
+"""
+
+import asyncio
+import http.client
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import count
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import httpx
+
+from bench.contestant import ROOT
+from bench.http import api, api_tokens
+from bench.server import Server, resident_mb
+
+SECONDS = 20
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+FORM = b"POST /ui/sign-in HTTP/1.1\r\nHost: x\r\nSec-Fetch-Site: same-origin\r\n"
+TEXTS = ["[" * 20_000, "![" * 10_000, ">" * 10_000 + "\na" * 5_000, "**a_" * 5_000]
+
+
+async def _send(port: int, parts: list[bytes], end: float) -> None:
+    """Send the first part, then the second one over and over, on connection after connection."""
+    while time.monotonic() < end:
+        with suppress(OSError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(parts[0])
+                while time.monotonic() < end:
+                    writer.write(parts[1])
+                    await writer.drain()
+                    if len(parts) > 2:  # slowly
+                        await asyncio.sleep(1)
+            finally:
+                writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+
+async def _ask(client: httpx.AsyncClient, paths: list[str], end: float) -> None:
+    while time.monotonic() < end:
+        for path in paths:
+            with suppress(httpx.HTTPError):
+                await client.get(path)
+
+
+async def _follow_without_reading(port: int, token: str, session: str, end: float) -> None:
+    with suppress(OSError):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        path = f"/sessions/{session}/events"
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+        writer.transport.abort()
+
+
+async def _all(port: int, token: str, session: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    url = f"http://127.0.0.1:{port}"
+    path = f"/sessions/{session}"
+    bearer = {"Authorization": f"Bearer {token}"}
+    cookies = {"outwake": token}
+    async with (
+        httpx.AsyncClient(base_url=url, headers=bearer, timeout=60) as user,
+        httpx.AsyncClient(base_url=url, cookies=cookies, timeout=60) as browser,
+        httpx.AsyncClient(base_url=url, timeout=60) as stranger,
+    ):
+        await asyncio.gather(
+            *(_send(port, [HEAD, b"X-A: b\r\n" * 8192], end) for _ in range(10)),
+            *(_send(port, [HEAD + b"X-A: ", b"b" * 65536], end) for _ in range(10)),
+            *(_send(port, [b"GET /", b"a" * 65536], end) for _ in range(10)),
+            *(_send(port, [HEAD, b"X: y\r\n", b"slow"], end) for _ in range(400)),
+            *(_send(port, [FORM + b"Content-Length: 16000\r\n\r\n", b"a", b"slow"], end) for _ in range(100)),
+            *(_follow_without_reading(port, token, session, end) for _ in range(50)),
+            *(_ask(user, [f"{path}/messages?limit=1000", path], end) for _ in range(3)),
+            *(_ask(browser, [f"/ui{path}"], end) for _ in range(3)),
+            *(_ask(stranger, ["/metrics", "/readyz?workers=1"], end) for _ in range(10)),
+        )
+
+
+def _watch(port: int, stop: Event, answers: Any) -> None:
+    """Ask /healthz on one connection, and tell how long each answer took, in milliseconds."""
+    took = []
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while not stop.is_set():
+        begun = time.monotonic()
+        try:
+            client.request("GET", "/healthz")
+            client.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            client.close()
+            continue
+        took.append((time.monotonic() - begun) * 1000)
+        time.sleep(0.01)
+    answers.put(sorted(took))
+
+
+def _fill(url: str, server: Server, database: str) -> str:
+    """A session of alice with large messages, costly texts and many prompts; its id."""
+    with server.connect(database) as conn:
+        row = conn.execute(
+            "INSERT INTO outwake.session (user_id, repo, target_branch, branch, title)"
+            " VALUES ('alice', 'octo/tools', 'main', 'b', 't') RETURNING id::text"
+        ).fetchone()
+        assert row is not None
+        session = str(row[0])
+        conn.execute(
+            "INSERT INTO outwake.prompt (session_id, text)"
+            " SELECT %s, repeat('x', 200000) FROM generate_series(1, 250)",
+            (session,),
+        )
+        seq = count(1)
+        for text in ["x" * 1_000_000] * 100 + TEXTS * 10:
+            conn.execute(
+                "INSERT INTO outwake.message (session_id, seq, prompt_id, attempt, body)"
+                " SELECT p.session_id, %s, p.id, 1, %s::jsonb FROM outwake.prompt AS p"
+                " WHERE p.session_id = %s ORDER BY p.id DESC LIMIT 1",
+                (next(seq), json.dumps({"type": "assistant", "text": text}), session),
+            )
+        conn.execute("UPDATE outwake.session SET last_seq = %s WHERE id = %s", (next(seq) - 1, session))
+        conn.execute(
+            "INSERT INTO outwake.outbox (topic, payload) SELECT 'never', '{}' FROM generate_series(1, 300000)"
+        )
+    return session
+
+
+def main(seconds: float) -> None:
+    with Server.running() as server:
+        url = server.fresh("limits")
+        subprocess.run(
+            [sys.executable, "-c", "from outwake.cli import main; main(['migrate'])"],
+            env={"DATABASE_URL": url, "PYTHONPATH": str(ROOT)},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        session = _fill(url, server, "limits")
+        token = api_tokens(url, ["alice"])[0]
+        with api(url, {"OUTWAKE_REQUIRE_TOKEN": "1"}) as (process, port):
+            before = resident_mb(process.pid)
+            stop = multiprocessing.Event()
+            answers: Any = multiprocessing.Queue()
+            watch = multiprocessing.Process(target=_watch, args=(port, stop, answers))
+            watch.start()
+            sender = multiprocessing.Process(target=lambda: asyncio.run(_all(port, token, session, seconds)))
+            sender.start()
+            peak = before
+            while sender.is_alive():
+                peak = max(peak, resident_mb(process.pid))
+                time.sleep(0.05)
+            stop.set()
+            took = answers.get()
+            watch.join()
+            after = resident_mb(process.pid)
+    p50, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
+    print(
+        f"limits: memory_mb {before:.0f} {peak:.0f} {after:.0f}"
+        f" healthz_ms {p50:.1f} {p99:.1f} {took[-1]:.1f} answers {len(took)}"
+    )
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else SECONDS)
