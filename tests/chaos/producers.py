@@ -180,7 +180,11 @@ class Producers:
         ):
             while not self.stop.is_set():
                 ids = []
-                for dawdle in (0.0005, self.random.choice([0.001, 0.003, 0.006, 0.012, 0.03, 0.1])):
+                # The last ones are longer than a worker stays awake after its slot was full.
+                for dawdle in (
+                    0.0005,
+                    self.random.choice([0.001, 0.003, 0.006, 0.012, 0.03, 0.1, 0.27, 0.3, 0.35, 0.5]),
+                ):
                     row = {"topic": "lone", "payload": {"ms": self.random.choice([0, 3])}, "max_attempts": 5}
                     ids += await self._transaction(conn, [row], dawdle=dawdle)
                 for row_id in ids:

@@ -1,6 +1,7 @@
 """The checker must find nothing in a good history, and what is wrong in a bad one: each check is tried."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -460,6 +461,37 @@ def test_overlap_after_a_rescue_is_counted_apart() -> None:
     record = s.close(**PAYLOADS)
     assert check(record) == []
     assert excused(record) == 1
+
+
+def test_overlap_of_a_handler_that_started_late_is_counted_apart() -> None:
+    """Its claim's answer came when the row had been rescued, and ran elsewhere."""
+    s = Story()
+    s.insert(20)
+    s.claim(20)
+    late = s.record.lines.pop()
+    s.rescue(20)
+    s.claim(20, B)
+    s.time += 1
+    s.record.lines.append({**late, "t": s.time, "w": s.time})
+    s.finish(20)
+    s.event(20, "done")
+    record = s.close()
+    assert check(record) == []
+    assert excused(record) == 1
+
+
+def test_a_row_that_fails_for_ever_loses_its_oldest_errors() -> None:
+    s = Story()
+    s.insert(20)
+    for _ in range(102):
+        s.claim(20)
+        s.finish(20)
+        s.rescue(20)
+        row = s._rows[20]
+        row["errors"] = min(row["errors"], 100)
+        s.record.events[-1] = replace(s.record.events[-1], errors=row["errors"])
+    s.run(20)
+    assert check(s.close()) == []
 
 
 def test_overlap_after_a_person_took_the_row_is_counted_apart() -> None:

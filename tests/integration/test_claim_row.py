@@ -15,6 +15,7 @@ from tests.support.steps import (
     Connection,
     Rule,
     add,
+    claim,
     claim_ids,
     get,
     new_worker,
@@ -228,6 +229,25 @@ async def test_lease_covers_the_row(connect: Connect) -> None:
     )
     payloads = [note.payload async for note in listener.notifies(timeout=5, stop_after=1)]
     assert [payload.partition("@")[0] for payload in payloads] == ["*"]
+
+
+@with_and_without
+@pytest.mark.parametrize("by", ["id", "scan"])
+async def test_a_claim_leaves_at_least_half_a_lease(rule: Rule, by: str, connect: Connect) -> None:
+    """1. A worker's lease has almost run out. 2. It claims another row."""
+    psql = await connect()
+    worker = await new_worker(psql)
+    if rule == "taken out":
+        await take_out(psql, "outbox_lease_is_due", "lease * (0.5)", "lease * (0.0)")
+    await psql.execute(
+        "UPDATE worker SET lease_until = clock_timestamp() + %s * 0.4 WHERE id = %s", (LEASE, worker)
+    )
+    row = await add(psql)
+    came = (await claim_row(psql, worker, row))[0] if by == "id" else (await claim(psql, worker, 2))[0]
+    assert came is not None
+    assert came.id == row
+    left = "SELECT lease_until > clock_timestamp() + %s * 0.5 FROM worker WHERE id = %s"
+    assert await one(psql, left, LEASE, worker) == (rule == "kept")
 
 
 async def test_full_worker_is_not_parked(connect: Connect, database: str) -> None:
