@@ -179,10 +179,23 @@ class Record:
 
     @cached_property
     def chains(self) -> dict[int, list[Event]]:
-        """Each row's events. A row's changes follow each other by its lock, so seq is their order."""
+        """Each row's events. A row's changes follow each other by its lock, so seq is their order.
+
+        But a trigger that changes a row again (outbox_settle) does so before the first change is recorded.
+        """
         found: dict[int, list[Event]] = defaultdict(list)
         for event in sorted(self.events, key=lambda e: e.seq):
-            found[event.row_id].append(event)
+            chain = found[event.row_id]
+            again = chain[-1] if chain else None
+            if (
+                again is not None
+                and again.xid == event.xid
+                and again.old == event.new != event.old
+                and (event.old is None if len(chain) == 1 else chain[-2].new == event.old)
+            ):
+                chain.insert(-1, event)
+            else:
+                chain.append(event)
         return found
 
     @cached_property

@@ -120,14 +120,12 @@ class Place:
         task.add_done_callback(self._old.discard)
 
     async def _drain(self, process: asyncio.subprocess.Process, hasten: float | None) -> None:
-        with suppress(ProcessLookupError):
-            process.terminate()
+        _terminate(process)
         if hasten is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(hasten):
                     await process.wait()
-            with suppress(ProcessLookupError):
-                process.terminate()
+            _terminate(process)
         self.statuses.append(await process.wait())
 
     async def old_ended(self, seconds: float) -> bool:
@@ -142,8 +140,7 @@ class Place:
         self._ending = True
         process = self._current
         assert process is not None
-        with suppress(ProcessLookupError):
-            process.terminate()
+        _terminate(process)
         try:
             async with asyncio.timeout(seconds):
                 return await process.wait()
@@ -166,3 +163,10 @@ class Place:
 def mark() -> dict[str, str]:
     """Environment by which the runner finds a run's processes again, should any be left."""
     return {"CHAOS_RUN": secrets.token_hex(8), "PYTHONPATH": str(ROOT)}
+
+
+def _terminate(process: asyncio.subprocess.Process) -> None:
+    """By os.kill: `terminate` would reap a process that has just ended, and asyncio would report status 255."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)

@@ -480,6 +480,19 @@ def test_overlap_of_a_handler_that_started_late_is_counted_apart() -> None:
     assert excused(record) == 1
 
 
+def test_a_change_made_by_a_trigger_comes_after_the_one_that_caused_it() -> None:
+    """A person makes a marked row ready, and a trigger ends it. That is recorded the other way round."""
+    s = Story()
+    s.insert(20)
+    s.claim(20)
+    s.finish(20)
+    xid = s.event(20, "ready", app=PERSON)
+    s.event(20, "cancelled", app=PERSON, xid=xid)
+    outer, nested = s.record.events[-2:]
+    s.record.events[-2:] = [replace(nested, seq=outer.seq), replace(outer, seq=nested.seq)]
+    assert check(s.close()) == []
+
+
 def test_a_row_that_fails_for_ever_loses_its_oldest_errors() -> None:
     s = Story()
     s.insert(20)
