@@ -166,7 +166,7 @@ def mark() -> dict[str, str]:
 
 
 def _terminate(process: asyncio.subprocess.Process) -> None:
-    """By os.kill: `terminate` would reap a process that has just ended, and asyncio would report status 255."""
+    """By os.kill: `terminate` would reap a process that has just ended, and asyncio would say status 255."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGTERM)
