@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from outwake.worker.agents.run import BATCH_EVENTS, Agent
-from outwake.worker.agents.stream import Event
+from outwake.worker.agents.base import Line
+from outwake.worker.agents.run import BATCH_LINES, Agent
 from outwake.worker.errors import PermanentError
 from outwake.worker.process import guarded
+from outwake.worker.process.guarded import MARK
 from tests.support.waits import awaiting
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ async def until_ready(agent: Agent) -> None:
     pytest.fail("the agent ended before it was ready")
 
 
-async def everything(agent: Agent) -> list[Event]:
+async def everything(agent: Agent) -> list[Line]:
     return [event async for batch in agent.lines() for event in batch]
 
 
@@ -142,7 +143,7 @@ async def test_only_the_allowed_environment_reaches_the_agent(
         (event,) = await everything(agent)
     assert event["GIVEN"] == "1"
     assert event["HOME"] == "/nowhere"
-    assert set(event) <= {"PATH", "HOME", "LANG", "TERM", "GIVEN", "LC_CTYPE"}  # Python adds it
+    assert set(event) <= {"PATH", "HOME", "LANG", "TERM", "GIVEN", "LC_CTYPE", MARK}  # Python adds it
 
 
 async def test_stdin_is_empty_and_no_file_of_ours_is_open(start: Start) -> None:
@@ -311,6 +312,53 @@ async def test_a_killed_guardian_takes_the_agent_along(start: Start, fifo: Fifo)
         await fifo.gone()
 
 
+async def test_what_escaped_from_the_group_of_a_killed_guardian_is_ended(start: Start, fifo: Fifo) -> None:
+    async with start(f"hold:{fifo.path} spawn-grandchild raw:ready wait-forever") as agent:
+        await until_ready(agent)
+        os.kill(agent._process.pid, signal.SIGKILL)
+        assert (await agent.wait()).cause == "lost"
+        await fifo.gone()
+
+
+async def test_a_stopped_guardian_is_continued(start: Start, fifo: Fifo) -> None:
+    code = (
+        "import os, signal; os.kill(os.getppid(), signal.SIGSTOP); "
+        f"os.open({str(fifo.path)!r}, os.O_WRONLY); print('ready', flush=True); signal.pause()"
+    )
+    async with start(python(code)) as agent:
+        await until_ready(agent)
+        agent.stop(0.1)
+        assert (await agent.wait()).cause == "stop"
+        await fifo.gone()
+
+
+async def test_a_guardian_that_is_kept_stopped_is_not_waited_for(
+    start: Start, fifo: Fifo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "LATE", 0.5)
+    code = (
+        "import os, signal, time\n"
+        f"guardian = os.getppid(); os.open({str(fifo.path)!r}, os.O_WRONLY)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); told = False\n"
+        "if os.fork(): signal.pause()\n"
+        "os.setsid()\n"
+        "while True:\n"
+        "    os.kill(guardian, signal.SIGSTOP)\n"
+        "    told = told or print('ready', flush=True) is None\n"
+    )
+    async with start(python(code)) as agent:
+        await until_ready(agent)
+        agent.stop(0)
+        assert (await agent.wait()).cause == "stop"
+        await fifo.gone()
+
+
+async def test_what_had_to_be_ended_is_named(start: Start) -> None:
+    async with start("spawn-child fail:0", grace=0.1) as agent:
+        await everything(agent)
+        assert (await agent.wait()).stopped == (Path(sys.executable).name,)
+
+
 async def test_a_signal_to_the_guardian_ends_the_agent(start: Start, fifo: Fifo) -> None:
     async with start(f"hold:{fifo.path} spawn-child raw:ready wait-forever") as agent:
         await until_ready(agent)
@@ -423,7 +471,7 @@ async def test_a_line_comes_at_once_and_a_burst_in_batches(start: Start, tmp_pat
     ]
     assert numbers == list(range(3000))
     assert said[-2]["text"] == "last-\ufffd"
-    assert max(map(len, batches)) <= BATCH_EVENTS
+    assert max(map(len, batches)) <= BATCH_LINES
     assert len(batches) < 1000
 
 

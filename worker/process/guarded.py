@@ -2,6 +2,15 @@
 
 Output is read from the pipe only on request, so a slow reader makes the process wait and does not fill our
 memory. Only the end of stderr is kept.
+
+The guardian runs as the same user as the process, which can therefore stop or kill it. So we do not rely on
+the guardian alone:
+1. Each message to the guardian is followed by SIGCONT.
+2. If it does not report LATE seconds after the process should be gone, we kill the tree ourselves, and then
+   the guardian.
+3. If it ended without a report, we kill what it left. These processes are found by their process group, by
+   their parents, and by MARK in their environment, which children inherit.
+A process that changes its environment and kills its guardian is not found: that needs isolation.
 """
 
 import asyncio
@@ -11,23 +20,36 @@ import os
 import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
+from uuid import uuid4
 
+from outwake.telemetry.log import get_logger
 from outwake.worker.errors import PermanentError, TransientError
 
 STDERR_TAIL = 64 * 1024
 CHUNK = 64 * 1024
+MARK = "OUTWAKE_GUARDED"
+"""The variable by which a process that lost its guardian is found."""
+LATE = 12.0  # more than the guardian's GIVE_UP
+KILL_AGAIN = 0.05
+KILLS = 200  # times that we try
+
 INHERITED = ("PATH", "HOME", "LANG", "TERM")
 
 Cause = Literal["exited", "stop", "deadline", "worker", "signal", "timeout", "lost"]
 
 _GUARDIAN = Path(__file__).with_name("guardian.py")
+_LONGEST = 86_400.0  # seconds of a timer
 _watchers: set[asyncio.Task["Exit"]] = set()  # the event loop holds tasks only weakly
+_killing: set[asyncio.Task[None]] = set()
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,19 +61,23 @@ class Exit:
         ran longer than its timeout; otherwise a cause listed in `worker/process/guardian.py`.
     stderr: the last 64 KiB, without characters that Postgres refuses in text.
     left: how many of its processes outlived SIGKILL, nearly always 0.
+    stopped: names of the processes that it had started and that had to be ended, ten at most.
     """
 
     code: int
     cause: Cause
     stderr: str
     left: int
+    stopped: tuple[str, ...] = ()
 
 
 class Guarded:
     """A running process; made by `Guarded.start`."""
 
-    def __init__(self, process: Process, control: socket.socket, stdout: int, stderr: int) -> None:
+    def __init__(self, process: Process, control: socket.socket, stdout: int, stderr: int, mark: str) -> None:
         self._process = process
+        self._mark = mark
+        self._late: asyncio.TimerHandle | None = None
         self._control = control
         self._stdout = stdout
         self._stderr = stderr
@@ -108,12 +134,13 @@ class Guarded:
         ours, theirs = socket.socketpair()
         stdout, stdout_end = os.pipe()
         stderr, stderr_end = os.pipe()
+        mark = uuid4().hex
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", str(_GUARDIAN), *map(repr, times)),
                 *argv,
                 cwd=cwd,
-                env=environment(env),
+                env={**environment(env), MARK: mark},
                 stdin=theirs.fileno(),
                 stdout=stdout_end,
                 stderr=stderr_end,
@@ -122,7 +149,7 @@ class Guarded:
             ours.setblocking(False)
             os.set_blocking(stdout, False)
             os.set_blocking(stderr, False)
-            return cls(process, ours, stdout, stderr)
+            return cls(process, ours, stdout, stderr, mark)
         except BaseException as error:
             ours.close()
             os.close(stdout)
@@ -141,7 +168,12 @@ class Guarded:
 
     def stop(self, grace: float) -> None:
         """Ask the process to end: SIGTERM now, SIGKILL `grace` seconds later. May be called again."""
+        if self._watcher.done():
+            return
         self._tell(f"stop {grace!r}")
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self._loop.call_later(min(grace, _LONGEST) + LATE, self._kill)
 
     async def read(self, timeout: float | None = None) -> bytes | None:
         """The next output, at most 64 KiB; b"" at its end; None if nothing comes within `timeout` seconds."""
@@ -182,6 +214,15 @@ class Guarded:
         # The guardian may be gone, or too busy ending the process to read. It needs no more orders then.
         with contextlib.suppress(OSError):
             self._control.send(f"{line}\n".encode())
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGCONT)
+
+    def _kill(self) -> None:
+        """The guardian is late: end the tree without it."""
+        log.warning("guardian_is_late", pid=self._process.pid)
+        killing = asyncio.create_task(asyncio.to_thread(kill_tree, self._process.pid, self._mark))
+        _killing.add(killing)
+        killing.add_done_callback(_killing.discard)
 
     def _time_out(self, grace: float) -> None:
         self._timed_out = True
@@ -201,21 +242,24 @@ class Guarded:
                     report = values
                 elif not self._started.done():
                     self._started.set_result(int(values[0]) * (1 if word == b"started" else -1))
-            if not report:
-                self._lose()
             await self._process.wait()
+            if not report:
+                await self._lose()
         finally:
+            if self._late is not None:
+                self._late.cancel()
             self._control.close()
             self._take_stderr()  # a pipe holds at most one chunk
             self._loop.remove_reader(self._stderr)
             os.close(self._stderr)
         stderr = self._tail.decode(errors="replace").replace("\0", "\ufffd")
         if not report:
-            return Exit(-signal.SIGKILL, "lost", stderr, 0)
+            report = [str(-signal.SIGKILL).encode(), b"lost" if self._late is None else b"stop", b"0", b"-"]
         code, cause, left = int(report[0]), report[1].decode(), int(report[2])
         if self._timed_out and cause == "stop":
             cause = "timeout"
-        return Exit(code, cause, stderr, left)  # type: ignore[arg-type]
+        names = () if report[3] == b"-" else tuple(report[3].decode().split(","))
+        return Exit(code, cause, stderr, left, names)  # type: ignore[arg-type]
 
     async def _reports(self) -> AsyncIterator[list[bytes]]:
         received = b""
@@ -225,13 +269,15 @@ class Guarded:
                 for line in lines:
                     yield line.split()
 
-    def _lose(self) -> None:
-        """The guardian ended without a report: kill what we can reach, which is the process group."""
+    async def _lose(self) -> None:
+        """The guardian ended without a report: kill what it left."""
         if not self._started.done():
             self._started.set_exception(TransientError("the guardian ended before it began"))
-        elif self._started.result() > 0:
+            return
+        if self._started.result() > 0:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._started.result(), signal.SIGKILL)
+            await asyncio.to_thread(kill_marked, self._mark)
 
     def _take_stderr(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -250,6 +296,46 @@ class Guarded:
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
             raise
+
+
+def kill_tree(guardian: int, mark: str) -> None:
+    """Kill everything that a guardian guards, then the guardian itself. Blocks for up to ten seconds."""
+    kill_marked(mark, but=guardian)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(guardian, signal.SIGKILL)
+    kill_marked(mark)
+
+
+def kill_marked(mark: str, but: int = 0) -> None:
+    """Kill the processes that have this MARK, and all below them, until none is left. Linux only."""
+    for _ in range(KILLS if sys.platform == "linux" else 0):
+        members = _marked(f"{MARK}={mark}".encode()) - {but}
+        if not members:
+            return
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(KILL_AGAIN)
+
+
+def _marked(wanted: bytes) -> set[int]:
+    """The live processes with that variable, and those below them."""
+    found: set[int] = set()
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            stat = (path / "stat").read_bytes()
+            state, parent = stat[stat.rindex(b")") + 2 :].split()[:2]
+            if state in (b"Z", b"X"):
+                continue
+            pid = int(path.name)
+            parents[pid] = int(parent)
+            if wanted in (path / "environ").read_bytes().split(b"\0"):
+                found.add(pid)
+    level = found
+    while level := {pid for pid, parent in parents.items() if parent in level} - found:
+        found |= level
+    return found
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:

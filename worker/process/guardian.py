@@ -21,9 +21,13 @@ The protocol:
 4. To end the tree, the guardian sends SIGTERM to all of it. After GRACE seconds, or at T if that comes first,
    it sends SIGKILL, and repeats it until nothing is left, because a process may fork while it is counted. No
    later message lengthens the grace. A new `stop` or the loss of the worker may shorten it.
-5. The guardian reports `ended CODE CAUSE LEFT` when no child is left. CODE is the command's exit status, or
-   minus the signal that ended it. LEFT counts processes that outlived SIGKILL for 10 seconds, because they
-   hang in the kernel or run as another user; it is 0 otherwise.
+5. The guardian reports `ended CODE CAUSE LEFT NAMES` when no child is left. CODE is the command's exit
+   status, or minus the signal that ended it. LEFT counts processes that outlived SIGKILL for 10 seconds,
+   because they hang in the kernel or run as another user; it is 0 otherwise. NAMES are those of the
+   processes, apart from the command itself, that lived when the guardian began to end the tree, with commas
+   between them, or `-`.
+6. A process that runs as the same user can stop the guardian. The worker continues it with each message, and
+   kills the tree itself if no report comes. If the worker dies, the kernel continues the guardian (Linux).
 """
 
 import contextlib
@@ -39,6 +43,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KILL_AGAIN = 0.05
 GIVE_UP = 10.0
+NAMES = 10
 LINUX = sys.platform == "linux"
 CONTROL, STDOUT = 0, 1
 
@@ -53,6 +58,7 @@ class Guardian:
         self.cause: str | None = None
         self.kill_at = math.inf
         self.give_up_at = math.inf
+        self.names: list[str] = []
         self._received = b""
 
     def run(self, command: list[str]) -> None:
@@ -85,7 +91,7 @@ class Guardian:
             self.kill(signal.SIGKILL)
             raise
         code = -signal.SIGKILL if self.code is None else self.code
-        say(f"ended {int(code)} {self.cause or 'exited'} {len(self.members())}")
+        say(f"ended {int(code)} {self.cause or 'exited'} {len(self.members())} {','.join(self.names) or '-'}")
 
     def advance(self) -> bool:
         """Do what is due; return whether there is still something to wait for."""
@@ -133,6 +139,7 @@ class Guardian:
         """Begin to end the tree. If that has begun already, only shorten the grace."""
         if self.cause is None:
             self.cause = cause
+            self.names = self.others()
             self.kill(signal.SIGTERM)
             self.kill(signal.SIGCONT)  # a stopped process takes no SIGTERM
         if cause in ("exited", "deadline"):  # both stay true, so only the first time counts
@@ -183,6 +190,16 @@ class Guardian:
         while level := {pid for pid, parent in parents.items() if parent in level} - below:
             below |= level
         return {pid: groups[pid] for pid in below if pid in groups}
+
+    def others(self) -> list[str]:
+        """The names of the live processes below us, apart from the command: each once, NAMES at most."""
+        names = set()
+        for pid in self.members().keys() - {self.pid}:
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{pid}/comm", "rb") as file:
+                    name = file.read(32).strip().decode("ascii", "replace")
+                names.add("".join(c if c.isalnum() or c in "._+-" else "?" for c in name) or "?")
+        return sorted(names)[:NAMES]
 
     def group_lives(self) -> bool:
         try:
@@ -235,4 +252,5 @@ if __name__ == "__main__":
     # Some event loops leave copies of our socket and pipes open, which would hide that the others closed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     Guardian(*map(float, sys.argv[1:4])).run(sys.argv[4:])
