@@ -28,7 +28,7 @@ from outwake.errors import ConfigurationError
 from outwake.lean import collect_seldom
 from outwake.settings import Settings
 from outwake.telemetry import trace
-from outwake.telemetry.log import configure, get_logger
+from outwake.telemetry.log import configure, get_logger, hide
 from outwake.telemetry.stuck import StuckWatch
 
 SHUTDOWN_TIMEOUT = 20  # seconds for open requests; no statement takes longer
@@ -126,6 +126,7 @@ def run(settings: Settings) -> None:
     Raises ConfigurationError if the host is not allowed or the address is not available.
     """
     configure(level=settings.log_level)
+    hide(settings.secrets)
     trace.configure("outwake-api")
     app = create_app(settings)
     with bind(settings.host, settings.port) as listening:

@@ -18,7 +18,7 @@ from outwake.errors import ConfigurationError
 from outwake.schema import SCHEMA, check_name
 from outwake.session.callback import parse_networks, parse_secrets
 from outwake.session.names import check_topics
-from outwake.url import check_url, libpq_url
+from outwake.url import check_url, libpq_url, secrets_of_url
 
 _LONGEST = 100 * 365 * 86400.0
 
@@ -290,11 +290,15 @@ class Settings(BaseSettings):
 
     @property
     def secrets(self) -> list[str]:
-        """The secret values of these settings, which must not be shown: for `worker/secrets.py`."""
-        texts = (self.oidc_client_secret, self.webhook_secret, self.relay_url)
-        words = [word for text in texts if text is not None for word in text.get_secret_value().split()]
-        passwords = [conninfo_to_dict(url).get("password") for url in (self.database_url, self.listen_url)]
-        return words + [str(password) for password in passwords if password]
+        """The secret values of these settings, as a whole and in their parts: for `worker/secrets.py`."""
+        secrets = (self.oidc_client_secret, self.webhook_secret, self.relay_url)
+        texts = [text.get_secret_value() for text in secrets if text is not None]
+        words = [word for text in texts for word in (text, *text.split())]
+        keys = [word.removeprefix("whsec_") for word in words]
+        urls = (self.database_url, self.listen_url)
+        passwords = [str(conninfo_to_dict(url).get("password") or "") for url in urls]
+        in_urls = [secret for url in (*texts, *urls) for secret in secrets_of_url(url)]
+        return [*words, *keys, *in_urls, *filter(None, passwords)]
 
 
 def load() -> Settings:

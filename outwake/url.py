@@ -4,6 +4,7 @@ It may hold a password, so no error of this module repeats any part of it. libpq
 """
 
 import re
+from urllib.parse import unquote
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -13,6 +14,9 @@ _SCHEME = re.compile(r"postgres(?:ql)?(?:\+\w+)?://", re.IGNORECASE | re.ASCII)
 # As libpq splits it: user and password end at the first @ before a slash, so they may contain a ?.
 _PARTS = re.compile(r"(?P<user>[^/@]*@)?(?P<host>[^/?]*)(?P<path>[^?]*)(?P<query>.*)")
 _SSL = re.compile(r"(?<=[?&])ssl=([^&]*)")
+_USERS = re.compile(r"\b(\w[\w+.-]{0,30})://([^/@\s]*)@")
+_TOKENS_FOR = ("http", "https", "nats", "tls")  # schemes whose user may be a token
+_KEYWORD = re.compile(r"\bpassword=(?:'((?:[^'\\]|\\.)*)'|([^'\s&]+))")
 _SSL_MODES = {"true": "require", "false": "disable"}
 _UNKNOWN_OPTION = ("invalid URI query parameter", "invalid connection option")
 _ESCAPED = "in a password, % is written %25, @ %40, : %3A, / %2F, a space %20"
@@ -39,6 +43,17 @@ def libpq_url(text: str) -> str:
         raise ValueError(f"has one @ too many; {_ESCAPED}")
     query = _SSL.sub(lambda found: f"sslmode={_SSL_MODES.get(found[1], found[1])}", parts["query"])
     return f"postgresql://{parts['user'] or ''}{parts['host']}{parts['path']}{query}"
+
+
+def secrets_of_url(text: str) -> list[str]:
+    """The passwords in a text of one or more URLs, as they are written and decoded; in libpq's other form the
+    value of `password`. A user without a password is a token where that is usual.
+    """
+    found = [quoted or plain for quoted, plain in _KEYWORD.findall(text)]
+    for scheme, user in _USERS.findall(text):
+        name, _, password = user.partition(":")
+        found.append(password or (name if scheme in _TOKENS_FOR else ""))
+    return [spelled for secret in found for spelled in {secret, unquote(secret)} if spelled]
 
 
 def check_url(url: str) -> None:

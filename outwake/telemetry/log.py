@@ -14,10 +14,11 @@ safeguard: do not log secrets.
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, TextIO, cast
+from urllib.parse import quote
 
 from outwake.lean import without
 
@@ -27,6 +28,8 @@ with without("rich", "greenlet"):  # for coloured tracebacks and greenlets: memo
     from structlog.typing import EventDict, Processor
 
 HIDDEN = "***"
+SHORTEST = 6
+"""Characters of a secret; a shorter value would hide ordinary words."""
 
 _SECRET_NAME = re.compile(
     r"token|authorization|password|passwd|secret|api[_-]?key|private[_-]?key|cookie|credential",
@@ -34,20 +37,24 @@ _SECRET_NAME = re.compile(
 )
 _COUNT_NAME = re.compile(r"tokens$", re.IGNORECASE)  # a language model's token counts are not secret
 
-# `kept` is the text before a secret, which stays; the rest of the match is hidden.
+# `kept` is the text before a secret, which stays; the rest of the match is hidden. A match begins with a
+# fixed word, and the repeated part after it cannot contain that word. So each search is linear in the text.
 _SECRET_TEXTS = [
     re.compile(r"(?P<kept>\bhttps?://)[^\s/?#@]+(?=@)", re.IGNORECASE),  # the user may be a token
-    re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]*://[^\s/?#:@]*:)[^\s/?#@]+(?=@)", re.IGNORECASE),
+    re.compile(r"(?P<kept>://[^\s/?#:@]*:)[^\s/?#@]+(?=@)"),
     re.compile(r"(?P<kept>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
-    re.compile(
-        r"(?P<kept>[\w-]*(?:token|password|passwd|secret|api[_-]?key)[\w-]*[\"']?\s*[=:]\s*)"
-        r"(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"']+)",
-        re.IGNORECASE,
-    ),
 ]
+
+# name=value in three steps: one pattern for all would try each place of a long word anew.
+_PAIR_NAME = re.compile(r"token|password|passwd|secret|api[_-]?key", re.IGNORECASE)
+_REST_OF_NAME = re.compile(r"[\w-]*")
+_PAIR_VALUE = re.compile(r"(?P<kept>[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"']+)")
 
 # Every text that one of those matches contains one of these.
 _SUSPECT = re.compile(r"://|bearer|basic|token|passw|secret|key", re.IGNORECASE)
+
+LONGEST = 16 * 1024
+"""Characters of one text in a log line. A longer one is cut before it is searched for secrets."""
 
 
 def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
@@ -61,6 +68,7 @@ costs less than structlog's bind_contextvars.
 """
 
 _level = logging.INFO
+_known: list[str] = []
 
 
 def writes(level: int) -> bool:
@@ -119,6 +127,13 @@ def configure(*, level: str = "INFO", stream: TextIO | None = None) -> None:
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
 
 
+def hide(secrets: Iterable[str]) -> None:
+    """Replace these values in every line from now on, wherever they stand."""
+    global _known
+    spelled = {form for value in secrets for form in (value, quote(value, safe="")) if len(value) >= SHORTEST}
+    _known = sorted(spelled, key=len, reverse=True)  # one value may be part of another
+
+
 def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:
     """Replace everything that looks like a secret, at any depth."""
     return {name: _redact_field(name, value) for name, value in event.items()}
@@ -138,23 +153,52 @@ def _is_secret(name: str) -> bool:
 
 def _redact_value(value: Any) -> Any:
     if isinstance(value, str):
-        return redact_text(value)
+        return redact_text(_without_known(_shortened(value)))
     if isinstance(value, Mapping):
         return {name: _redact_field(name, part) for name, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_redact_value(part) for part in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return redact_text(str(value))  # types that JSON can't hold: exceptions, paths, UUIDs, times
+    return redact_text(
+        _without_known(_shortened(str(value)))
+    )  # types that JSON can't hold: exceptions, paths, UUIDs, times
 
 
 def redact_text(text: str) -> str:
-    """The text without passwords in URLs, bearer tokens and `token=…` pairs."""
+    """The text without passwords in URLs, bearer tokens and `token=…` pairs. Linear in the text."""
     if not _SUSPECT.search(text):  # most texts: one fast search spares the others
         return text
     for pattern in _SECRET_TEXTS:
         text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
+    return _redact_pairs(text)
+
+
+def _redact_pairs(text: str) -> str:
+    kept: list[str] = []
+    start = end = 0
+    while (name := _PAIR_NAME.search(text, end)) is not None:
+        rest = _REST_OF_NAME.match(text, name.end())
+        assert rest is not None  # it may be empty
+        end = rest.end()
+        if (value := _PAIR_VALUE.match(text, end)) is not None:
+            kept += (text[start : value.end("kept")], HIDDEN)
+            start = end = value.end()
+    return "".join((*kept, text[start:])) if kept else text
+
+
+def _without_known(text: str) -> str:
+    for value in _known:
+        text = text.replace(value, HIDDEN)
     return text
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    # Not inside of a word: the part before the cut may be what tells that it is a secret.
+    cut = text[:LONGEST].rsplit(None, 1)[0]
+    return f"{cut} … {len(text) - len(cut)} more characters"
 
 
 def _renderer(stream: TextIO) -> Processor:

@@ -174,6 +174,18 @@ def test_no_password_of_a_url_survives(password: str, scheme: str) -> None:
     assert password not in log.redact_text(f"at {scheme}://u:{password}@h/ we")
 
 
+def test_known_secrets_are_hidden_wherever_they_stand(stream: io.StringIO) -> None:
+    log.hide([SECRET, "abc"])
+    try:
+        log.get_logger("x").info(
+            "said", text=f"<{SECRET}> abc", deep=[{"a": SECRET}], error=ValueError(SECRET)
+        )
+    finally:
+        log.hide([])
+    (line,) = lines(stream)
+    assert (line["text"], line["deep"], line["error"]) == ("<***> abc", [{"a": "***"}], "***")
+
+
 def test_threads_do_not_mix_lines(stream: io.StringIO) -> None:
     logger = log.get_logger("x")
 

@@ -1,9 +1,12 @@
 """Secrets are hidden however they are spelled, and nothing else is changed."""
 
+import base64
+import json
 from pathlib import Path
 
 import pytest
 
+from outwake.settings import load
 from outwake.worker.errors import TransientError
 from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.secrets import Secrets
@@ -18,12 +21,49 @@ def test_a_secret_is_hidden_in_every_spelling() -> None:
 def test_an_event_keeps_its_shape() -> None:
     secrets = Secrets(['two"words'])
     event = {"type": "x", "deep": [{'key two"words': 'a two"words b', "number": 1.5, "none": None}]}
-    assert secrets.event(event) == {
-        "type": "x",
-        "deep": [{"key ***": "a *** b", "number": 1.5, "none": None}],
-    }
+    hidden, spelled = secrets.line(event)
+    assert hidden == {"type": "x", "deep": [{"key ***": "a *** b", "number": 1.5, "none": None}]}
+    assert json.loads(spelled) == hidden
     untouched = {"type": "x"}
-    assert secrets.event(untouched) is untouched
+    assert secrets.line(untouched)[0] is untouched
+
+
+def test_a_part_of_an_escape_is_not_taken_for_a_secret() -> None:
+    """The line break is spelled \\n in JSON, and the secret begins with an n."""
+    line, spelled = Secrets(["nothing-to-see"]).line({"text": "\nothing-to-see"})
+    assert line == json.loads(spelled) == {"text": "\nothing-to-see"}
+
+
+def test_every_part_of_a_setting_is_hidden_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ("whsec_" + base64.b64encode(bytes([n]) * 24).decode() for n in (1, 2))
+    monkeypatch.setenv("OUTWAKE_DATABASE_URL", "postgresql+psycopg://shop:p%40ss-word@db/x")
+    monkeypatch.setenv("OUTWAKE_LISTEN_DATABASE_URL", "host=db user=shop password='other-word'")
+    monkeypatch.setenv("OUTWAKE_WEBHOOK_SECRET", f"{first} {second}")
+    monkeypatch.setenv("OUTWAKE_RELAY_URL", "nats://me:relay-word@one:4222,nats://only-token@two:4222")
+    secrets = Secrets.of_environment() | load().secrets
+    known = ["p@ss-word", "p%40ss-word", "other-word", first, second, "relay-word", "only-token"]
+    known += [first.removeprefix("whsec_"), second.removeprefix("whsec_")]
+    for secret in known:
+        assert secrets.text(f"it is {secret}.") == "it is ***.", secret
+        assert secret not in secrets.line({"text": f"<{secret}>"})[1]
+    assert secrets.text("shop at db, one and two") == "shop at db, one and two"
+
+
+def test_passwords_in_urls_of_the_environment_are_hidden() -> None:
+    environment = {
+        "HTTPS_PROXY": "http://user:proxy-word@proxy:3128",
+        "REPO": "https://the-token@git.test/x",
+        "REMOTE": "ssh://gituser@git.test/x",
+        "TWO_TOKENS": "first-one second-one",
+        "PG_TOKEN": "whatever",
+    }
+    text = "proxy-word the-token gituser second-one first-one whatever"
+    assert Secrets.of_environment(environment).text(text) == "*** *** gituser *** *** ***"
+
+
+def test_what_is_cut_off_is_searched_before() -> None:
+    said = "x " * 10_000 + "token=" + "s" * 30 + " end"
+    assert Secrets().last(said, 20) == (said[:-34] + "*** end")[-20:]
 
 
 def test_variables_named_like_a_secret_are_hidden() -> None:
