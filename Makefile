@@ -155,6 +155,10 @@ fuzz-api: .venv/.complete ## Send made-up requests to a real API: CASES=500 for 
 	@$(INSTALL) '.[all,test,bench]'
 	@touch $@
 
+.PHONY: fuzz-agents
+fuzz-agents: .venv/.complete ## Let a real worker run made-up agents: CASES=100, by SEED=N
+	@$(BIN)/python -m tests.fuzz_agents '$(or $(CASES),100)' $(if $(SEED),'$(SEED)')
+
 .PHONY: bench
 bench: .venv/.bench ## Measure Outwake, its peers and the floor; writes docs/benchmarks.md (hours)
 	@$(BIN)/python -m bench all
