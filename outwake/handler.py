@@ -110,6 +110,9 @@ class Handler:
     built_in: bool = False
     """It runs only Outwake's own queries. Its connections do not use the role's search_path, because others
     may be able to create functions and operators there."""
+    check: Callable[[], str | None] | None = None
+    """Tells in one line why this process cannot do such work; None if it can. A worker asks when it starts,
+    and does not serve the topic if there is a reason."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError if a call of `run` would do nothing."""

@@ -5,7 +5,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -59,6 +59,7 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.check:
         return _check(settings)
     log.configure(level=settings.log_level)
+    log.hide(settings.secrets)
     trace.configure("outwake-worker")
     try:
         return _start(arguments, argv, settings)
@@ -69,14 +70,14 @@ def _main(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _start(arguments: argparse.Namespace, argv: list[str], settings: Settings) -> int:
     declare_usage()
     relay = _relay(settings)
-    handlers = _choose(_all_handlers(relay), arguments.topics)
+    handlers, refused = _able(_choose(_all_handlers(relay), arguments.topics))
     if arguments.processes > 1 and arguments.parent is None:
         children = Parent(settings, arguments.processes, _without_processes(argv))
-        return uvloop.run(_supervise(settings, children))
+        return uvloop.run(_supervise(settings, children, refused))
     # The objects of the start stay. A batch of rows makes thousands of objects, which the reference count
     # frees. So the collector would cost time for little.
     collect_seldom()
-    uvloop.run(_work(settings, handlers, relay, arguments.concurrency, arguments.parent))
+    uvloop.run(_work(settings, handlers, relay, refused, arguments.concurrency, arguments.parent))
     return 0
 
 
@@ -121,6 +122,17 @@ def _choose(installed: Mapping[str, Handler], topics: str | None) -> Mapping[str
     return {name: installed[name] for name in chosen}
 
 
+def _able(handlers: Mapping[str, Handler]) -> tuple[dict[str, Handler], dict[str, str]]:
+    """The handlers that can work here, and why the others cannot, by topic."""
+    checked = ((topic, handler.check and handler.check()) for topic, handler in handlers.items())
+    refused = {topic: problem for topic, problem in checked if problem}
+    if refused and len(refused) == len(handlers):
+        raise ConfigurationError(next(iter(refused.values())))
+    for topic, problem in refused.items():
+        log.get_logger(__name__).error("topic_not_served", topic=topic, reason=problem)
+    return {topic: handler for topic, handler in handlers.items() if topic not in refused}, refused
+
+
 def _without_processes(argv: list[str]) -> list[str]:
     """The arguments of the children. The parent answers the health checks."""
     kept, skip = [], False
@@ -136,6 +148,7 @@ async def _work(
     settings: Settings,
     handlers: Mapping[str, Handler],
     relay: "Relay | None",
+    refused: Mapping[str, str],
     concurrency: int,
     parent: int | None,
 ) -> None:
@@ -146,7 +159,9 @@ async def _work(
         worker.report = link.report
     server = None
     if settings.health_port is not None and parent is None:
-        server = await health.serve(settings, health.Source(worker.readiness, worker.snapshot))
+        server = await health.serve(
+            settings, health.Source(_telling(worker.readiness, refused), worker.snapshot)
+        )
         log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     try:
         await worker.run()
@@ -159,11 +174,20 @@ async def _work(
             link.close()
 
 
-async def _supervise(settings: Settings, parent: Parent) -> int:
+def _telling(
+    readiness: Callable[[], dict[str, Any]], refused: Mapping[str, str]
+) -> Callable[[], dict[str, Any]]:
+    """The readiness, with the topics that this worker does not serve though it has a handler, and why."""
+    return lambda: {**readiness(), "not_served": dict(refused)} if refused else readiness()
+
+
+async def _supervise(settings: Settings, parent: Parent, refused: Mapping[str, str]) -> int:
     _on_signals(parent.drain)
     server = None
     if settings.health_port is not None:
-        server = await health.serve(settings, health.Source(parent.readiness, parent.snapshot))
+        server = await health.serve(
+            settings, health.Source(_telling(parent.readiness, refused), parent.snapshot)
+        )
         log.get_logger(__name__).info("health_ready", port=server.sockets[0].getsockname()[1])
     status = await parent.run()
     if server is not None:

@@ -1,6 +1,7 @@
 """Retry: backoff with full jitter, a handler's own delay, dead with every error kept, retry by hand."""
 
 import asyncio
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from outwake import HandBack, Job, Permanent, Retry, enqueue
 from outwake._claim import clean
+from outwake.telemetry.log import get_logger
 from tests.conftest import Connect
 from tests.support.steps import (
     Connection,
@@ -233,3 +235,22 @@ async def test_effects_and_end_of_a_row_are_one_commit(connect: Connect, databas
 
 async def effects(conn: Connection) -> list[Any]:
     return await column(conn, "SELECT row_id FROM effect")
+
+
+@pytest.mark.parametrize("payload", ["[1, 2]", "null", '"text"', "3", "true", '{"session_id": 5}'])
+async def test_a_payload_may_be_any_json(connect: Connect, database: str, payload: str) -> None:
+    conn = await connect()
+    seen: list[Any] = []
+
+    async def run(job: Job) -> None:
+        seen.append(job.payload)
+        get_logger("test").info("seen")
+        raise Permanent("once is enough")
+
+    async with watched(database, run=run) as worker:
+        row = await add(conn, payload=payload)
+        await worker.has_run(row)
+        await until(conn, "SELECT state = 'dead' FROM outbox WHERE id = %s", row)
+    assert seen == [json.loads(payload)]
+    (error,) = await get(conn, row, "errors")
+    assert error["error"] == "once is enough"

@@ -15,6 +15,7 @@ retry.
 """
 
 import asyncio
+import os
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,12 +32,12 @@ from outwake.session.names import InvalidNameError, check_branch
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
 from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Memory
-from outwake.worker.agents.kinds import adapter_for
+from outwake.worker.agents.kinds import adapter_for, program_problem
 from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.turn import run_agent
 from outwake.worker.agents.verdict import REASON, Verdict
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.messages import retry_until_available
+from outwake.worker.messages import answer_soon, retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.repo.hosts import Remote, remote_of
 from outwake.worker.repo.workspace import Workspace, open_workspace
@@ -104,6 +105,7 @@ class Turn:
 async def run_turn(job: Job) -> None:
     """Carry out one turn. Raises Permanent or Retry when something prevents the work itself."""
     settings = load()
+    answer_soon(job)
     turn = await _load(job)
     if turn is None:
         return  # archived, or deleted from psql: there is nothing to do
@@ -183,7 +185,7 @@ def _with_losses(verdict: Verdict, lost: list[str]) -> Verdict:
     """The verdict, which also says what of the work could not be kept."""
     if not lost:
         return verdict
-    said = [verdict.reason] if verdict.reason else []
+    said = [verdict.reason[: REASON // 2]] if verdict.reason else []
     return Verdict("failed", "; ".join([*said, *lost])[:REASON])
 
 
@@ -240,4 +242,15 @@ async def _conclude(
         await job.complete(conn)
 
 
-handler = Handler(TOPIC, run_turn, line="session", built_in=True)
+def problem() -> str | None:
+    """Why this host cannot work on sessions: there is no such agent, or no such file of credentials."""
+    settings = load()
+    if (found := program_problem(settings.agent_command)) is not None:
+        return f"OUTWAKE_AGENT_COMMAND: {found}"
+    path = settings.git_credentials
+    if path is not None and not os.access(path, os.R_OK):
+        return "OUTWAKE_GIT_CREDENTIALS: there is no such file or directory that can be read"
+    return None
+
+
+handler = Handler(TOPIC, run_turn, line="session", built_in=True, check=problem)
