@@ -14,49 +14,32 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 from outwake import Job, migrate
+from outwake._claim import Claimed
 from outwake._notify import PRESENCES
 from outwake.connect import connect as connect_noticing
 from outwake.embedded.postgres import EmbeddedPostgres
 from outwake.schema import in_schema
+from outwake.worker import messages
+from outwake.worker.engine.lease import Lease
+from outwake.worker.messages import answer_soon, retry_until_available
 from tests.conftest import Connect
 from tests.support.database import set_search_path
 from tests.support.process import ROOT, running
-from tests.support.proxy import Proxy
+from tests.support.proxy import Proxy, address, on, proxied
 from tests.support.sleepers import end_listener, end_session
 from tests.support.steps import add, claim, column, get, new_worker, one, until
 from tests.support.waits import awaiting
 from tests.support.worker import install, watched
-
-
-def on(url: str, host: str, port: int) -> str:
-    """The same database, by another way."""
-    parts = urlsplit(url)
-    user = parts.netloc.rpartition("@")[0]
-    return urlunsplit(parts._replace(netloc=f"{user}@{host}:{port}" if user else f"{host}:{port}"))
-
-
-def address(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    return parts.hostname or "127.0.0.1", parts.port or 5432
-
-
-@asynccontextmanager
-async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
-    proxy = Proxy("test", address(url))
-    await proxy.open()
-    try:
-        yield proxy, on(url, "127.0.0.1", proxy.port)
-    finally:
-        await proxy.close()
 
 
 @pytest.mark.parametrize("lease", [0.2, 1, 3, 6, 60, 600, 3600])
@@ -516,3 +499,35 @@ async def test_notifications_of_strangers_do_no_harm(database: str, connect: Con
         row = await add(psql)
         await worker.has_run(row)
         assert not worker.task.done()
+
+
+async def test_a_write_on_a_connection_that_has_gone_silent_is_repeated_on_another(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half open: what the server answers does not arrive, and no error comes."""
+    monkeypatch.setattr(messages, "ANSWER", 0.5)
+    answers: list[int] = []
+    async with proxied(database) as (proxy, url):
+        urls = iter([url, database])
+
+        @asynccontextmanager
+        async def connection() -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+            async with await psycopg.AsyncConnection.connect(next(urls), autocommit=True) as conn:
+                for proxied_connection in proxy.connections:
+                    proxied_connection.swallow_down = True
+                yield conn
+
+        row = Claimed(1, "t", None, {}, 1, 0, 10, None, None, timedelta(0), 0, datetime.now(UTC))
+        job = Job(row, uuid4(), Lease(600, 0, lambda: None), connection)
+        answer_soon(job)
+
+        async def write() -> None:
+            async with job.connection() as conn:
+                await conn.execute("SELECT 1")
+                answers.append(conn.info.port)
+
+        async with awaiting("the write to be repeated"):
+            await retry_until_available(write)
+        assert answers == [address(database)[1]]
+        for silent in proxy.connections:
+            silent.cut()

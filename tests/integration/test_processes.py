@@ -108,7 +108,9 @@ async def test_health_of_the_parent(connect: Connect, database: str, handlers: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    async with command(database, handlers, "--processes", "2", OUTWAKE_HEALTH_PORT=str(port)) as parent:
+    async with command(
+        database, handlers, "--processes", "2", OUTWAKE_HEALTH_PORT=str(port), OUTWAKE_AGENT_COMMAND="true"
+    ) as parent:
         await both_parked(parent, psql)
         pid = await one(psql, "SELECT min(pid) FROM worker")
         assert ask(port, "/readyz") == (200, {"ready": True, "processes": 2})

@@ -255,3 +255,35 @@ def any_event(process: Process, name: str) -> bool:
 def text_of(message: dict[str, Any]) -> str:
     content = message["body"].get("message", {}).get("content", [])
     return str(content[0].get("text", "")) if isinstance(content, list) and content else ""
+
+
+RESULT = '{"type":"result","subtype":"success","result":"fine"'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "reason"),
+    [
+        (f"raw:{RESULT}}} spawn-child wait-forever", "succeeded", "did not exit after its result"),
+        ("fail:0", "failed", "the agent ended without a result; it last said"),
+        (f'raw:{RESULT},"permission_denials":[{{"tool_name":"Write"}}]}} fail:0', "failed", "not allowed"),
+        (
+            f'raw:{RESULT},"is_error":true,"result":"","errors":["no_such_id"]}} fail:1',
+            "failed",
+            "no_such_id",
+        ),
+        ('raw:{"type":"result","total_cost_usd":1' + "0" * 400 + "} fail:0", "succeeded", None),
+        ("lines:2000 stderr:" + "token-" * 2000 + " fail:1", "failed", "exit status 1"),
+        ("raw:" + "http://" * 15_000 + f" raw:{RESULT}}} fail:0", "succeeded", None),
+    ],
+    ids=["lingers", "no result", "denied", "errors", "cost", "stderr", "addresses"],
+)
+async def test_an_ending_is_understood_and_the_agent_runs_once(
+    api: Api, worker_env: WorkerEnv, repository: str, prompt: str, status: str, reason: str | None
+) -> None:
+    async with worker_env.worker() as worker:
+        created = await api.create(repo=repository, prompt=f"no-commit {prompt}")
+        ended = await worker.event("turn_ended")
+    assert ended["attempt"] == 1
+    (found,) = (await session(api, created["id"]))["prompts"]
+    assert found["status"] == status
+    assert found["reason"] is None if reason is None else reason in found["reason"]

@@ -140,6 +140,9 @@ async def test_a_full_disk_and_read_only_are_outages(
     assert (count, lines) == (highest, LINES)
 
 
+ROW = Claimed(1, "session.run", None, {}, 1, 0, 10, None, None, timedelta(0), 0, datetime.now(UTC))
+
+
 class Away:
     """A database that is away until it is not."""
 
@@ -157,9 +160,8 @@ class Away:
 async def test_output_beyond_the_bound_makes_the_agent_wait() -> None:
     """At most 16 MiB wait in memory: `put` returns once there is room."""
     away = Away()
-    row = Claimed(1, "session.run", None, {}, 1, 0, 10, None, None, timedelta(0), 0, datetime.now(UTC))
-    job = Job(row, uuid4(), Lease(LEASE, 0, lambda: None), lambda: away)  # type: ignore[arg-type,return-value]
-    batch = [{"text": "x" * 2**20}]
+    job = Job(ROW, uuid4(), Lease(LEASE, 0, lambda: None), lambda: away)  # type: ignore[arg-type,return-value]
+    batch = ["x" * (2**20 + 1)]
     with pytest.raises(RuntimeError, match="it is back"):
         async with Messages(job, uuid4(), uuid4()) as messages:
             for _ in range(15):

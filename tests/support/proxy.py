@@ -14,7 +14,9 @@ import asyncio
 import socket
 import struct
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit, urlunsplit
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
 
@@ -156,3 +158,25 @@ class Proxy:
         finally:
             self.connections.remove(connection)
             self._tasks.discard(task)
+
+
+def on(url: str, host: str, port: int) -> str:
+    """The same database, by another way."""
+    parts = urlsplit(url)
+    user = parts.netloc.rpartition("@")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}@{host}:{port}" if user else f"{host}:{port}"))
+
+
+def address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or 5432
+
+
+@asynccontextmanager
+async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
+    proxy = Proxy("test", address(url))
+    await proxy.open()
+    try:
+        yield proxy, on(url, "127.0.0.1", proxy.port)
+    finally:
+        await proxy.close()

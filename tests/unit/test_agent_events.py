@@ -22,6 +22,7 @@ from outwake.session.events import (
     read,
     result_of,
 )
+from tests.support.process import ROOT
 from tests.unit.test_dashboard import EVENTS, JSON
 
 
@@ -155,3 +156,16 @@ def test_indented_json_is_bounded() -> None:
     assert len(pretty(deep)) < LONGEST_JSON + 1000
     assert pretty(10**5000) == "…"
     assert pretty({"a": [1]}) == '{\n  "a": [\n    1\n  ]\n}'
+
+
+def test_no_other_module_knows_the_form_of_a_line() -> None:
+    """But for the scripted agent, which prints such lines, and the sum of what version 1.0 stored."""
+    words = ("total_cost_usd", "tool_use_id", "permission_denials", "num_turns", "is_error")
+    allowed = {"outwake/session/events.py", "app/dashboard/queries.py", "embedded/agent.py"}
+    paths = [
+        path for room in ("app", "worker", "outwake", "embedded") for path in (ROOT / room).rglob("*.py")
+    ]
+    knowing = {
+        str(path.relative_to(ROOT)) for path in paths if any(word in path.read_text() for word in words)
+    }
+    assert knowing <= allowed

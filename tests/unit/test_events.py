@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outwake.worker.agents.stream import DEPTH, HEAD, NOTE, Splitter, event
+from outwake.worker.agents.stream import DEPTH, HEAD, NOTE, Splitter, parsed, stored
 
 BAD = "\ufffd"
 
@@ -43,7 +43,7 @@ def assert_storable(made: dict[str, Any]) -> None:
     ],
 )
 def test_lines_that_need_no_change(line: bytes, expected: dict[str, Any] | None) -> None:
-    assert event(line) == expected
+    assert parsed(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_lines_that_need_no_change(line: bytes, expected: dict[str, Any] | None)
     ],
 )
 def test_what_jsonb_refuses_is_replaced_and_noted(line: bytes, expected: dict[str, Any]) -> None:
-    made = event(line)
+    made = parsed(line)
     assert made is not None
     assert made.pop(NOTE)
     assert made == expected
@@ -66,7 +66,7 @@ def test_what_jsonb_refuses_is_replaced_and_noted(line: bytes, expected: dict[st
 
 @pytest.mark.parametrize("levels", [DEPTH + 1, 500, 5000, 500_000])
 def test_deep_nesting_is_cut(levels: int) -> None:
-    made = event(b"[" * levels + b"]" * levels)
+    made = parsed(b"[" * levels + b"]" * levels)
     assert made is not None
     assert made[NOTE]
     assert_storable(made)
@@ -74,11 +74,11 @@ def test_deep_nesting_is_cut(levels: int) -> None:
 
 def test_many_brackets_side_by_side_are_kept() -> None:
     value: list[Any] = [{"a": []} for _ in range(1000)]
-    assert event(json.dumps(value).encode()) == {"type": "json", "value": value}
+    assert parsed(json.dumps(value).encode()) == {"type": "json", "value": value}
 
 
 def test_a_number_with_too_many_digits_is_text() -> None:
-    made = event(b"1" * 10_000)
+    made = parsed(b"1" * 10_000)
     assert made == {"type": "text", "text": "1" * 10_000}
 
 
@@ -92,17 +92,16 @@ JSON = st.recursive(
 @example(b'{"\\ud800": "\\udc00"}')
 @settings(deadline=None)
 def test_every_line_is_storable(line: bytes) -> None:
-    made = event(line.replace(b"\n", b" "))
+    made = parsed(line.replace(b"\n", b" "))
     if made is not None:
         assert_storable(made)
 
 
 def feed(data: bytes, chunk: int, limit: int = 100) -> list[dict[str, Any]]:
     splitter = Splitter(limit)
-    made = [
-        event for start in range(0, len(data), chunk) for event in splitter.feed(data[start : start + chunk])
-    ]
-    return [*made, *splitter.finish()]
+    starts = range(0, len(data), chunk)
+    raw = [line for start in starts for line in splitter.feed(data[start : start + chunk])]
+    return [made for line in (*raw, *splitter.finish()) if (made := stored(line)) is not None]
 
 
 @given(st.binary(max_size=400) | st.text("ab{}\n").map(str.encode), st.integers(1, 200))

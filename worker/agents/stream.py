@@ -1,9 +1,9 @@
-"""Convert an agent's output into events that Postgres can store.
+"""Convert an agent's output into lines that Postgres can store.
 
-An event is a JSON object, one row of `message`. An agent may print anything. Text that jsonb would refuse is
-changed, and the event says so under `outwake_note`:
+A stored line is a JSON object, one row of `message`. An agent may print anything. Text that jsonb would
+refuse is changed, and the line says so under `outwake_note`:
 
-| printed | event |
+| printed | stored |
 |---|---|
 | a JSON object | the object |
 | another JSON value | `{"type": "json", "value": …}` |
@@ -15,9 +15,9 @@ changed, and the event says so under `outwake_note`:
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-Event = dict[str, Any]
+from outwake.worker.agents.base import Line
 
 # An agent's tool results, apart from images, are well below this limit. A parsed line can take 50 times its
 # size, so with this limit a worker of ten sessions fits into a small container.
@@ -33,15 +33,22 @@ _NUMBERS = "numbers that JSON does not have were made strings"
 _NESTING = f"nesting deeper than {DEPTH} was cut"
 
 
+class RawLine(NamedTuple):
+    """A line without its newline. If it is longer than the limit, `head` is its beginning."""
+
+    head: bytes
+    size: int
+
+
 class Splitter:
-    """Cuts output into lines and lines into events. Holds one line of at most `limit` bytes."""
+    """Cuts output into lines. Holds one line of at most `limit` bytes."""
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
         self._line = bytearray()
         self._size = 0
 
-    def feed(self, chunk: bytes) -> Iterator[Event]:
+    def feed(self, chunk: bytes) -> Iterator[RawLine]:
         start = 0
         while (end := chunk.find(b"\n", start)) >= 0:
             self._add(chunk[start:end])
@@ -49,13 +56,12 @@ class Splitter:
             start = end + 1
         self._add(chunk[start:])
 
-    def finish(self) -> Iterator[Event]:
+    def finish(self) -> Iterator[RawLine]:
         """End the line. Call it at the end of the output; `feed` calls it at a newline."""
         line, size = bytes(self._line), self._size
         self._line, self._size = bytearray(), 0
-        made = truncated(line, size) if size > self._limit else event(line)
-        if made is not None:
-            yield made
+        if line.strip():
+            yield RawLine(line[:HEAD] if size > self._limit else line, size)
 
     def _add(self, piece: bytes) -> None:
         self._size += len(piece)
@@ -67,8 +73,13 @@ class Splitter:
             del self._line[HEAD:]
 
 
-def event(line: bytes) -> Event | None:
-    """The event of one line without its newline; None if the line is blank. Never raises."""
+def stored(raw: RawLine) -> Line | None:
+    """The stored form of a line; None if it is blank. Never raises."""
+    return parsed(raw.head) if len(raw.head) == raw.size else truncated(raw.head, raw.size)
+
+
+def parsed(line: bytes) -> Line | None:
+    """The stored form of a line within the limit."""
     line = line.strip()
     if not line:
         return None
@@ -93,8 +104,8 @@ def event(line: bytes) -> Event | None:
     return _noted(value if isinstance(value, dict) else {"type": "json", "value": value}, notes)
 
 
-def truncated(head: bytes, size: int) -> Event:
-    """The event of a line that is too long. size: of the line, in bytes. head: its beginning."""
+def truncated(head: bytes, size: int) -> Line:
+    """The stored form of a line that is too long. size: of the line, in bytes. head: its beginning."""
     text = head[:HEAD].decode(errors="replace").rstrip("\ufffd")
     return {"type": "truncated", "bytes": size, "head": _clean(text, set())}
 
@@ -138,5 +149,5 @@ def _clean(text: str, notes: set[str]) -> str:
     return cleaned
 
 
-def _noted(made: Event, notes: set[str]) -> Event:
+def _noted(made: Line, notes: set[str]) -> Line:
     return {**made, NOTE: sorted(notes)} if notes else made

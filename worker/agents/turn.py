@@ -1,16 +1,26 @@
-"""Run an agent for one turn: start it, store what it prints, judge how it ended."""
+"""Run an agent for one turn: start it, store what it prints, judge how it ended.
+
+1. The adapter says how the agent is started. Its files are written, and it runs under the guardian.
+2. Its output comes in batches. Each batch is parsed, secrets are hidden, the adapter reads the events, and
+   the summary follows them. This work depends on what the agent prints, so a large batch is done in a thread.
+3. The lines are stored (worker/messages.py).
+4. A run is over LINGER seconds after its result, even if the program does not exit: it may hang, or a process
+   that it started may hold its output open. It is ended, and judged by its result.
+5. The verdict is made from the exit and the summary.
+"""
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 from outwake.handler import Job, Lease
-from outwake.session.events import AgentEvent, Started
+from outwake.session.events import Started
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, lay_out, unreached
+from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Command, lay_out, unreached
 from outwake.worker.agents.run import Agent
+from outwake.worker.agents.stream import RawLine, stored
 from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.usage import count_usage
 from outwake.worker.agents.verdict import Verdict, judge
@@ -22,6 +32,8 @@ from outwake.worker.secrets import Secrets
 
 _GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for an agent."""
+LINGER = 5.0
+"""Seconds that an agent's program may take to exit after its result."""
 
 _NOTICE = 1 / 6
 """Part of a lease that is left when an agent gets SIGTERM, so that it is gone when the lease ends. A renewal
@@ -46,41 +58,79 @@ async def run_agent(
     """
     command = adapter.command(turn, box)
     await asyncio.to_thread(lay_out, command, box)
-    summary = AgentSummary()
-    async with (
-        Messages(job, *prompt) as messages,
-        Agent.start(
-            sandbox.agent_argv(command.argv),
-            cwd=command.cwd,
-            env=command.env,
-            deadline=_until(job.lease),
-            notice=min(_GRACE, settings.lease * _NOTICE),
-            grace=_GRACE,
-            timeout=settings.agent_timeout,
-        ) as agent,
-    ):
-        log.info("agent_started", kind=adapter.name)
-        keeping = asyncio.create_task(_keep_alive(agent, job.lease))
-        try:
-            async for batch in agent.lines():
-                hidden = [secrets.event(line) for line in batch]
-                for line in hidden:
-                    events = list(adapter.read(line))
-                    summary.on_line(line, events)
-                    _check_servers(events, command.servers)
-                await messages.put(hidden)
-            ended: Exit = await agent.wait()
-        finally:
-            keeping.cancel()
-            if summary.result is not None:
-                count_usage(summary.result)
-    return judge(ended, summary.result, settings.agent_timeout, secrets), summary
+    run = _Run(adapter, command, secrets)
+    try:
+        async with (
+            Messages(job, *prompt) as messages,
+            Agent.start(
+                sandbox.agent_argv(command.argv),
+                cwd=command.cwd,
+                env=command.env,
+                deadline=_until(job.lease),
+                notice=min(_GRACE, settings.lease * _NOTICE),
+                grace=_GRACE,
+                timeout=settings.agent_timeout,
+            ) as agent,
+        ):
+            log.info("agent_started", kind=adapter.name)
+            ended = await _follow(agent, run, messages, job.lease)
+    finally:
+        if run.summary.result is not None:
+            count_usage(run.summary.result)
+    promised = adapter.promises_result
+    return judge(ended, run.summary, promised, settings.agent_timeout, secrets), run.summary
 
 
-def _check_servers(events: Iterable[AgentEvent], servers: Sequence[str]) -> None:
-    for event in events:
-        if isinstance(event, Started) and (missing := unreached(event, servers)):
-            raise TransientError(f"the agent can't reach the sandbox's MCP server {missing[0]}")
+class _Run:
+    """What is made of an agent's output, batch by batch."""
+
+    def __init__(self, adapter: AgentAdapter, command: Command, secrets: Secrets) -> None:
+        self.summary = AgentSummary()
+        self._adapter = adapter
+        self._servers = command.servers
+        self._secrets = secrets
+
+    def digest(self, batch: Sequence[RawLine]) -> list[str]:
+        """The lines to be stored, as JSON. May run in a thread, one call at a time.
+
+        Raises TransientError if the agent says that it does not reach one of its servers.
+        """
+        lines = []
+        for raw in batch:
+            if (line := stored(raw)) is None:
+                continue
+            line, spelled = self._secrets.line(line)
+            lines.append(spelled)
+            for event in self._adapter.read(line):
+                self.summary.on_event(event, line)
+                if isinstance(event, Started) and (missing := unreached(event, self._servers)):
+                    raise TransientError(f"the agent can't reach the sandbox's MCP server {missing[0]}")
+        return lines
+
+
+async def _follow(agent: Agent, run: _Run, messages: Messages, lease: Lease) -> Exit:
+    """Store the agent's output to its end, while its guardian learns of each extension of the lease."""
+    keeping = asyncio.create_task(_keep_alive(agent, lease))
+    lingering: asyncio.TimerHandle | None = None
+    results = 0
+    try:
+        async for lines in agent.batches(run.digest):
+            if run.summary.results > results:
+                results = run.summary.results
+                if lingering is not None:
+                    lingering.cancel()
+                lingering = asyncio.get_running_loop().call_later(LINGER, _end, agent, run.summary)
+            await messages.put(lines)
+        return await agent.wait()
+    finally:
+        keeping.cancel()
+        if lingering is not None:
+            lingering.cancel()
+
+
+def _end(agent: Agent, summary: AgentSummary) -> None:
+    summary.lingered = True
+    agent.stop(_GRACE)
 
 
 async def _keep_alive(agent: Agent, lease: Lease) -> None:

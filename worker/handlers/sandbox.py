@@ -15,6 +15,7 @@ from outwake.schema import in_schema
 from outwake.settings import load
 from outwake.telemetry.log import get_logger
 from outwake.worker.errors import SessionError
+from outwake.worker.messages import answer_soon
 from outwake.worker.sandboxes.choice import provider_of
 
 TOPIC = "sandbox.return"
@@ -29,6 +30,7 @@ async def give_back(job: Job) -> None:
 
     A second return does no harm.
     """
+    answer_soon(job)
     payload = job.payload if isinstance(job.payload, dict) else {}
     session_id, held = payload.get("session_id"), payload.get("sandbox")
     if not isinstance(held, dict):

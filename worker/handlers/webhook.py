@@ -24,6 +24,7 @@ from outwake.session.callback import CallbackError, parse_networks, parse_secret
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
 from outwake.worker.handlers.backoff import backoff
+from outwake.worker.messages import answer_soon
 
 if TYPE_CHECKING:  # at run time where they are used: an idle worker saves httpx's memory
     import httpx
@@ -45,6 +46,7 @@ async def deliver(job: Job) -> None:
     """Try once. Raises Permanent or Retry."""
     import httpx
 
+    answer_soon(job)
     settings = load()
     payload = job.payload
     if not isinstance(payload, dict) or not payload.keys() >= {"event", "id", "url"}:

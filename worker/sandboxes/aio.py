@@ -29,6 +29,7 @@ _PAUSE = 0.05
 _PIECE = 512 * 1024  # bytes of a file in one request
 _NAME = 200  # characters of a word of the sandbox's
 _KILL_TIMEOUT = 10.0
+_PRINTED = 1 << 20  # characters of a step's output that are read: some milliseconds of work
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 _SLACK = 10.0  # seconds that the sandbox has to report its own timeout
 
@@ -148,6 +149,7 @@ def _short(said: Any) -> str:
 
 
 def _text(output: Any) -> str:
-    """What was printed, without a terminal's codes and without characters that Postgres refuses."""
-    text = _TERMINAL.sub("", str(output or "")).replace("\0", "\ufffd")
+    """The end of what was printed, without a terminal's codes and characters that Postgres refuses."""
+    last = output[-_PRINTED:] if isinstance(output, str) else ""
+    text = _TERMINAL.sub("", last).replace("\0", "\ufffd")
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
