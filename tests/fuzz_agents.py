@@ -121,7 +121,13 @@ _ENDINGS: list[Steps] = [
     [["daemon"], ["guardian", 9], ["stay"]],
     [*_result(), ["guardian", 19], ["stay"]],
 ]
-_CASE = st.tuples(st.lists(_STEP, max_size=6), st.sampled_from(_ENDINGS)).map(lambda of: [*of[0], *of[1]])
+# Every case has all patterns in one text, so that a few cases meet each place that is slow for one of them.
+_FLOOD = st.tuples(st.sampled_from(["say", "out", "err"]), st.sampled_from([1_000, 50_000])).map(
+    lambda of: ["flood", of[0], list(_PATTERNS), of[1]]
+)
+_CASE = st.tuples(_FLOOD, st.lists(_STEP, max_size=6), st.sampled_from(_ENDINGS)).map(
+    lambda of: [of[0], *of[1], *of[2]]
+)
 
 
 def made_up(cases: int, number: int) -> list[Steps]:

@@ -42,6 +42,11 @@ class Agent:
         """Say text as the Claude Code CLI does."""
         print(json.dumps({"type": "assistant", "message": {"content": text * times}}), flush=True)
 
+    def do_flood(self, how: str, patterns: list[str], size: int) -> None:
+        """Print each pattern again and again, all in one text."""
+        text = " ".join(pattern * (size // len(pattern)) for pattern in patterns)
+        getattr(self, f"do_{how}")(text, 1)
+
     def do_err(self, text: str, times: int) -> None:
         sys.stderr.buffer.write(text.encode("latin-1") * times)
         sys.stderr.buffer.flush()
