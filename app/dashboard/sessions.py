@@ -77,7 +77,9 @@ async def follow_sessions(request: Request, identity: Identity) -> Response:
         raise Problem("invalid", f"Name 1 to {FOLLOWED} sessions.")
     close = here.limits.open_stream(identity)
     # A stream that starts after the highest possible seq never reads a message.
-    streams = {here.hub.follow(id_, MAX_SEQ, until_completed=True, reader=identity.user_id) for id_ in ids}
+    streams = {
+        here.hub.follow(id_, MAX_SEQ, until_completed=True, reader=identity.scope or "") for id_ in ids
+    }
 
     def leave() -> None:
         for stream in streams:

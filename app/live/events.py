@@ -40,7 +40,7 @@ async def follow_session(request: Request, identity: Identity) -> Response:
         asked.after if seen is None else seen.seq,
         until_completed=asked.until == "completed",
         mark=seen.mark if seen else None,
-        reader=identity.user_id,
+        reader=identity.scope or "",
     )
 
     def leave() -> None:

@@ -29,6 +29,7 @@ BATCH = 100  # messages
 BATCH_BYTES = 65536  # of the events; the last message of a batch may go beyond
 HELD = 67_108_864  # bytes that the streams of a process hold for clients that do not read
 HELD_FOR_READER = 8_388_608  # bytes, for all streams of one user
+EXPECTED = 8192  # bytes of a batch, most of which are small
 
 _READ = in_schema("""
 SELECT
@@ -116,7 +117,7 @@ class Hub:
         mark: str | None = None,
         reader: str = "",
     ) -> Stream:
-        """A new stream. End it with `leave`."""
+        """A new stream, which counts for `reader` if that is not empty. End it with `leave`."""
         stream = Stream(
             self._taken, session_id, after, until_completed=until_completed, mark=mark, reader=reader
         )
@@ -169,6 +170,8 @@ class Hub:
             for start in range(0, len(places), GROUPS):
                 part = places[start : start + GROUPS]
                 await self._read({place: groups[place] for place in part})
+            if groups and self._stale:  # some may have waited for these
+                self._to_read.set()
             await asyncio.sleep(PAUSE)
 
     def _ready(self) -> dict[tuple[UUID, int], list[Stream]]:
@@ -180,10 +183,11 @@ class Hub:
         total = held.total()
         groups: defaultdict[tuple[UUID, int], list[Stream]] = defaultdict(list)
         for stream in self._stale:
-            if not stream.full and held[stream.reader] < HELD_FOR_READER and total < HELD:
+            fits = not stream.reader or held[stream.reader] < HELD_FOR_READER
+            if not stream.full and fits and total < HELD:
                 groups[stream.session_id, stream.cursor].append(stream)
                 held[stream.reader] += BATCH_BYTES
-                total += BATCH_BYTES
+                total += EXPECTED
         return groups
 
     async def _read(self, groups: dict[tuple[UUID, int], list[Stream]]) -> None:
