@@ -49,13 +49,11 @@ class Environment(PydanticBaseSettingsSource):
 
 
 def given(field: FieldInfo) -> tuple[str, str] | None:
-    """The variable that gives a setting, and its value. An empty secret counts as not set."""
+    """The variable that gives a setting, and its value. An empty one counts as not set."""
     for name in variables(field):
         text = os.environ.get(name)
-        if not is_secret(field):
-            return None if text is None else (name, text)
         file = f"{name}_FILE"
-        path = os.environ.get(file)
+        path = os.environ.get(file) if is_secret(field) else None
         if text and path:
             raise ConfigurationError(f"{name}: {file} is set too: set one of the two")
         if text:

@@ -470,3 +470,14 @@ async def test_committed_schema_is_what_the_migrations_make(connect: Connect) ->
     """Reviewers see the net effect of a migration in tests/schema.txt. `make schema` writes it."""
     conn = await connect()
     assert await describe(conn) == (ROOT / "tests" / "schema.txt").read_text(), "run `make schema`"
+
+
+async def test_two_migrations_at_once_wait_whatever_the_database_says(
+    connect: Connect, empty_database: str
+) -> None:
+    admin = await connect(empty_database)
+    name = admin.info.dbname
+    for setting in ("lock_timeout", "statement_timeout"):
+        await admin.execute(f"ALTER DATABASE {name} SET {setting} = '1ms'".encode())
+    both = await asyncio.gather(migrate(empty_database), migrate(empty_database))
+    assert sorted(map(len, both)) == [0, len(NAMES)]

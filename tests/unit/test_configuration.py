@@ -32,7 +32,7 @@ HEAD = """\
 # Configuration
 
 All settings are environment variables, read by `outwake` and `worker` alike. Times are in seconds, sizes in
-bytes. A wrong value is one line on stderr and exit status 2.
+bytes. A wrong value is one line on stderr and exit status 2; an empty one counts as not set.
 
 ## The database
 
@@ -57,7 +57,6 @@ file that holds the secret instead: `OUTWAKE_DATABASE_URL_FILE=/run/secrets/data
 - It is UTF-8 and at most 64 KiB. One newline at its end does not belong to the secret.
 - If the file cannot be read or is empty, or if both variables are set, one line names the variable, and the
   exit status is 2.
-- A variable that is empty counts as not set.
 
 No message shows the value of such a variable.
 
@@ -417,3 +416,22 @@ def test_the_schema_is_the_one_that_queries_name() -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+
+
+VARIABLES = sorted({name for field in Settings.model_fields.values() for name in variables(field)})
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_an_empty_variable_counts_as_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a file of docker compose: `IP_ALLOCATOR_URL=${IP_ALLOCATOR_URL:-}`."""
+    for other in VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    if "DATABASE_URL" not in name or "LISTEN" in name:
+        monkeypatch.setenv("DATABASE_URL", "postgresql://h/x")
+    else:
+        monkeypatch.setenv(
+            "OUTWAKE_DATABASE_URL" if name == "DATABASE_URL" else "DATABASE_URL", "postgresql://h/x"
+        )
+    expected = load()
+    monkeypatch.setenv(name, "")
+    assert load() == expected
