@@ -19,6 +19,7 @@ from psycopg import sql
 from outwake import Duplicate, enqueue, enqueue_many
 from outwake._enqueue import OnDuplicate
 from outwake._migrate import migrate
+from outwake.cli import _UNCHANGED
 from outwake.embedded.demo import make_repository
 from outwake.schema import Schema
 from tests.conftest import Connect
@@ -617,7 +618,7 @@ async def test_an_operator_sees_all_and_acts(roles: Roles, connect: Connect) -> 
     await refused(conn, "SELECT FROM outwake.api_token")
     async with running("outwake", "discard", str(rows["lost"]), env={"DATABASE_URL": role.url}) as process:
         assert await process.ended() == 1
-    assert process.stdout == [f"{rows['lost']} unchanged: no such row, or not in a state for that"]
+        assert process.stdout == [f"{rows['lost']} {_UNCHANGED}"]
 
 
 # Who grants
