@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from outwake.cli.usage import Parser
+from outwake.cli.parser import Parser
 from outwake.errors import ConfigurationError, SchemaError
 from outwake.handler import Handler, installed_handlers
 from outwake.lean import collect_seldom

@@ -99,7 +99,7 @@ def _first_line(error: Exception) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from outwake.cli import token
-    from outwake.cli.usage import Parser
+    from outwake.cli.parser import Parser
 
     parser = Parser(prog="outwake", description="Outwake, an outbox on Postgres.")
     parser.add_argument("--version", action="version", version=f"outwake {metadata.version('outwake')}")
