@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from outwake.worker.engine.lease import Lease
+from outwake.worker.engine.lease import CLAIMED, NOTICE, RENEWED, Lease
+from tests.support.process import ROOT
 from tests.support.waits import awaiting, eventually
 
 LEASE = 6.0
@@ -145,3 +146,12 @@ async def test_a_lease_that_is_closed_stops_nothing(clock: Clock, lease: Made) -
     async with awaiting("the end of the other lease"):
         await other.wait()
     assert not lost
+
+
+def test_the_worker_relies_on_no_more_than_a_claim_leaves_in_the_database() -> None:
+    text = (ROOT / "sql/outbox/functions/lease.sql").read_text()
+    assert f"me.lease_until < moment + lease * {CLAIMED}" in text
+
+
+def test_two_renewals_may_fail_before_an_agent_is_told_to_end() -> None:
+    assert NOTICE < 1 - 2 * RENEWED

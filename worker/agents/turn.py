@@ -24,6 +24,7 @@ from outwake.worker.agents.stream import RawLine, stored
 from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.usage import count_usage
 from outwake.worker.agents.verdict import Verdict, judge
+from outwake.worker.engine.lease import NOTICE
 from outwake.worker.errors import TransientError
 from outwake.worker.messages import Messages
 from outwake.worker.process.guarded import Exit
@@ -34,10 +35,6 @@ _GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for an agent."""
 LINGER = 5.0
 """Seconds that an agent's program may take to exit after its result."""
-
-_NOTICE = 1 / 6
-"""Part of a lease that is left when an agent gets SIGTERM, so that it is gone when the lease ends. A renewal
-has failed twice by then."""
 
 log = get_logger(__name__)
 
@@ -67,7 +64,7 @@ async def run_agent(
                 cwd=command.cwd,
                 env=command.env,
                 deadline=_until(job.lease),
-                notice=min(_GRACE, settings.lease * _NOTICE),
+                notice=min(_GRACE, settings.lease * NOTICE),
                 grace=_GRACE,
                 timeout=settings.agent_timeout,
             ) as agent,

@@ -5,7 +5,8 @@ time when it cannot ask the database:
 
 1. The lease is counted on a monotonic clock, from before the query that extended it. So it never ends here
    later than it ends in the database.
-2. The lease is renewed after a third of its length while something runs, so that two renewals may fail.
+2. The lease is renewed after RENEWED of its length while something runs, so that two renewals may fail before
+   what runs gets its NOTICE.
 3. When the lease ends here, everything that runs is stopped, because another worker may be running it again.
 4. An outage is an exception. While the server refuses connections or writes, and for one lease after it is
    back, nobody can rescue (outbox_rescue). So each refusal is worth one lease, counted from the refusal: a
@@ -17,6 +18,15 @@ time when it cannot ask the database:
 import asyncio
 import time
 from collections.abc import Callable
+
+RENEWED = 1 / 3
+"""Part of a lease after which it is renewed."""
+NOTICE = 1 / 6
+"""Part of a lease that is left when an agent gets SIGTERM (worker/agents/turn.py), so that it is gone when the
+lease ends. It is less than what two failed renewals leave: 1 - 2 * RENEWED."""
+CLAIMED = 1 / 2
+"""Part of a lease that is left after a claim, at least: outbox_lease_is_due (sql/outbox/functions/lease.sql) has
+the same number."""
 
 
 class Lease:
@@ -42,13 +52,14 @@ class Lease:
     def renewed(self, asked_at: float) -> None:
         """A renewal that was sent at `asked_at` succeeded."""
         self._extend(asked_at, self.seconds)
-        self.renew_at = asked_at + self.seconds / 3
+        self.renew_at = asked_at + self.seconds * RENEWED
 
     def claimed(self, asked_at: float) -> None:
-        """A claim that was sent at `asked_at` brought rows: at least half a lease is left (outbox_claim)."""
-        if self._until < asked_at + self.seconds / 2:
-            self._extend(asked_at, self.seconds / 2)
-            self.renew_at = asked_at + self.seconds / 6
+        """A claim that was sent at `asked_at` brought rows: at least CLAIMED of a lease is left."""
+        left = self.seconds * CLAIMED
+        if self._until < asked_at + left:
+            self._extend(asked_at, left)
+            self.renew_at = asked_at + left * RENEWED
 
     def _extend(self, asked_at: float, seconds: float) -> None:
         self._contact = max(self._contact, asked_at)

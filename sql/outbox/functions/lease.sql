@@ -12,9 +12,9 @@ COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
     'Tells the parked workers, if there are others, when a lease will end. For the claim.';
 
 
--- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due. Asked
--- apart, in SQL that becomes part of the caller's condition: a call of the other takes 18,000 instructions of the
--- 487,000 of a lone row's claim, and is seldom due.
+-- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due. The worker
+-- relies on the half: CLAIMED in worker/engine/lease.py. Asked apart, in SQL that becomes part of the caller's condition,
+-- because a call of the other is slow and seldom due (docs/profile.md).
 CREATE OR REPLACE FUNCTION outbox_lease_is_due(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS boolean
 LANGUAGE sql STABLE
 RETURN me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked);
