@@ -17,6 +17,7 @@ from outwake._environment import Environment, given, is_secret, variable
 from outwake.errors import ConfigurationError
 from outwake.schema import SCHEMA, check_name
 from outwake.session.callback import parse_networks, parse_secrets
+from outwake.session.hosts import parse_hosts
 from outwake.session.names import check_topics
 from outwake.url import check_url, libpq_url, secrets_of_url
 
@@ -39,6 +40,11 @@ def _libpq_url_or_none(text: str | None) -> str | None:
 
 def _checked_networks(text: str) -> str:
     parse_networks(text)
+    return text
+
+
+def _checked_hosts(text: str) -> str:
+    parse_hosts(text)
     return text
 
 
@@ -206,6 +212,10 @@ class Settings(BaseSettings):
 
     git_push: bool = False
     """Whether the work branch is pushed when a turn has ended."""
+
+    git_hosts: Annotated[str, AfterValidator(_checked_hosts)] = ""
+    """Hosts whose API opens pull requests, beside github.com, separated by commas: `HOST=github:API_BASE`,
+    such as `git.example=github:https://git.example/api/v3`. `HOST=plain` is one to which git only pushes."""
 
     lease: Annotated[float, Field(ge=0.2, le=3600)] = 6.0
     """How long a worker's rows stay its own without a word from it; a rescue comes this late at most."""

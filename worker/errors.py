@@ -16,7 +16,11 @@ class PermanentError(SessionError):
 
 
 class TransientError(SessionError):
-    """A retry may help: retry with backoff."""
+    """A retry may help: retry with backoff, after `after` seconds at the earliest."""
+
+    def __init__(self, message: str, after: float = 0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
 class OutcomeUnknown(TransientError):

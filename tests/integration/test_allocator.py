@@ -11,12 +11,12 @@ from uuid import uuid4
 import pytest
 
 from outwake.errors import HandBack
+from outwake.worker.ask import LIMIT
 from outwake.worker.errors import OutcomeUnknown, PermanentError, TransientError
 from outwake.worker.sandboxes import aio
 from outwake.worker.sandboxes import allocator as allocator_module
 from outwake.worker.sandboxes.aio import AioSandbox
 from outwake.worker.sandboxes.allocator import AllocatorProvider
-from outwake.worker.sandboxes.ask import LIMIT
 from outwake.worker.sandboxes.base import Request, StepError
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps

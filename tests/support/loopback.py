@@ -40,6 +40,7 @@ async def loopback() -> AsyncIterator[Loopback]:
         log_config=None,
         lifespan="off",
         timeout_graceful_shutdown=1,
+        date_header=False,  # a stand-in may say a date of its own
         # On a slow machine uvicorn's 5 s pass between two requests of the CLI. One that takes up a connection
         # as it is closed loses its request, and the CLI then waits for its MCP server for ever.
         timeout_keep_alive=3600,

@@ -47,6 +47,17 @@ def secrets_in(credentials: bytes | None) -> list[str]:
     return found
 
 
+def token_for(host: str, credentials: bytes | None) -> str | None:
+    """The password, or the token, of the first line for this host over https; None if there is none."""
+    for line in (credentials or b"").decode(errors="replace").splitlines():
+        scheme, _, rest = line.strip().partition("://")
+        login, at, named = rest.partition("/")[0].rpartition("@")
+        if scheme == "https" and at and named.lower().removesuffix(":443") == host:
+            user, _, password = login.partition(":")
+            return unquote(password or user) or None
+    return None
+
+
 def _file_name(user_id: str) -> str:
     name = quote(user_id, safe="@")
     return name.replace(".", "%2E") if name.startswith(".") else name

@@ -1,7 +1,5 @@
-"""The host of a repository: whether a clone may reach it, and what git needs for that.
-
-There is one kind of host, the plain one: git clones from it and pushes to it. A kind whose API opens pull
-requests goes here too, as a class that says which URLs it serves.
+"""The host of a repository: whether a clone may reach it, and what git needs for that. What else a host
+offers, a pull request, is behind the seam in worker/repo/githost.py.
 
 A user names the URL, so it must not lead into our network. The name is resolved here. Each of its addresses
 must be public or in a network of OUTWAKE_GIT_ALLOW, as a webhook's must. git gets these addresses (https), so

@@ -19,8 +19,8 @@ from uuid import uuid4
 import httpx
 
 from outwake.telemetry import trace
+from outwake.worker.ask import NoAnswer, ask
 from outwake.worker.errors import PermanentError, TransientError
-from outwake.worker.sandboxes.ask import NoAnswer, ask
 from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError, StepTimeout
 
 _ANSWER = 60.0  # seconds for an answer, beyond what a step may take
@@ -129,7 +129,7 @@ class AioSandbox:
 
     async def _call(self, route: str, body: dict[str, Any], timeout: float = 0) -> dict[str, Any]:
         try:
-            status, answer = await ask(
+            status, _, answer = await ask(
                 self._client, "POST", f"/v1/{route}", body=body, seconds=_ANSWER + timeout
             )
         except NoAnswer as error:

@@ -17,9 +17,9 @@ import httpx
 from outwake.errors import HandBack
 from outwake.telemetry import trace
 from outwake.telemetry.log import get_logger
+from outwake.worker.ask import NoAnswer, NotSent, ask
 from outwake.worker.errors import OutcomeUnknown, PermanentError, TransientError
 from outwake.worker.sandboxes.aio import AioSandbox
-from outwake.worker.sandboxes.ask import NoAnswer, NotSent, ask
 from outwake.worker.sandboxes.base import Item, Request, StepError
 
 _NONE_FREE = (404, 503)
@@ -67,7 +67,7 @@ class AllocatorProvider:
             query["wait"] = self._wait
         try:
             async with self._client() as client:
-                status, answer = await ask(
+                status, _, answer = await ask(
                     client, "GET", "/ip/borrow", query=query, seconds=self._wait + _MARGIN, limit=_ITEM
                 )
         except NotSent as error:
@@ -106,7 +106,7 @@ class AllocatorProvider:
         body = {"item": held.get("item"), "borrow_token": held.get("borrow_token")}
         try:
             async with self._client() as client:
-                status, answer = await ask(client, "POST", "/ip/return", body=body, seconds=_ANSWER)
+                status, _, answer = await ask(client, "POST", "/ip/return", body=body, seconds=_ANSWER)
                 if 200 <= status < 300 and isinstance(answer, dict):
                     await self._follow(client, answer)
                     return
@@ -133,7 +133,7 @@ class AllocatorProvider:
             if status == "failed":
                 raise TransientError(f"the allocator's return failed: {_said(answer)}")
             await asyncio.sleep(pause)
-            _, told = await ask(client, "GET", f"/ip/operations/{operation}", seconds=_ANSWER)
+            told = (await ask(client, "GET", f"/ip/operations/{operation}", seconds=_ANSWER)).json
             answer = told if isinstance(told, dict) else {}
             status = answer.get("status", status)
 

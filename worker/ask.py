@@ -1,13 +1,13 @@
-"""One HTTP request to an allocator or a sandbox, whose answer is limited in size and in time.
+"""One HTTP request to an allocator, a sandbox or a Git host, whose answer is limited in size and in time.
 
 Whoever is root in a sandbox may answer anything: gigabytes, a few compressed bytes that become gigabytes, or
 a byte a minute. So the answer is read as it comes and counted, it is asked for uncompressed, and the whole
-request has a time limit.
+request has a time limit. No redirect is followed.
 """
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -24,6 +24,13 @@ class NotSent(NoAnswer):
     """No connection could be made, so the request had no effect."""
 
 
+class Answer(NamedTuple):
+    status: int
+    headers: httpx.Headers
+    json: Any
+    """None in place of an answer that is not JSON."""
+
+
 async def ask(
     client: httpx.AsyncClient,
     method: str,
@@ -33,11 +40,8 @@ async def ask(
     limit: int = LIMIT,
     body: Any = None,
     query: dict[str, str | float] | None = None,
-) -> tuple[int, Any]:
-    """The status and the JSON of the answer; None in place of an answer that is not JSON.
-
-    seconds: for the whole request. limit: bytes of the answer. Raises NoAnswer.
-    """
+) -> Answer:
+    """The answer. seconds: for the whole request. limit: bytes of the answer. Raises NoAnswer."""
     try:
         async with (
             asyncio.timeout(seconds),
@@ -55,7 +59,7 @@ async def ask(
                 content += chunk
                 if len(content) > limit:
                     raise NoAnswer(f"its answer has more than {limit >> 20} MiB")
-            status = response.status_code
+            status, headers = response.status_code, response.headers
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise NotSent(type(error).__name__) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -63,8 +67,8 @@ async def ask(
     except TimeoutError:
         raise NoAnswer(f"its answer took over {seconds:g} s") from None
     if len(content) <= _IN_LOOP:
-        return status, _parsed(content)
-    return status, await asyncio.to_thread(_parsed, content)
+        return Answer(status, headers, _parsed(content))
+    return Answer(status, headers, await asyncio.to_thread(_parsed, content))
 
 
 def _parsed(content: bytearray) -> Any:
