@@ -22,11 +22,11 @@ from collections.abc import Callable
 RENEWED = 1 / 3
 """Part of a lease after which it is renewed."""
 NOTICE = 1 / 6
-"""Part of a lease that is left when an agent gets SIGTERM (worker/agents/turn.py), so that it is gone when the
-lease ends. It is less than what two failed renewals leave: 1 - 2 * RENEWED."""
+"""Part of a lease that is left when an agent gets SIGTERM (worker/agents/turn.py), so that it is gone when
+the lease ends. It is less than what two failed renewals leave: 1 - 2 * RENEWED."""
 CLAIMED = 1 / 2
-"""Part of a lease that is left after a claim, at least: outbox_lease_is_due (sql/outbox/functions/lease.sql) has
-the same number."""
+"""Part of a lease that is left after a claim, at least: outbox_lease_is_due
+(sql/outbox/functions/lease.sql) has the same number."""
 
 
 class Lease:
