@@ -1,6 +1,6 @@
 """An agent's output as a person reads it: text, folded tool calls with their results, and the outcome.
 
-It reads the events of outwake/session/events.py. An event of no known form is shown as JSON, so nothing is
+It shows the events of outwake/session/events.py. An event of no known form is shown as JSON, so nothing is
 hidden. A tool's result is shown in its call's slot. The script moves a result that comes later into the slot
 that it names.
 """
@@ -22,9 +22,8 @@ from outwake.session.events import (
     ToolResult,
     Unknown,
     pretty,
-    read,
-    result_of,
 )
+from outwake.session.lines import read, result_of
 
 LONGEST = 20_000  # characters shown of one text; the API has the rest
 _BRIEF = 160

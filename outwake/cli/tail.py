@@ -22,8 +22,8 @@ from outwake.session.events import (
     ToolResult,
     Unknown,
     pretty,
-    read,
 )
+from outwake.session.lines import read
 from outwake.session.watch import NoSession, follow
 from outwake.settings import Settings
 

@@ -1,7 +1,7 @@
 """What an agent says, in one form for every kind of agent.
 
-`message.body` holds an agent's line as it was printed. `read` is the only code that knows what such a line
-means. The worker, the dashboard, `outwake tail` and the metrics use the events that it returns.
+`message.body` holds an agent's line as it was printed. outwake/session/lines.py reads these events out of it.
+The worker, the dashboard, `outwake tail` and the metrics use the events only.
 
 | the line | the events |
 |---|---|
@@ -13,12 +13,10 @@ means. The worker, the dashboard, `outwake tail` and the metrics use the events 
 | of our own: a new attempt began | `Superseded` |
 | anything else | `Unknown`, with the JSON |
 
-An agent may print anything. So every value is checked, numbers are bounded, and the work is linear in the
-size of the line. `read` never raises.
+An agent may print anything, so a reader checks every value by the functions at the end of this module.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,10 +28,9 @@ LARGEST_COST = 1e6
 """US dollars. A larger number is a mistake or an attack, and counts as not given."""
 LONGEST_JSON = 100_000
 """Characters of JSON that is shown."""
-_LARGEST = 1e15
+LARGEST = 1e15
+"""No count and no time is larger."""
 _INDENTED = json.JSONEncoder(indent=2, ensure_ascii=False)
-
-Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,57 +141,6 @@ class Unknown:
 AgentEvent = Started | Text | Thinking | ToolCall | ToolResult | Result | Superseded | Unknown
 
 
-def read(body: Any) -> Iterator[AgentEvent]:
-    """The events of one stored line: the stream-json of the Claude Code CLI, and what
-    worker/agents/stream.py makes of lines that are no JSON object.
-    """
-    if not isinstance(body, dict):
-        yield _unknown(body)
-        return
-    match body:
-        case {"type": "assistant" | "user" as role, "message": {"content": str() | list() as content}}:
-            yield from _parts(content, "agent" if role == "assistant" else "user")
-        case {"type": "assistant", "text": str(text)}:
-            yield Text(text)
-        case {"type": "text", "text": str(text)}:
-            yield Text(text, "output")
-        case {"type": "system", "subtype": "init"}:
-            yield _started(body)
-        case {"type": "result"}:
-            yield _result(body)
-        case {"type": "superseded"}:
-            yield Superseded(_count(body.get("attempt")))
-        case {"type": "truncated", "head": str(head)}:
-            yield Unknown(f"a line of {_count(body.get('bytes')) or 'many'} bytes, its beginning", head)
-        case _:
-            yield _unknown(body)
-
-
-def result_of(body: Any) -> Result | None:
-    """The result event that a stored line is, if it is one."""
-    return next((event for event in read(body) if isinstance(event, Result)), None)
-
-
-def _parts(content: str | list[Any], by: Literal["agent", "user"]) -> Iterator[AgentEvent]:
-    if isinstance(content, str):
-        yield Text(content, by)
-        return
-    for part in content[:PARTS]:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                yield Text(text, by)
-            case {"type": "thinking", "thinking": str(text)}:
-                yield Thinking(text)
-            case {"type": "tool_use", "id": str(key), "name": str(name)}:
-                yield ToolCall(key[:NAME], name[:NAME], part.get("input", {}))
-            case {"type": "tool_result", "tool_use_id": str(key)}:
-                yield ToolResult(key[:NAME], part.get("content"), part.get("is_error") is True)
-            case _:
-                yield _unknown(part)
-    if len(content) > PARTS:
-        yield Unknown(f"{len(content) - PARTS} more parts", "")
-
-
 def _part_text(part: Any) -> str:
     match part:
         case {"type": "text", "text": str(text)}:
@@ -202,71 +148,6 @@ def _part_text(part: Any) -> str:
         case {"type": "image"}:
             return "[an image]"
     return pretty(part)
-
-
-def _started(body: Body) -> Started:
-    tools, servers = body.get("tools"), body.get("mcp_servers")
-    return Started(
-        session=_name(body.get("session_id")),
-        model=_name(body.get("model")),
-        tools=len(tools) if isinstance(tools, list) else None,
-        servers=tuple(
-            (str(server.get("name"))[:NAME], str(server.get("status"))[:NAME])
-            for server in servers[:PARTS]
-            if isinstance(server, dict)
-        )
-        if isinstance(servers, list)
-        else None,
-    )
-
-
-def _result(body: Body) -> Result:
-    text = body["result"] if isinstance(body.get("result"), str) else ""
-    kind = _name(body.get("subtype")) or ""
-    seconds = _number(body.get("duration_ms"), _LARGEST)
-    usage = body.get("usage")
-    return Result(
-        text=text,
-        error=_error(body, text, kind),
-        session=_name(body.get("session_id")),
-        kind=kind,
-        cost=_number(body.get("total_cost_usd"), LARGEST_COST),
-        tokens=_tokens(usage) if isinstance(usage, dict) else Tokens(),
-        seconds=None if seconds is None else seconds / 1000,
-        turns=_count(body.get("num_turns")),
-        denied=tuple(_denied(body.get("permission_denials"))),
-    )
-
-
-def _error(body: Body, text: str, kind: str) -> str | None:
-    """The CLI tells of an error by is_error with words, by a list `errors`, or by the subtype alone."""
-    if not body.get("is_error") and not kind.startswith("error"):
-        return None
-    errors = body.get("errors")
-    listed = [words for words in errors[:PARTS] if isinstance(words, str)] if isinstance(errors, list) else []
-    return text or "; ".join(listed) or kind or "an error"
-
-
-def _denied(denials: Any) -> Iterator[str]:
-    for denial in denials[:PARTS] if isinstance(denials, list) else ():
-        name = denial.get("tool_name") if isinstance(denial, dict) else None
-        yield _name(name) or "a tool"
-
-
-def _tokens(usage: Body) -> Tokens:
-    return Tokens(
-        input=_count(usage.get("input_tokens")),
-        output=_count(usage.get("output_tokens")),
-        cache_read=_count(usage.get("cache_read_input_tokens")),
-        cache_write=_count(usage.get("cache_creation_input_tokens")),
-    )
-
-
-def _unknown(value: Any) -> Unknown:
-    if not isinstance(value, dict) or "type" not in value:
-        return Unknown("event" if isinstance(value, dict) else "part", value)
-    names = [_name(value.get(key)) for key in ("type", "subtype")]
-    return Unknown(" / ".join(name for name in names if name) or "event", value)
 
 
 def pretty(value: Any, longest: int = LONGEST_JSON) -> str:
@@ -287,17 +168,27 @@ def pretty(value: Any, longest: int = LONGEST_JSON) -> str:
     return "".join(pieces)
 
 
-def _name(value: Any) -> str | None:
+def unknown(value: Any) -> Unknown:
+    """An event for a value of no known form."""
+    if not isinstance(value, dict) or "type" not in value:
+        return Unknown("event" if isinstance(value, dict) else "part", value)
+    names = [name_of(value.get(key)) for key in ("type", "subtype")]
+    return Unknown(" / ".join(name for name in names if name) or "event", value)
+
+
+def name_of(value: Any) -> str | None:
+    """The beginning of a name; None if the value is no text."""
     return value[:NAME] if isinstance(value, str) else None
 
 
-def _number(value: Any, largest: float) -> float | None:
+def number(value: Any, largest: float) -> float | None:
     """A number that is neither negative nor too large, else None. JSON has integers of any size."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= largest:
         return None
     return float(value)
 
 
-def _count(value: Any) -> int | None:
-    number = _number(value, _LARGEST)
-    return None if number is None else int(number)
+def count(value: Any) -> int | None:
+    """A number as an integer, else None."""
+    found = number(value, LARGEST)
+    return None if found is None else int(found)

@@ -19,9 +19,8 @@ from outwake.session.events import (
     ToolResult,
     Unknown,
     pretty,
-    read,
-    result_of,
 )
+from outwake.session.lines import read, result_of
 from tests.support.process import ROOT
 from tests.unit.test_dashboard import EVENTS, JSON
 
@@ -161,7 +160,7 @@ def test_indented_json_is_bounded() -> None:
 def test_no_other_module_knows_the_form_of_a_line() -> None:
     """But for the scripted agent, which prints such lines, and the sum of what version 1.0 stored."""
     words = ("total_cost_usd", "tool_use_id", "permission_denials", "num_turns", "is_error")
-    allowed = {"outwake/session/events.py", "app/dashboard/queries.py", "embedded/agent.py"}
+    allowed = {"outwake/session/claude.py", "app/dashboard/queries.py", "embedded/agent.py"}
     paths = [
         path for room in ("app", "worker", "outwake", "embedded") for path in (ROOT / room).rglob("*.py")
     ]

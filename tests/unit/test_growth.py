@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from outwake.cli.tail import _says
-from outwake.session.events import LONGEST_JSON, ToolResult, Unknown, pretty, read
+from outwake.session.events import LONGEST_JSON, ToolResult, Unknown, pretty
+from outwake.session.lines import read
 from outwake.telemetry.log import LONGEST, _redact_value, redact_text
 from outwake.worker.agents.base import as_in_tools
 from outwake.worker.agents.stream import parsed, truncated

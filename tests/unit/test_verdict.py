@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from outwake.session.events import read
+from outwake.session.lines import read
 from outwake.worker.agents.summary import AgentSummary, pull_request
 from outwake.worker.agents.verdict import REASON, judge
 from outwake.worker.errors import TransientError

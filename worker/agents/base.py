@@ -1,18 +1,19 @@
 """The seam between a turn and a kind of agent.
 
-An adapter knows three things: how its agent is started and resumed, what the lines mean that it prints, and
-what its memory is. It starts nothing and writes nothing itself: worker/agents/turn.py does, for every kind.
+An adapter knows two things: how its agent is started and resumed, and what its memory is. It starts nothing
+and writes nothing itself: worker/agents/turn.py does, for every kind. What the lines mean that the agent
+prints, outwake/session/lines.py knows.
 """
 
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from outwake.session.events import AgentEvent, Started
+from outwake.session.events import Started
 from outwake.worker.agents.archive import unpack
 from outwake.worker.errors import PermanentError
 
@@ -86,9 +87,6 @@ class AgentAdapter(Protocol):
 
     def command(self, turn: AgentTurn, box: Box) -> Command:
         """How the agent is started for a turn. Raises PermanentError if the box is none that it can use."""
-
-    def read(self, line: Line) -> Iterable[AgentEvent]:
-        """The events of a line. Never raises; the work is linear in the size of the line."""
 
     def memory(self, home: Path) -> bytes | None:
         """What the next turn needs of HOME; None if there is nothing, or too much to store."""

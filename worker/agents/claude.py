@@ -12,15 +12,13 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
-from outwake.session.events import AgentEvent, read
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
 from outwake.worker.agents.archive import pack
-from outwake.worker.agents.base import AgentTurn, Box, Command, Line, as_in_tools
+from outwake.worker.agents.base import AgentTurn, Box, Command, as_in_tools
 from outwake.worker.errors import PermanentError
 
 TRANSCRIPT_LIMIT = 32 * 2**20  # bytes, compressed
@@ -82,9 +80,6 @@ class Claude:
             home=memory.content if memory else None,
             servers=servers,
         )
-
-    def read(self, line: Line) -> Iterable[AgentEvent]:
-        return read(line)
 
     def memory(self, home: Path) -> bytes | None:
         """The transcripts as a tar.gz relative to HOME, at most TRANSCRIPT_LIMIT bytes."""

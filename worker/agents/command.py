@@ -4,12 +4,10 @@ The prompt is its last argument, and it works in the work tree. It keeps nothing
 """
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
-from outwake.session.events import AgentEvent, read
 from outwake.settings import Settings
-from outwake.worker.agents.base import AgentTurn, Box, Command, Line
+from outwake.worker.agents.base import AgentTurn, Box, Command
 
 
 class Program:
@@ -23,9 +21,6 @@ class Program:
 
     def command(self, turn: AgentTurn, box: Box) -> Command:
         return Command([*shlex.split(self._program), turn.prompt], Path(box.tree))
-
-    def read(self, line: Line) -> Iterable[AgentEvent]:
-        return read(line)
 
     def memory(self, home: Path) -> bytes | None:
         return None

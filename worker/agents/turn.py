@@ -1,8 +1,9 @@
 """Run an agent for one turn: start it, store what it prints, judge how it ended.
 
 1. The adapter says how the agent is started. Its files are written, and it runs under the guardian.
-2. Its output comes in batches. Each batch is parsed, secrets are hidden, the adapter reads the events, and
-   the summary follows them. This work depends on what the agent prints, so a large batch is done in a thread.
+2. Its output comes in batches. Each batch is parsed, secrets are hidden, the events are read from it
+   (outwake/session/lines.py), and the summary follows them. This work depends on what the agent prints, so a
+   large batch is done in a thread.
 3. The lines are stored (worker/messages.py).
 4. A run is over LINGER seconds after its result, even if the program does not exit: it may hang, or a process
    that it started may hold its output open. It is ended, and judged by its result.
@@ -16,9 +17,10 @@ from uuid import UUID
 
 from outwake.handler import Job, Lease
 from outwake.session.events import Started
+from outwake.session.lines import read
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Command, lay_out, unreached
+from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, lay_out, unreached
 from outwake.worker.agents.run import Agent
 from outwake.worker.agents.stream import RawLine, stored
 from outwake.worker.agents.summary import AgentSummary
@@ -55,7 +57,7 @@ async def run_agent(
     """
     command = adapter.command(turn, box)
     await asyncio.to_thread(lay_out, command, box)
-    run = _Run(adapter, command, secrets)
+    run = _Run(command.servers, secrets)
     try:
         async with (
             Messages(job, *prompt) as messages,
@@ -81,10 +83,9 @@ async def run_agent(
 class _Run:
     """What is made of an agent's output, batch by batch."""
 
-    def __init__(self, adapter: AgentAdapter, command: Command, secrets: Secrets) -> None:
+    def __init__(self, servers: Sequence[str], secrets: Secrets) -> None:
         self.summary = AgentSummary()
-        self._adapter = adapter
-        self._servers = command.servers
+        self._servers = servers
         self._secrets = secrets
 
     def digest(self, batch: Sequence[RawLine]) -> list[str]:
@@ -98,7 +99,7 @@ class _Run:
                 continue
             line, spelled = self._secrets.line(line)
             lines.append(spelled)
-            for event in self._adapter.read(line):
+            for event in read(line):
                 self.summary.on_event(event, line)
                 if isinstance(event, Started) and (missing := unreached(event, self._servers)):
                     raise TransientError(f"the agent can't reach the sandbox's MCP server {missing[0]}")
