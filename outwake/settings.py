@@ -1,4 +1,5 @@
-"""Settings, read from the environment. docs/configuration.md lists them all and is generated from this class.
+"""Settings, read from the environment. docs/configuration.md lists them all: after a change of this class,
+`python -m tests.unit.test_configuration` writes that page.
 
 A setting with `repr=False` is secret. NAME_FILE may name a file that holds it, in place of NAME, and no
 message repeats it.
@@ -270,7 +271,7 @@ class Settings(BaseSettings):
     """How long finished rows, archived sessions and answers to an Idempotency-Key are kept."""
 
     message_retention: Annotated[float, Field(ge=0, le=_LONGEST)] = 90 * 86400.0
-    """How long the messages of a session are kept in which nothing happens any more."""
+    """How long the messages of a session are kept after its last change."""
 
     @classmethod
     def settings_customise_sources(

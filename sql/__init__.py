@@ -30,8 +30,10 @@ OLDEST: dict[Line, int] = {"outbox": 1, "session": 1}
 _FUNCTIONS: dict[Line, tuple[str, ...]] = {
     "outbox": (
         "wake",
+        "settle",
         "order",
         "lease",
+        "reconnect",
         "claim",
         "finish",
         "rescue",
@@ -42,12 +44,15 @@ _FUNCTIONS: dict[Line, tuple[str, ...]] = {
         "ready",
         "commands",
         "enqueue",
+        "json",
         "prune",
         "triggers",
         "comments",
         "access",
     ),
     "session": (
+        "json",
+        "limits",
         "fair",
         "create",
         "cancel",

@@ -1,17 +1,17 @@
--- Who may do and see what. The roles belong to the cluster and are named after the schema; a database role becomes a
--- member: GRANT :schema_producer TO shop.
+-- Which role may do and see what. The roles belong to the cluster and are named after the schema. A database role becomes
+-- a member: GRANT :schema_producer TO shop.
 --
---   :schema_producer   enqueues the topics that producer_topic names for it, and sees of its rows id, topic, state, key
+--   :schema_producer   enqueues the topics that producer_topic names for it; sees id, topic, state, unique_key of their rows
 --   :schema_worker     runs a worker; owns nothing; cannot read API tokens
---   :schema_monitor    sees depth, age and reasons of every row, and no payload and no error
+--   :schema_monitor    sees depth, age and reasons of every row, but no payload and no error
 --   :schema_operator   sees everything, and may retry, discard, cancel and set limits
 --
--- The session line adds :schema_reader. Row-level security does not hold the owner of the tables, who migrates. A role
--- that was granted a table and is in none of these sees no row of it. What several roles allow adds up.
+-- The session line adds :schema_reader. Row-level security does not apply to the owner of the tables, which migrates. A
+-- role that was granted a table, and is in none of these roles, sees no row of it. The rights of several roles add up.
 
 
--- With the owner's rights, as a producer cannot read the table. A role that inherits from a named one may do the same.
--- In PL/pgSQL, which keeps the plan: a producer's INSERT asks for each policy.
+-- It has the owner's rights, because a producer cannot read the table. A role that inherits from a named role may do the
+-- same. It is in PL/pgSQL, which keeps the plan, because each policy of a producer's INSERT calls it.
 CREATE OR REPLACE FUNCTION producer_topics(producer name) RETURNS text[]
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -25,7 +25,7 @@ $$;
 COMMENT ON FUNCTION producer_topics(name) IS 'What this database role may enqueue, if it is a producer.';
 
 
--- Named by the policy in place of false: the server's own error names neither role nor topic.
+-- The policy calls it in place of false, because the server's own error names neither role nor topic.
 CREATE OR REPLACE FUNCTION producer_refused(producer name, topic text) RETURNS boolean
 LANGUAGE plpgsql STABLE
 SET search_path = :schema, pg_temp
@@ -39,8 +39,8 @@ $$;
 COMMENT ON FUNCTION producer_refused(name, text) IS 'Raises the error of a producer without a right to the topic.';
 
 
--- Grants and policies are here, where they can be repeated when a role came later. A policy is made once: to drop one,
--- or to change it, is a numbered migration.
+-- Grants and policies can be repeated, because a role may be created later. A policy is made once. A numbered migration
+-- drops or changes one.
 CREATE OR REPLACE FUNCTION outbox_role(role_name text) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -88,7 +88,7 @@ AS $$
 DECLARE
     -- The subquery is evaluated once a statement, not once a row.
     may_enqueue CONSTANT text := 'topic::text = ANY ((SELECT :schema.producer_topics(current_user))::text[])';
-    -- Nor keys of sessions and of housekeeping, which a row with such a key would hold up.
+    -- A producer may not use the keys of sessions and of housekeeping, because its row would hold them up.
     as_producer CONSTANT text :=
         ' AND :schema.producer_writes(ordering_key::text, unique_key::text, pg_column_size(payload))';
     name text;
@@ -97,7 +97,7 @@ BEGIN
     REVOKE ALL ON ALL TABLES IN SCHEMA :schema FROM PUBLIC;
     REVOKE ALL ON ALL SEQUENCES IN SCHEMA :schema FROM PUBLIC;
     REVOKE ALL ON ALL ROUTINES IN SCHEMA :schema FROM PUBLIC;
-    -- With a right to a type, a role makes casts and operators for it, which a query of ours might find.
+    -- A role with a right to a type can make casts and operators for it, and a query of ours might use them.
     FOR name IN
         SELECT oid::regtype::text FROM pg_type WHERE typnamespace = ':schema'::regnamespace AND typcategory <> 'A'
     LOOP
@@ -128,8 +128,8 @@ BEGIN
         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :schema TO :schema_worker;
         REVOKE EXECUTE ON FUNCTION producer_topics, producer_refused, producer_writes, outbox_role, outbox_policy,
             outbox_grant_roles, grant_roles FROM :schema_worker;
-        -- A role that may call a trigger's function may hang it on a table of its own, with casts of its own that the
-        -- function then runs with the owner's rights. A trigger that is there asks for no such right.
+        -- A role that may call a trigger function can use it in a trigger on its own table. The function would then run
+        -- that role's casts with the owner's rights. An existing trigger needs no such right.
         FOR name IN
             SELECT oid::regprocedure::text FROM pg_proc
             WHERE pronamespace = ':schema'::regnamespace AND prorettype = 'trigger'::regtype
@@ -147,7 +147,7 @@ BEGIN
         GRANT USAGE ON SCHEMA :schema TO :schema_monitor;
         GRANT SELECT (
             id, topic, ordering_key, state, priority, available_at, attempt, failures, max_attempts, blocked, limited,
-            worker_id, cancel_requested_at, created_at, started_at, finished_at, xmax -- outbox_waiting: who locks it
+            worker_id, cancel_requested_at, created_at, started_at, finished_at, xmax -- outbox_waiting shows the transaction that locks a row
         ) ON outbox TO :schema_monitor;
         GRANT SELECT ON worker, topic, outbox_alert, migration, worker_present, outbox_front, outbox_depth,
             worker_status, worker_running, outbox_waiting, outbox_writer, outbox_hourly TO :schema_monitor;

@@ -1,29 +1,33 @@
 -- The claim.
 --
--- Lock order everywhere: the worker's row, then outbox rows by id, then session, then prompt. A claim that completes
--- nothing locks its rows before its worker's; it never waits for them. It can meet a rescue of that worker in a
--- deadlock, over an ordering_key that both hold rows of. Then one of the two is tried again.
+-- Helpers of the claim in other files: outbox_complete (finish.sql); outbox_take_key, outbox_topic_room (order.sql);
+-- outbox_lease_is_due, outbox_extend_lease (lease.sql). outwake/_claim.py has the statements that call the claim.
 --
--- Every write to a running row is fenced by (id, attempt, worker_id, state running). It changes nothing when the row
--- was rescued, cancelled or claimed again, and its row lock makes a rescue come wholly before or wholly after it.
+-- Lock order everywhere: the worker's row, then outbox rows by id, then session, then prompt. A claim that completes
+-- nothing locks its rows before its worker's row. It never waits for its rows. It can meet a rescue of that worker in a
+-- deadlock, if both have rows of the same ordering_key. Then one of the two is tried again.
+--
+-- Every write to a running row is fenced by (id, attempt, worker_id, state running). It changes nothing if the row was
+-- rescued, cancelled or claimed again. Its row lock makes a rescue come wholly before or wholly after it.
 --
 -- How the statements keep their plans. A plan lives as long as a connection, or until the next ANALYZE. A plan that was
--- made while a table was empty would read all of it, so no statement has a way to a row but its index:
---   * enable_seqscan is off. jit is off: before PostgreSQL 18 a scan that is off, and yet the only way, looks so
---     expensive that it would be compiled each time.
+-- made while a table was empty would read all of it. So a statement can reach a row only through an index:
+--   * enable_seqscan is off. jit is off too. Before PostgreSQL 18, a scan that is off but the only way looks so expensive
+--     that the statement would be compiled each time.
 --   * A statement that knows the id compares state as (state || ''). That keeps the planner from the partial indexes of
 --     running rows, which hold a dead entry for each row that finished since the last vacuum.
---   * A join by id is written as a range (>= and <=). It can be neither hashed nor merged. Nor is it turned around: with an
---     equality, a plan of an empty table reads outbox in full and looks for each row among the given ids
---     (test_empty_plans.py).
+--   * A join by id is written as a range (>= and <=). A range can be neither hashed nor merged, and the planner does not
+--     turn it around. With an equality, a plan of an empty table reads all of outbox and looks for each row among the
+--     given ids (test_empty_plans.py).
 --   * Rows that were found by another index are ordered by id + 0, which no index gives.
 --   * Where the first row of an ordering_key is asked for, the key is written as a range (>= and <=). With an equality
 --     the planner may read the table by id until it meets the key; with a range only outbox_key has the order.
 -- docs/profile.md has the figures.
 
 
--- The row of a worker that claims. to_write locks it, as a rescue does before it ends the lease. So a rescue comes either
--- before what the caller writes, and the error here undoes that, or after its commit, and then the rescue sees it.
+-- The row of a worker that claims (`turner`). to_write locks the row. A rescue locks it too, before it ends the lease. If
+-- the rescue is first, this raises an error, and nothing of the caller is written. If the rescue comes after the caller's
+-- commit, it sees what the caller wrote.
 CREATE OR REPLACE FUNCTION outbox_myself(turner uuid, connection integer, to_write boolean) RETURNS worker
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -39,8 +43,8 @@ BEGIN
     IF me.id IS NULL OR me.ended_at IS NOT NULL THEN
         RAISE EXCEPTION 'worker % has ended', turner USING ERRCODE = 'OW001';
     END IF;
-    -- A claim may be on its way, or wait for a lock, while its worker gives the connection up and comes back on another.
-    -- Nobody would hear of the rows that it takes.
+    -- A claim may be on its way, or wait for a lock, while its worker gives the connection up and comes back on another
+    -- one. The worker would not learn of the rows that such a claim takes.
     IF connection <> me.presence THEN
         RAISE EXCEPTION 'connection % of worker % was given up', connection, turner;
     END IF;
@@ -51,12 +55,12 @@ COMMENT ON FUNCTION outbox_myself(uuid, integer, boolean) IS
     'The row of a worker that has not ended, locked if it is to write. For the claim.';
 
 
--- The priorities that the claimable rows of a topic have, the highest first, by one descent of outbox_claimable each. It
+-- The priorities of a topic's claimable rows, the highest first. Each costs one descent of outbox_claimable. The function
 -- has no SET, so that the planner makes it part of the query that calls it.
 CREATE OR REPLACE FUNCTION outbox_priorities(topic_name text) RETURNS TABLE (priority smallint)
 LANGUAGE sql STABLE ROWS 2
 BEGIN ATOMIC
-    WITH RECURSIVE level AS (
+    WITH RECURSIVE step AS (
         SELECT (
             SELECT o.priority FROM :schema.outbox AS o
             WHERE o.topic = topic_name AND o.state = 'ready' AND NOT o.blocked
@@ -68,24 +72,25 @@ BEGIN ATOMIC
             WHERE o.topic = topic_name AND o.state = 'ready' AND NOT o.blocked AND o.priority < v.priority
             ORDER BY o.priority DESC LIMIT 1
         )
-        FROM level AS v
+        FROM step AS v
         WHERE v.priority IS NOT NULL
     )
-    SELECT v.priority FROM level AS v WHERE v.priority IS NOT NULL;
+    SELECT v.priority FROM step AS v WHERE v.priority IS NOT NULL;
 END;
 COMMENT ON FUNCTION outbox_priorities(text) IS 'The priorities that the claimable rows of a topic have. For the claim.';
 
 
--- A worker's cycle: ends what was completed and claims the next rows, in one commit and one round trip. Rows of the
--- result without a topic are completions that were fenced.
+-- A worker's cycle: ends the completed rows of the worker (`turner`) and claims its next rows, in one commit and one round
+-- trip. A row of the result without a topic is a completion that was fenced.
 --
--- A scan from the head of a topic reads past the entries of all rows that were claimed since the oldest snapshot that
--- anybody holds, because the server may not remove them. With priorities, since and since_ids, each as long as topics,
--- the scan begins there instead, in the order of available_at and id, and takes only rows of these priorities. Where
--- alone is true it takes only the row there. worker/engine/cursor.py tells when.
+-- A head scan reads past the index entries of all rows that were claimed since the oldest snapshot that anybody holds,
+-- because the server may not remove these entries. To begin at a cursor instead, a caller gives priorities, since and
+-- since_ids, each as long as topics. Then the scan of a topic begins at (since, since_id), in the order of available_at
+-- and id, and takes only rows of that priority. If alone is true, it takes only the row at that place.
+-- worker/engine/cursor.py decides where each scan begins.
 --
--- The plan is made once a connection. It must not depend on how large the table was then, so each row is found through
--- an index, in the order of the index.
+-- The plan is made once for each connection. It must not depend on how large the table was then. So each row is found
+-- through an index, in the order of the index.
 CREATE OR REPLACE FUNCTION outbox_complete_and_claim(
     turner uuid, ids bigint[], attempts integer[],
     topics text[], slots integer, lease interval, stay_parked boolean, connection integer DEFAULT NULL,
@@ -123,9 +128,9 @@ BEGIN
     moment := clock_timestamp();
     RETURN QUERY
     WITH
-    -- With topic and priority fixed, the due rows are one range of outbox_claimable, and neither delayed rows nor those of
-    -- other topics are read.
-    level AS (
+    -- The due rows of a lane (one topic and one priority) are one range of outbox_claimable. So neither delayed rows nor
+    -- rows of other topics are read.
+    lane AS (
         SELECT
             t.name,
             t.turn,
@@ -146,11 +151,11 @@ BEGIN
             SELECT q.priority FROM outbox_priorities(t.name) AS q WHERE t.since IS NULL
         ) AS p
     ),
-    -- MATERIALIZED, and pulled row by row through the LIMIT, so that no more than slots rows are locked.
+    -- MATERIALIZED, and read row by row through the LIMIT, so that no more rows are locked than there are slots.
     due AS MATERIALIZED (
         SELECT d.id, d.ordering_key, v.name, v.room, v.limited, v.timeout
         FROM (
-            SELECT * FROM level WHERE room > 0 ORDER BY priority DESC, turn
+            SELECT * FROM lane WHERE room > 0 ORDER BY priority DESC, turn
         ) AS v
         CROSS JOIN LATERAL (
             SELECT o.id, o.ordering_key
@@ -172,7 +177,7 @@ BEGIN
         FROM (
             SELECT id, ordering_key, limited, timeout FROM due WHERE NOT limited
             UNION ALL
-            -- Only rows of limited topics are numbered, over all their priorities.
+            -- Only rows of limited topics are numbered, across all priorities of a topic.
             SELECT id, ordering_key, limited, timeout
             FROM (SELECT *, row_number() OVER (PARTITION BY name) AS place FROM due WHERE limited) AS l
             WHERE place <= room
@@ -181,7 +186,7 @@ BEGIN
     )
     UPDATE outbox AS o
     SET state = 'running',
-        attempt = least(o.attempt, 2147483646) + 1, -- a row typed by hand may have any
+        attempt = least(o.attempt, 2147483646) + 1, -- a row that was typed by hand may have any number
         worker_id = turner,
         started_at = moment,
         limited = a.limited
@@ -202,16 +207,16 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_complete_and_claim(uuid, bigint[], integer[], text[], integer, interval, boolean, integer, smallint[], timestamptz[], bigint[], boolean[]) IS
-    'Ends completed rows and claims up to slots due rows of these topics in one commit: by priority, then in the order of topics given, then by age; extends the lease when it must. A worker whose slots are full is no longer parked. Rows without a topic are completions that were fenced.';
+    'Ends completed rows and claims up to slots due rows of these topics in one commit: by priority, then in the order of topics given, then by age. Extends the lease if that is due. A worker whose slots are full is no longer parked. A row without a topic is a completion that was fenced.';
 
 
--- Claims one row that a notification named: the first thing that a sleeping worker does. It takes only a row to which no
--- other rule of the claim above applies, and leaves any other to that. It never waits for a lock, because its connection
--- has to hear the next notification (worker/engine/listen.py).
+-- Claims one row that a notification named. A sleeping worker calls it before anything else. It takes only a row to which
+-- no other rule of the claim above applies, and leaves all other rows to that claim. It never waits for a lock, because
+-- its connection must hear the next notification (worker/engine/listen.py).
 -- 1. Lock the row, if it is due, has no ordering_key, and its topic has neither limit nor timeout.
 -- 2. Lock the worker's row, as every claim does, unless the worker has ended or has given this connection up.
--- 3. If either lock is unavailable, report whether the row still needs a claimer: its lock holder may roll back. If the
---    row is not ready, another worker took it. If this worker has ended, its next claim says so.
+-- 3. If either lock is unavailable, return the row without a topic if it is still ready, because the holder of the lock
+--    may roll back. If the row is not ready, another worker took it. If this worker has ended, its next claim says so.
 -- 4. Take the row.
 CREATE OR REPLACE FUNCTION outbox_claim_row(
     claimer uuid, row_id bigint, lease interval, stay_parked boolean DEFAULT true, connection integer DEFAULT NULL
@@ -232,7 +237,7 @@ BEGIN
       AND o.ordering_key IS NULL AND NOT EXISTS (SELECT FROM topic AS t WHERE t.name = o.topic)
     FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        -- Not the whole row, which would be slower (docs/profile.md).
+        -- Reads one value. The whole row would be slower (docs/profile.md).
         SELECT outbox_lease_is_due(w, moment, lease, stay_parked) INTO lease_is_due FROM worker AS w
         WHERE w.id = claimer AND w.ended_at IS NULL AND (w.presence = connection) IS NOT FALSE
         FOR NO KEY UPDATE SKIP LOCKED;
@@ -256,7 +261,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_claim_row(uuid, bigint, interval, boolean, integer) IS
-    'Claims one row that a notification told of. No row: it was taken; a row without a topic: it is to be looked for by outbox_claim.';
+    'Claims one row that a notification named. Returns no row if another worker took it, and a row without a topic if it is left to outbox_claim.';
 
 
 CREATE OR REPLACE FUNCTION outbox_claim(

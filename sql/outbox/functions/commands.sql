@@ -1,5 +1,5 @@
--- What a person may do. Each returns the row's new state, or null if there was nothing to do. They run with the owner's
--- rights, so that :schema_operator needs no right to write to the table.
+-- A person's commands for one row. Each returns the row's new state, or null if there was nothing to do. They run with the
+-- owner's rights, so that :schema_operator needs no right to write to the table.
 
 
 CREATE OR REPLACE FUNCTION outbox_cancel(row_id bigint) RETURNS text
@@ -7,11 +7,11 @@ LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
-    -- A ready row ends at once; a running one when its worker has stopped it.
+    -- A ready row ends at once. A running row ends when its worker has stopped it.
     UPDATE outbox
     SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
         state = CASE state WHEN 'ready' THEN 'cancelled' ELSE state END,
-        -- outbox_settle sets it where it is missing, and sees to the successor of a row that prunes.
+        -- outbox_settle sets a missing finished_at, and enqueues the successor of a row that prunes.
         finished_at = CASE WHEN state = 'ready' AND topic <> 'outbox.prune' THEN clock_timestamp() END,
         blocked = false
     WHERE id = row_id AND state IN ('ready', 'running')
@@ -21,7 +21,19 @@ COMMENT ON FUNCTION outbox_cancel(bigint) IS
     'Cancels a row: cancelled at once if it waits, running until its worker has stopped it; null if it had ended.';
 
 
--- A row whose unique_key is taken by now stays as it is, so that a statement over many rows goes on.
+-- The mark is durable, so it needs no handshake: a worker that misses the notification reads the mark when it renews.
+CREATE OR REPLACE FUNCTION outbox_cancel_requested() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = :schema, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_notify(':schema_cancel', NEW.id::text);
+    RETURN NULL;
+END
+$$;
+
+
+-- If another row has the unique_key by now, the row stays as it is, so that a statement over many rows goes on.
 CREATE OR REPLACE FUNCTION outbox_retry(row_id bigint) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp

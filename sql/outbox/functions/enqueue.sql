@@ -1,7 +1,8 @@
--- The producer's door for any driver and language. An INSERT of the same columns does the same, but for on_duplicate.
+-- The function by which any driver and language enqueues. An INSERT of the same columns does the same, without
+-- on_duplicate.
 
 
--- With the owner's rights: unique keys are shared by all topics, and a producer sees rows of its own topics alone.
+-- It has the owner's rights, because unique keys are shared by all topics, and a producer sees only rows of its own topics.
 CREATE OR REPLACE FUNCTION unique_key_holder(unique_key text) RETURNS bigint
 LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -13,7 +14,7 @@ $$;
 COMMENT ON FUNCTION unique_key_holder(text) IS 'The id of the unfinished row that has this unique_key; null if none has.';
 
 
--- With the caller's rights: a role enqueues what the policies of access.sql let it insert.
+-- It has the caller's rights: a role enqueues what the policies of access.sql let it insert.
 CREATE OR REPLACE FUNCTION enqueue(
     topic        text,
     payload      jsonb DEFAULT '{}',
@@ -70,7 +71,7 @@ BEGIN
             END IF;
         END IF;
         row_id := unique_key_holder(enqueue.unique_key);
-        -- Null: it ended between the statements, so that the key is free again.
+        -- Null: the row ended between the statements, so the key is free again.
         IF row_id IS NOT NULL THEN
             IF on_duplicate = 'keep' THEN
                 RETURN row_id;
@@ -81,5 +82,5 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION enqueue IS
+COMMENT ON FUNCTION enqueue(text, jsonb, text, integer, timestamptz, integer, text, text, text) IS
     'Enqueues one row in the caller''s transaction and returns its id. on_duplicate, for a unique_key that an unfinished row has: reject (an error), keep (the id of that row), replace (updates it; an error if it runs already, or is of a topic that the caller may not enqueue).';

@@ -1,10 +1,9 @@
 -- How an attempt ends: complete, fail, hand back, cancelled. All of it is fenced: see the head of claim.sql.
 
 
--- Ends rows whose handler returned. Returns the ids that were this worker's to end; the others are fenced.
--- A cancel that committed first wins.
--- One look through the key's index for all: a look for each row took 15 % more of 100, and 70 % more of one.
--- width_bucket finds a row's place in the sorted ids.
+-- Ends rows whose handler returned. Returns the ids of the rows that it ended. The others are fenced. A cancel that
+-- committed first wins. One scan of the primary key serves all rows (docs/profile.md). width_bucket finds the position of
+-- a row's id in the sorted ids.
 CREATE OR REPLACE FUNCTION outbox_complete(finisher uuid, ids bigint[], attempts integer[]) RETURNS SETOF bigint
 LANGUAGE sql VOLATILE ROWS 100
 SET search_path = :schema, pg_temp
@@ -51,18 +50,18 @@ COMMENT ON FUNCTION outbox_backoff(integer) IS 'How long to wait after so many f
 
 CREATE OR REPLACE FUNCTION outbox_error(row_errors jsonb, row_attempt integer, error text, worker uuid) RETURNS jsonb
 LANGUAGE sql STABLE
--- The last hundred errors, each bounded: a row that fails for ever must not grow for ever. What is no list, in a row
--- that was typed by hand, is no error of ours.
+-- Keeps the last hundred errors, and 4,000 characters of each, because a row may fail for ever. A row that was typed by
+-- hand may have a value that is not an array. That value is dropped.
 RETURN CASE WHEN jsonb_typeof(row_errors) <> 'array' THEN '[]'
             WHEN jsonb_array_length(row_errors) < 100 THEN row_errors
             ELSE row_errors - 0 END
     || jsonb_build_object(
         'attempt', row_attempt, 'at', clock_timestamp(), 'error', left(error, 4000), 'worker_id', worker);
 COMMENT ON FUNCTION outbox_error(jsonb, integer, text, uuid) IS
-    'A row''s errors with one more; the last hundred are kept.';
+    'A row''s errors and a new one; the last hundred are kept.';
 
 
--- delay: null means by backoff. permanent: retrying is useless.
+-- delay: null means by outbox_backoff. permanent: a retry is useless, so the row is dead at once.
 CREATE OR REPLACE FUNCTION outbox_fail(
     failer      uuid,
     row_id      bigint,
@@ -105,7 +104,7 @@ SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
     UPDATE outbox AS o
     SET state = CASE WHEN o.cancel_requested_at IS NULL THEN 'ready' ELSE 'cancelled' END,
-        -- outbox_settle sets it where it is missing, and sees to the successor of a row that prunes.
+        -- outbox_settle sets a missing finished_at, and enqueues the successor of a row that prunes.
         finished_at = CASE WHEN o.cancel_requested_at IS NOT NULL AND o.topic <> 'outbox.prune'
                            THEN clock_timestamp() END,
         available_at = CASE WHEN delay > interval '0' THEN clock_timestamp() + delay ELSE o.available_at END
@@ -115,12 +114,12 @@ AS $$
     RETURNING o.id
 $$;
 COMMENT ON FUNCTION outbox_hand_back(uuid, bigint[], integer[], interval) IS
-    'Gives claimed rows back without a failure: a drain, or a wait for something that is not there yet.';
+    'Gives claimed rows back without a failure, because of a drain or because what the handler needs is not there yet.';
 
 
--- Ends an attempt whose handler was stopped because of a cancel. If the row has no mark, the handler wrongly said that it
--- was cancelled, or a worker of an earlier version heard a notification late. Then the row goes back, after a second,
--- because such a handler would spin.
+-- Ends an attempt whose handler was stopped because of a cancel. The row may have no mark: the handler said without reason
+-- that it was cancelled, or a worker of an earlier version heard a notification late. Then the row is given back, and is
+-- due a second later, so that such a handler does not run without a pause.
 CREATE OR REPLACE FUNCTION outbox_end_cancelled(holder uuid, row_id bigint, row_attempt integer) RETURNS boolean
 LANGUAGE sql VOLATILE
 SET search_path = :schema, pg_temp
@@ -136,4 +135,4 @@ AS $$
     RETURNING o.state = 'cancelled'
 $$;
 COMMENT ON FUNCTION outbox_end_cancelled(uuid, bigint, integer) IS
-    'Ends a claimed row as cancelled once its handler has stopped; false if that was not asked for and the row went back, null if it is fenced.';
+    'Ends a claimed row as cancelled when its handler has stopped. False if no cancel was requested: the row is given back. Null if it is fenced.';

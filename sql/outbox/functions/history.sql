@@ -1,8 +1,8 @@
 -- What happened: throughput by hour, and the history of one row.
 
 
--- There is no index by time, which every finished row would pay for. Ids are nearly in the order of time,
--- so the newest rows by id are read, a bounded number of them.
+-- There is no index by time, because every finished row would pay for it. Ids are nearly in the order of time, so a bounded
+-- number of the newest rows by id is read.
 CREATE OR REPLACE FUNCTION outbox_throughput(span interval DEFAULT '24 hours', newest bigint DEFAULT 200000)
 RETURNS TABLE (
     hour timestamptz, topic text, done bigint, dead bigint, cancelled bigint,
@@ -35,7 +35,7 @@ AS $$
     ORDER BY 1 DESC, 2
 $$;
 COMMENT ON FUNCTION outbox_throughput(interval, bigint) IS
-    'What finished within span, by hour and topic, among the newest rows by id: how many, and the 50th, 95th and 99th percentile of how long done rows waited after they fell due, and ran, in their last attempt.';
+    'The rows that finished within span, by hour and topic, among the newest rows by id: how many, and the 50th, 95th and 99th percentile of how long the last attempt of a done row waited after the row fell due, and how long it ran.';
 
 
 CREATE OR REPLACE VIEW outbox_hourly WITH (security_invoker = true) AS
@@ -48,9 +48,9 @@ COMMENT ON VIEW outbox_hourly IS
 COMMENT ON COLUMN outbox_hourly.hour IS 'The hour in which the rows finished.';
 COMMENT ON COLUMN outbox_hourly.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_hourly.done IS 'Rows done.';
-COMMENT ON COLUMN outbox_hourly.dead IS 'Rows that died and are dead still.';
+COMMENT ON COLUMN outbox_hourly.dead IS 'Rows that became dead and are dead still.';
 COMMENT ON COLUMN outbox_hourly.cancelled IS 'Rows cancelled or discarded.';
-COMMENT ON COLUMN outbox_hourly.wait_p50 IS 'Half of the done rows started within this after they fell due.';
+COMMENT ON COLUMN outbox_hourly.wait_p50 IS 'Half of the done rows waited no longer than this after they fell due.';
 COMMENT ON COLUMN outbox_hourly.wait_p95 IS 'The same for 95 of 100.';
 COMMENT ON COLUMN outbox_hourly.wait_p99 IS 'The same for 99 of 100.';
 COMMENT ON COLUMN outbox_hourly.run_p50 IS 'Half of the last attempts of done rows took no longer.';
@@ -58,7 +58,8 @@ COMMENT ON COLUMN outbox_hourly.run_p95 IS 'The same for 95 of 100.';
 COMMENT ON COLUMN outbox_hourly.run_p99 IS 'The same for 99 of 100.';
 
 
--- One of outbox.errors. What is not as outbox_error writes it, in a row that was typed by hand, is null here.
+-- Reads one element of outbox.errors. A row that was typed by hand may have other elements than outbox_error writes. What
+-- cannot be read is null.
 CREATE OR REPLACE FUNCTION outbox_error_read(
     element jsonb, OUT at timestamptz, OUT attempt integer, OUT worker_id uuid, OUT error text
 )
@@ -70,7 +71,7 @@ BEGIN
     attempt := element ->> 'attempt';
     worker_id := element ->> 'worker_id';
     at := element ->> 'at';
-    IF at NOT BETWEEN '1970-01-01' AND '9999-12-30' THEN -- no form that programs read
+    IF at NOT BETWEEN '1970-01-01' AND '9999-12-30' THEN -- programs cannot read other years
         at := NULL;
     END IF;
 EXCEPTION

@@ -1,4 +1,5 @@
--- A worker's lease is one column of its row, worker.lease_until, kept only while it runs something: worker/engine/lease.py.
+-- A worker's lease is worker.lease_until, one for all its rows. It is kept only while the worker runs something. The
+-- worker's side is worker/engine/lease.py.
 
 
 CREATE OR REPLACE FUNCTION outbox_notify_lease(holder uuid, until timestamptz) RETURNS void
@@ -9,12 +10,12 @@ AS $$
     WHERE EXISTS (SELECT FROM worker WHERE parked AND id <> holder)
 $$;
 COMMENT ON FUNCTION outbox_notify_lease(uuid, timestamptz) IS
-    'Tells the parked workers, if there are others, when a lease will end. For the claim.';
+    'Notifies the other parked workers, if there are any, when a lease will end. For the claim.';
 
 
--- After a claim: the lease covers what was claimed, for half its length at least, and the flag is as is due. The worker
--- relies on the half: CLAIMED in worker/engine/lease.py. Asked apart, in SQL that becomes part of the caller's condition,
--- because a call of the other is slow and seldom due (docs/profile.md).
+-- Whether a worker that has claimed must extend its lease or clear its flag. After a claim at least half of the lease must
+-- be left. The worker relies on that half: CLAIMED in worker/engine/lease.py. It is a SQL function, so that it becomes part
+-- of the caller's condition. outbox_extend_lease is seldom due, and a call of it is slow (docs/profile.md).
 CREATE OR REPLACE FUNCTION outbox_lease_is_due(me worker, moment timestamptz, lease interval, stay_parked boolean) RETURNS boolean
 LANGUAGE sql STABLE
 RETURN me.lease_until IS NULL OR me.lease_until < moment + lease * 0.5 OR (me.parked AND NOT stay_parked);
@@ -28,8 +29,8 @@ SET search_path = :schema, pg_temp
 AS $$
 BEGIN
     IF me.lease_until IS NULL OR me.lease_until < moment THEN
-        -- A new deadline, while others may sleep: they bring their timers forward. Only a lease that had run out is
-        -- news. Others find an extended lease when the end that they know passes.
+        -- Sleeping workers must bring their timers forward to the new deadline. Only a lease that had run out is news to
+        -- them. They find a lease that was extended when the end that they know has passed.
         PERFORM outbox_notify_lease(me.id, clock_timestamp() + lease);
     END IF;
     UPDATE worker
@@ -38,50 +39,11 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_extend_lease(worker, timestamptz, interval, boolean) IS
-    'Extends the lease of a worker that has claimed, and takes its flag down unless it stays parked. For the claim.';
+    'Extends the lease of a worker that has claimed, and clears its flag unless it stays parked. For the claim.';
 
 
--- A worker is back on another connection, which it names by its presence. A claim whose answer was lost may have taken
--- rows that the worker does not know of. So all rows are given back but those that the worker says it runs.
-CREATE OR REPLACE FUNCTION outbox_reconnect(
-    worker_back uuid, connection integer, ids bigint[], attempts integer[]
-) RETURNS SETOF bigint
-LANGUAGE plpgsql VOLATILE ROWS 10
-SET search_path = :schema, pg_temp
-SET jit = off SET enable_seqscan = off
-AS $$
-DECLARE
-    me worker;
-BEGIN
-    SELECT w.* INTO me FROM worker AS w WHERE w.id = worker_back AND w.ended_at IS NULL FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'worker % has ended', worker_back USING ERRCODE = 'OW001';
-    END IF;
-    -- A worker's connections count upwards, and wrap at 2^31: half of the numbers are behind. A call on a connection that was given up may arrive while the worker sleeps
-    -- on a later one. It must neither clear the flag nor give back what runs by now.
-    IF (connection::bigint - me.presence + 2147483648) % 2147483648 >= 1073741824 THEN
-        RAISE EXCEPTION 'connection % of worker % was given up', connection, worker_back;
-    END IF;
-    UPDATE worker SET presence = connection, parked = false WHERE id = worker_back;
-    -- A statement of its own, whose snapshot shows the rows that a claim took while it held the worker's row.
-    RETURN QUERY
-    WITH lost AS MATERIALIZED (
-        SELECT o.id, o.attempt FROM outbox AS o
-        WHERE o.worker_id = worker_back AND o.state = 'running'
-          AND NOT EXISTS (
-              SELECT FROM unnest(ids, attempts) AS f (id, attempt)
-              WHERE f.id >= o.id AND f.id <= o.id AND f.attempt = o.attempt)
-        ORDER BY o.id + 0
-    )
-    SELECT outbox_hand_back(worker_back, array_agg(l.id), array_agg(l.attempt)) FROM lost AS l;
-END
-$$;
-COMMENT ON FUNCTION outbox_reconnect(uuid, integer, bigint[], integer[]) IS
-    'Makes a worker''s new connection known, and gives back what runs under its name and not in it; returns those ids.';
-
-
--- Extends the lease. Returns those of the given rows that the worker still runs, and whether each is to be cancelled. A
--- row that is missing was taken away, and its handler must stop.
+-- Extends the lease. Returns the given rows that the worker still runs, and whether each is to be cancelled. A row that is
+-- missing was taken away, and its handler must stop.
 CREATE OR REPLACE FUNCTION outbox_renew(renewer uuid, lease interval, ids bigint[], attempts integer[])
 RETURNS TABLE (id bigint, attempt integer, cancel boolean)
 LANGUAGE plpgsql VOLATILE
@@ -104,4 +66,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_renew(uuid, interval, bigint[], integer[]) IS
-    'Extends the lease; returns those of the rows that the worker still runs.';
+    'Extends the lease; returns the given rows that the worker still runs.';

@@ -1,19 +1,18 @@
--- Order and limits: of an ordering_key one row runs at a time, by id; of a limited topic no more than its limit.
+-- Order and limits. One row of an ordering_key runs at a time, by id. No more rows of a limited topic run than its limit.
 
 
--- The end of a row frees its ordering_key: the next row by id may run. So does a row that stops running
--- and stays unfinished (a retry, a hand-back): while it ran, a row with a lower id may have been committed
--- late and been blocked by it; were it left so, each of the two would wait for the other.
--- Both this and the claim (outbox_take_key) decide under the key's lock and in a snapshot taken after it,
--- so that a row is never marked blocked by a claim that missed the end, nor left blocked by an end that
--- missed the mark.
+-- The end of a row frees its ordering_key: the next row by id may run. A row that stops running and stays unfinished (a
+-- retry, a hand-back) frees its key too. While it ran, a row with a lower id may have been committed late and been blocked
+-- by it. If that row stayed blocked, each of the two would wait for the other.
+-- This function and the claim (outbox_take_key) both decide under the key's lock, in a snapshot taken after it. So no claim
+-- that missed the end marks a row blocked, and no end that missed the mark leaves a row blocked.
 CREATE OR REPLACE FUNCTION outbox_free_key() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' AND NEW.blocked AND NEW.state <> 'ready' THEN -- by hand: nothing else blocks such a row
+    IF TG_OP = 'UPDATE' AND NEW.blocked AND NEW.state <> 'ready' THEN -- only a person at psql blocks such a row
         UPDATE outbox SET blocked = false WHERE id = NEW.id;
     END IF;
     IF OLD.state NOT IN ('ready', 'running')
@@ -44,11 +43,12 @@ $$;
 
 
 -- Whether this row of an ordering_key may start. A claim calls it for a row that it has locked.
--- 1. Try the key's lock. If another transaction holds it, that one is deciding about this key. The row stays due, and
---    is looked at again.
--- 2. In a snapshot taken after that (so there are two statements; the claim's own snapshot is older): a row of the key
---    that runs, or an unfinished row with a lower id, comes first. Then mark this row blocked. That takes it out of the
---    claim's index until the end of the other row clears the mark (outbox_free_key).
+-- 1. Try the key's lock. If another transaction holds it, that transaction is deciding about this key. The row stays due,
+--    and a later scan finds it.
+-- 2. Look for a row that comes first: a row of the key that runs, or an unfinished row with a lower id. This needs a
+--    snapshot taken after the lock, so it is a statement of its own: the claim's snapshot is older.
+-- 3. If there is such a row, mark this row blocked. That takes it out of the claim's index, until the end of the other row
+--    clears the mark (outbox_free_key).
 CREATE OR REPLACE FUNCTION outbox_take_key(key text, row_id bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -57,7 +57,8 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(:lock_key, hashtext(key)) THEN
         RETURN false;
     END IF;
-    -- Each asks an index for one row. One EXISTS with "a lower id, or running" would read the whole queue of a key.
+    -- Each of the two queries reads one row of an index. One EXISTS with "a lower id, or running" would read the whole
+    -- queue of a key.
     IF (
         SELECT o.id FROM outbox AS o
         WHERE o.ordering_key >= key AND o.ordering_key <= key AND o.state IN ('ready', 'running')
@@ -67,8 +68,8 @@ BEGIN
         SELECT FROM outbox AS o
         WHERE o.ordering_key = key AND o.state = 'running' AND o.id <> row_id
     ) THEN
-        -- All rows that wait behind it too, else claims would read a long queue of one key row by row. This never
-        -- waits: a row that another claim has locked is marked by the claim that meets it next.
+        -- Marks all rows that wait behind it too. Otherwise claims would read a long queue of one key row by row. This
+        -- never waits. A row that another claim has locked is marked by the claim that meets it next.
         UPDATE outbox SET blocked = true
         WHERE id IN (
             SELECT o.id FROM outbox AS o
@@ -87,8 +88,8 @@ COMMENT ON FUNCTION outbox_take_key(text, bigint) IS
     'Whether this row of an ordering_key may start now; takes the key''s lock until commit. For the claim.';
 
 
--- How many rows of a limited topic may start. They are counted under the topic's lock and in a snapshot taken after it,
--- else two workers would count the same free place.
+-- How many rows of a limited topic may start. They are counted under the topic's lock and in a snapshot taken after it.
+-- Otherwise two workers would count the same free place.
 CREATE OR REPLACE FUNCTION outbox_topic_room(name text, max_running integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -104,3 +105,29 @@ END
 $$;
 COMMENT ON FUNCTION outbox_topic_room(text, integer) IS
     'How many rows of a limited topic may start; takes the topic''s lock until commit. For the claim.';
+
+
+-- A row that stops running makes room under its topic's limit.
+CREATE OR REPLACE FUNCTION outbox_made_room() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = :schema, pg_temp
+AS $$
+BEGIN
+    IF OLD.state = 'running' AND (TG_OP = 'DELETE' OR NEW.state <> 'running') THEN
+        PERFORM outbox_notify(OLD.topic, clock_timestamp());
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+
+-- A limit that is raised or taken away makes room too.
+CREATE OR REPLACE FUNCTION topic_changed() RETURNS trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = :schema, pg_temp
+AS $$
+BEGIN
+    PERFORM outbox_notify(OLD.name, clock_timestamp());
+    RETURN NULL;
+END
+$$;

@@ -1,7 +1,7 @@
--- The steps of parking and of standing by that the database does: worker/engine/parking.py, worker/engine/backup.py.
+-- The database's steps of parking (worker/engine/parking.py) and of backup workers (worker/engine/backup.py).
 
 
--- Standing by, step 2 (worker/engine/backup.py).
+-- A named worker without a free slot calls it (worker/engine/backup.py).
 CREATE OR REPLACE FUNCTION outbox_pass_on(ids bigint[]) RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = :schema, pg_temp
@@ -13,11 +13,11 @@ AS $$
     WHERE o.state || '' = 'ready'
 $$;
 COMMENT ON FUNCTION outbox_pass_on(bigint[]) IS
-    'Tells the parked workers of rows that the one named for them has no slot for.';
+    'Notifies the parked workers of rows for which the named worker has no free slot.';
 
 
--- Standing by, steps 3 and 4. A row that has been claimed once is not waited for, because whatever made it ready again
--- has notified. A worker whose row is locked is claiming, so it is awake.
+-- A backup worker calls it (worker/engine/backup.py). A row that has been claimed once is left out, because the write that
+-- made it ready again has notified. A worker whose row is locked keeps its flag: it is claiming, so it is awake.
 CREATE OR REPLACE FUNCTION outbox_stand_in(ids bigint[], named integer[]) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE ROWS 10
 SET search_path = :schema, pg_temp
@@ -25,7 +25,7 @@ SET jit = off SET enable_seqscan = off
 AS $$
 DECLARE
     row_id  bigint;
-    absent  integer; -- the presence of the one that was named
+    absent  integer; -- the presence of the named worker
     sleeper uuid;
 BEGIN
     FOR row_id, absent IN
@@ -47,11 +47,11 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_stand_in(bigint[], integer[]) IS
-    'Which of these rows still wait, though workers were named for them by presence; takes the flags of those down.';
+    'Which of these rows still wait, although a worker was named for each (by its presence). Clears the flags of those workers.';
 
 
--- Parking, step 1 (worker/engine/parking.py). Also clears the flags of sleepers that died: they would make every producer notify
--- for nothing.
+-- Parking, step 1 (worker/engine/parking.py). Also clears the flags of sleepers that died, because every producer would
+-- notify for nothing.
 CREATE OR REPLACE FUNCTION outbox_park(parker uuid) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -61,9 +61,9 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'worker % has ended', parker USING ERRCODE = 'OW001';
     END IF;
-    -- A sleeper may reconnect while this waits for another row. Then the condition is evaluated again, for the new row.
-    -- In a join (worker_present, or EXISTS) the other side would stay as it was, and the flag of a sleeping worker would
-    -- be cleared. A count is evaluated anew.
+    -- A sleeper may reconnect while this statement waits for its row. Then the server evaluates the condition again, for
+    -- the new version of the row. It does not evaluate the other side of a join again (worker_present, or EXISTS), and the
+    -- flag of a sleeping worker would be cleared. It does evaluate a count again.
     UPDATE worker
     SET parked = false
     WHERE parked AND id <> parker
@@ -78,9 +78,9 @@ $$;
 COMMENT ON FUNCTION outbox_park(uuid) IS 'Parking, step 1: says that this worker sleeps, so that producers notify.';
 
 
--- Parking, step 2. Only granted locks count: a transaction that still waits for the lock has yet to look for parked
--- workers. First the sequence is set, so that inserts look again. The lock is held to the end, so that outbox_all_awake
--- cannot act on a look from before.
+-- Parking, step 2. Only granted locks count, because a transaction that still waits for the lock reads later which workers
+-- are parked. The sequence is set first, so that inserts read that again. The lock is held to the end, so that
+-- outbox_all_awake cannot act on what it read before.
 CREATE OR REPLACE FUNCTION outbox_writers() RETURNS text[]
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -100,4 +100,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_writers() IS
-    'Parking, step 2: the transactions that may have written to outbox and not committed yet.';
+    'Parking, step 2: the open transactions that may have written to outbox.';

@@ -1,6 +1,6 @@
--- Housekeeping: a row of topic outbox.prune deletes what is past its retention, in small batches, and schedules its
--- successor in the transaction that ends it (worker/handlers/prune.py). Dead rows are kept until somebody retries or
--- discards them. The row can be cancelled, but pruning does not end with it: outbox_settle calls outbox_prune_later.
+-- Housekeeping. The handler of topic outbox.prune (worker/handlers/prune.py) deletes what is past its retention, in small
+-- batches. The transaction that ends its row enqueues the successor of the row. Dead rows are kept until somebody retries
+-- or discards them. If the row is cancelled, pruning goes on: outbox_settle calls outbox_prune_later.
 
 
 CREATE OR REPLACE FUNCTION outbox_prune_later() RETURNS void
@@ -12,11 +12,11 @@ AS $$
     ON CONFLICT DO NOTHING
 $$;
 COMMENT ON FUNCTION outbox_prune_later() IS
-    'Enqueues the row that prunes, for in an hour, unless there is one.';
+    'Enqueues the row that prunes, due in an hour, unless there is one.';
 
 
--- One page of the outbox by id. Ids are nearly in the order of time, so that the end is where a page holds
--- nothing older than before: next_id is null there.
+-- One page of the outbox by id. Ids are nearly in the order of time. So a page without a row older than `before` is the
+-- last one, and next_id is null.
 CREATE OR REPLACE FUNCTION outbox_prune(
     before timestamptz, from_id bigint, page_size integer,
     OUT deleted integer, OUT next_id bigint

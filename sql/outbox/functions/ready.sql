@@ -1,8 +1,8 @@
--- Is all well? One answer for readiness, and the alerts about rows that wait too long.
+-- Readiness in one answer, and the alerts about rows that wait too long.
 
 
--- Readiness: somebody is there, and nothing waits too long. A paused topic waits because it was told to. With the
--- owner's rights, so that it tells the truth also to a role that row-level security shows only some rows.
+-- Ready means that a worker is present and nothing waits too long. A paused topic does not count. It has the owner's
+-- rights, so that its answer is the same for a role that row-level security shows only some rows.
 CREATE OR REPLACE FUNCTION outbox_ready(
     longest_wait interval DEFAULT '1 minute',
     OUT ready boolean, OUT stuck boolean, OUT workers integer, OUT oldest_due interval,
@@ -42,7 +42,7 @@ AS $$
     ) AS f ON true
 $$;
 COMMENT ON FUNCTION outbox_ready(interval) IS
-    'Whether a worker is present, no trigger of outbox is disabled and no row has been due for longer than longest_wait; if not, why. Cheap however many rows wait.';
+    'Whether a worker is present, no trigger of outbox is disabled and no row has been due for longer than longest_wait; if not, why. Its cost does not grow with the rows that wait.';
 
 
 CREATE OR REPLACE FUNCTION outbox_stuck(stuck_after interval)
@@ -58,7 +58,7 @@ AS $$
         LEFT JOIN topic AS t ON t.name = f.topic
         WHERE f.available_at < statement_timestamp() - stuck_after AND t.max_running IS DISTINCT FROM 0
         UNION ALL
-        -- A dead worker's rows, which nobody is there to rescue.
+        -- Rows of a dead worker that nobody rescues.
         SELECT o.topic, o.id, w.lease_until
         FROM outbox AS o
         JOIN worker AS w ON w.id = o.worker_id
@@ -68,7 +68,7 @@ AS $$
     ORDER BY s.topic, s.since, s.id
 $$;
 COMMENT ON FUNCTION outbox_stuck(interval) IS
-    'For each topic the row that has been due longest, if longer than stuck_after, and why. Rows that wait for their key or in a paused topic are not stuck.';
+    'For each topic the row that has been due longest, if that is longer than stuck_after, and why it waits. Rows that wait for their key or in a paused topic are not stuck.';
 
 
 CREATE OR REPLACE FUNCTION outbox_stuck_report(stuck_after interval, repeat interval)
@@ -100,7 +100,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_stuck_report(interval, interval) IS
-    'What is to be reported now: topics that are stuck and were not reported within repeat, and those that no longer are (stuck is false). Each is returned to one caller only.';
+    'What is to be reported now: topics that are stuck and were not reported within repeat, and reported topics that are no longer stuck (stuck is false). Each is returned to one caller only.';
 
 
 CREATE OR REPLACE FUNCTION outbox_stuck_deadline(stuck_after interval) RETURNS interval
@@ -119,9 +119,9 @@ AS $$
         WHERE w.ended_at IS NULL AND w.lease_until IS NOT NULL
           AND EXISTS (SELECT FROM outbox AS o WHERE o.worker_id = w.id AND o.state = 'running')
         UNION ALL
-        -- Reported ones: to say when they no longer are.
+        -- Reported topics, so that their end is reported too.
         SELECT a.since FROM outbox_alert AS a
     ) AS d
 $$;
 COMMENT ON FUNCTION outbox_stuck_deadline(interval) IS
-    'When outbox_stuck_report has something to say at the earliest, as an interval from now; null: nothing is under way.';
+    'The earliest moment at which outbox_stuck_report may have something to report, as an interval from now; null: there is none.';

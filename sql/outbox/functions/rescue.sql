@@ -1,9 +1,9 @@
 -- The end of a worker's life, and what becomes of its rows.
 
 
--- The end of a worker's life frees its rows, whoever ended it: a rescue, a parent that saw its child die,
--- or a DELETE typed into psql. The worker's row has been locked by the statement that ended it; the rows
--- are freed by a new one, whose snapshot shows what a claim in flight had claimed.
+-- The end of a worker's life frees its rows. A rescue may end it, a parent that saw its child die, or a DELETE typed into
+-- psql. The statement that ended it has locked the worker's row. A new statement frees the rows, and its snapshot shows
+-- what a claim in flight had claimed.
 CREATE OR REPLACE FUNCTION worker_ended() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -15,13 +15,13 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     IF TG_OP = 'DELETE' THEN
-        -- Nothing would be left of the worker to keep a lease for a row that is locked: wait for it.
+        -- Wait for locked rows. A deleted worker has no row left that could keep a lease for them.
         PERFORM FROM outbox WHERE worker_id = OLD.id AND state = 'running' ORDER BY id + 0 FOR UPDATE;
     END IF;
     PERFORM outbox_free(OLD.id, CASE WHEN TG_OP = 'DELETE' THEN 'its worker was deleted'
                                      ELSE coalesce(NEW.end_reason, 'its worker was ended') END);
-    -- Unless the worker left by itself, it may be alive and asleep, and its flag is cleared, so nobody would ever notify
-    -- it. Woken, it learns that its life was ended and comes back under a new id.
+    -- A worker that did not leave by itself may be alive and asleep. Its flag is cleared, so nobody would notify it. When
+    -- it is woken here, it learns that its life was ended, and comes back under a new id.
     IF OLD.ended_at IS NULL AND (TG_OP = 'DELETE' OR NEW.end_reason IS DISTINCT FROM 'left') THEN
         PERFORM pg_notify(':schema_wake', '#' || OLD.id || '@0');
     END IF;
@@ -31,8 +31,8 @@ $$;
 
 
 -- Does not wait for a locked row. The server may keep a fenced transaction of the dead worker open, and a rescuer that
--- waited for it could not renew its own lease. When a row is left over, the ended worker keeps a lease, so that others
--- go on looking (outbox_next_deadline, outbox_rescue). Sleepers are told, because they may know only its old lease.
+-- waited for it could not renew its own lease. If a row is left over, the ended worker keeps a lease, so that others try
+-- again (outbox_next_deadline, outbox_rescue). Sleepers are notified, because they may know only its old lease.
 CREATE OR REPLACE FUNCTION outbox_free(lost_worker uuid, reason text) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -57,7 +57,7 @@ BEGIN
             WHEN o.cancel_requested_at IS NOT NULL OR o.failures >= o.max_attempts - 1 THEN clock_timestamp()
         END,
         failures = least(o.failures, 2147483646) + 1,
-        -- The first time at once. A row that kills one worker after the other backs off.
+        -- After its first failure a row is due at once. A row that kills one worker after the other backs off.
         available_at = CASE
             WHEN o.failures = 0 THEN o.available_at
             ELSE clock_timestamp() + outbox_backoff(o.failures)
@@ -76,7 +76,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_free(uuid, text) IS
-    'Gives back what a dead worker ran, a failure counted; returns how many rows. The end of its life calls it.';
+    'Gives back the rows that a dead worker ran, and counts a failure of each; returns how many. The end of the worker''s life calls it.';
 
 
 CREATE OR REPLACE FUNCTION outbox_end_worker(dead uuid, reason text) RETURNS boolean
@@ -89,7 +89,7 @@ AS $$
     RETURNING true
 $$;
 COMMENT ON FUNCTION outbox_end_worker(uuid, text) IS
-    'Ends the life of a worker known to be dead, which frees its rows; null if it had ended.';
+    'Ends the life of a worker that is known to be dead, which frees its rows; null if it had ended before.';
 
 
 -- Ends the workers whose lease ran out while they ran something. A lease counts as run out only if the server has been
@@ -118,7 +118,7 @@ BEGIN
             PERFORM outbox_end_worker(lost, 'its lease ran out');
             rescued := rescued + 1;
         ELSE
-            UPDATE worker SET lease_until = NULL WHERE id = lost; -- idle: it keeps none
+            UPDATE worker SET lease_until = NULL WHERE id = lost; -- an idle worker keeps none
         END IF;
     END LOOP;
     -- Rows that were locked when their worker's life was ended.

@@ -1,16 +1,16 @@
--- What a worker asks when no row came: until when it may sleep, and what its claims do not see.
+-- What a worker asks when a scan found no row: until when it may sleep, and what its cursor scans do not see.
 
 
--- The next moment at which this worker must look without being told, as an interval from now: a row of
--- its topics falls due, or another worker's lease ends. Zero or less: a due row was only skipped as
--- locked, or a rescue is due. Null: nothing is scheduled, sleep until a notification.
+-- The next moments at which this worker (`looker`) must scan without being told, as intervals from now: a row of its
+-- topics falls due, or another worker's lease ends. Zero or less: a due row was only skipped as locked, or a rescue is
+-- due. Null: nothing is scheduled, so the worker sleeps until a notification.
 CREATE OR REPLACE FUNCTION outbox_next_deadline(
     looker uuid, topics text[], lease interval, connected interval,
     OUT row_due interval, OUT lease_end interval, OUT server_time timestamptz
 )
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
--- Planned once, as the claim is: planning anew took two thirds of the 0.65 ms that a call took.
+-- Planned once, as the claim is (docs/profile.md).
 SET plan_cache_mode = force_generic_plan
 SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
@@ -31,7 +31,7 @@ BEGIN
         ORDER BY o.available_at, o.id
         LIMIT 1
     ) AS d
-    -- Where a limit leaves no room, nothing is due. The end that makes room notifies.
+    -- If a limit leaves no room, nothing is due. The end that makes room notifies.
     WHERE l.max_running IS NULL OR l.max_running > (
         SELECT count(*) FROM outbox AS o WHERE o.topic = t.name AND o.state = 'running' AND o.limited
     );
@@ -49,13 +49,14 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_next_deadline(uuid, text[], interval, interval) IS
-    'When this worker must look again without being told: the next row due, the next lease end.';
+    'When this worker must scan again without being told: the next row due, the next lease end.';
 
 
--- What a claim that begins at these ends does not see (worker/engine/cursor.py): for each topic and priority the claimable rows
--- before its end, at_most of them, and the first row after it; without an end the first row alone. It reads each entry
--- of the index once, and there may be millions of them, so it runs on a connection that nobody waits for. Every
--- statement has a snapshot of its own (VOLATILE), so no snapshot is held for as long as the whole takes.
+-- The background scan (worker/engine/background.py): what claims that begin at the cursors do not see. known and
+-- priorities name the lanes, ends and end_ids the cursor of each. For each lane it returns the claimable rows before the
+-- cursor, at most at_most of them, and the first row after it. For a lane without a cursor it returns the first row only.
+-- It reads each entry of the index once. There may be millions of them, so it runs on a connection that nobody waits for.
+-- It is VOLATILE: each statement has a snapshot of its own, so no snapshot is held for the whole time.
 CREATE OR REPLACE FUNCTION outbox_scout(
     topics text[], known text[], priorities smallint[], ends timestamptz[], end_ids bigint[], at_most integer
 ) RETURNS TABLE (topic text, priority smallint, available_at timestamptz, id bigint, due_in double precision)
@@ -67,7 +68,7 @@ AS $$
 #variable_conflict use_column
 DECLARE
     name     text;
-    below    integer; -- the priority looked at, and all that are lower
+    below    integer; -- the priority that is read; the next one is below it
     from_at  timestamptz;
     from_id  bigint;
     until_at timestamptz;
@@ -77,7 +78,7 @@ BEGIN
         SELECT t.name
         FROM unnest(topics) AS t (name)
         LEFT JOIN topic AS l ON l.name = t.name
-        -- Where a limit leaves no room, nothing is due. The end that makes room notifies.
+        -- If a limit leaves no room, nothing is due. The end that makes room notifies.
         WHERE l.max_running IS NULL OR l.max_running > (
             SELECT count(*) FROM outbox AS o WHERE o.topic = t.name AND o.state = 'running' AND o.limited
         )
@@ -123,4 +124,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION outbox_scout(text[], text[], smallint[], timestamptz[], bigint[], integer) IS
-    'What a worker whose looks do not begin at the front does not see: rows before these ends, and the first after each. For the worker.';
+    'What a worker whose scans begin at cursors does not see: rows before these cursors, and the first row after each. For the worker.';

@@ -1,6 +1,6 @@
--- When the functions of the other files are called. They are apart because CREATE TRIGGER waits for every transaction
--- that has written to the table; a change of a function alone does not. ALWAYS: also in a replication role that
--- turns ordinary triggers off.
+-- When the functions of the other files are called. Triggers have a file of their own, because CREATE TRIGGER waits for
+-- every transaction that has written to the table, and a change of a function does not. ALWAYS: a trigger also fires in a
+-- replication role, which turns ordinary triggers off.
 
 
 CREATE OR REPLACE TRIGGER outbox_inserted

@@ -1,11 +1,11 @@
--- What a person at psql looks at, and what metrics, readiness, `outwake status` and the dashboard read. Everybody sees
--- the same, made by the same query.
+-- The views that metrics, readiness, `outwake status`, the dashboard and a person at psql read. All of them see the same,
+-- because one query makes it.
 --
 --   worker_present   the workers that are alive
 --   outbox_depth     how many rows wait, run or are dead, by topic, and how old the oldest is
 --   outbox_waiting   every row that waits or is dead, and why; a row that has waited long is stuck
---   worker_status    the workers: who is there, what they do, whose lease ran out
---   worker_running   who runs what since when
+--   worker_status    the workers: which are there, what each does, whose lease ran out
+--   worker_running   which worker runs which row, and since when
 --   outbox_writer    transactions that write to outbox now; a worker that falls asleep waits for them
 --   outbox_hourly, outbox_history, outbox_ready    in the files history and ready
 --
@@ -37,11 +37,11 @@ WHERE w.ended_at IS NULL
 COMMENT ON VIEW worker_present IS 'The workers that are alive: their LISTEN connection holds their presence lock.';
 
 
--- Where due rows begin: one row for each topic and priority that has claimable rows, found by a few descents of
--- outbox_claimable, however many rows wait. Each is the first in the index's order, so that no entry is read twice:
--- while somebody holds an old snapshot, there may be millions of entries before it.
+-- The first claimable row of each lane (one topic and one priority). Each costs one descent of outbox_claimable, however
+-- many rows wait. It is the first in the order of the index, so no entry is read twice. While somebody holds an old
+-- snapshot, there may be millions of entries before it.
 CREATE OR REPLACE VIEW outbox_front WITH (security_invoker = true) AS
-WITH RECURSIVE level AS (
+WITH RECURSIVE lane AS (
     (
         SELECT o.topic, o.priority, o.id, o.available_at FROM outbox AS o
         WHERE o.state = 'ready' AND NOT o.blocked
@@ -50,9 +50,9 @@ WITH RECURSIVE level AS (
     )
     UNION ALL
     SELECT n.topic, n.priority, n.id, n.available_at
-    FROM level AS v
+    FROM lane AS v
     CROSS JOIN LATERAL (
-        -- The next priority of this topic, else the next topic: the first that has a row.
+        -- The next lane that has a row: a lower priority of this topic, or else the next topic.
         (
             SELECT o.topic, o.priority, o.id, o.available_at FROM outbox AS o
             WHERE o.state = 'ready' AND NOT o.blocked AND o.topic = v.topic AND o.priority < v.priority
@@ -69,16 +69,16 @@ WITH RECURSIVE level AS (
         LIMIT 1
     ) AS n
 )
-SELECT v.topic, v.priority, v.id, v.available_at FROM level AS v;
+SELECT v.topic, v.priority, v.id, v.available_at FROM lane AS v;
 COMMENT ON VIEW outbox_front IS
-    'The claimable row that is or falls due first, for each topic and priority; cheap however many wait.';
+    'The claimable row that is or falls due first, for each topic and priority. Its cost does not grow with the rows that wait.';
 COMMENT ON COLUMN outbox_front.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_front.priority IS 'Priority.';
 COMMENT ON COLUMN outbox_front.id IS 'outbox.id of the first row.';
 COMMENT ON COLUMN outbox_front.available_at IS 'Since when it is due, or when it will be.';
 
 
--- Each part reads one partial index; done and cancelled rows are in none of them.
+-- Each part reads one partial index. Done and cancelled rows are in none of them.
 CREATE OR REPLACE VIEW outbox_depth WITH (security_invoker = true) AS
 SELECT d.topic, d.state,
        CASE WHEN d.wait = 'due' AND t.max_running = 0 THEN 'paused' ELSE d.wait END AS wait,
@@ -144,7 +144,7 @@ CROSS JOIN LATERAL (
 ) AS r
 WHERE w.ended_at IS NULL OR w.ended_at > statement_timestamp() - interval '1 hour';
 COMMENT ON VIEW worker_status IS
-    'The workers that are there, those that should be, and those that ended within the last hour.';
+    'The workers that are present, those that should be, and those that ended within the last hour.';
 COMMENT ON COLUMN worker_status.id IS 'worker.id, as in outbox.worker_id.';
 COMMENT ON COLUMN worker_status.host IS 'Its host name.';
 COMMENT ON COLUMN worker_status.pid IS 'Its process id there.';
@@ -163,8 +163,8 @@ COMMENT ON COLUMN worker_status.ended_at IS 'When it left or was ended.';
 COMMENT ON COLUMN worker_status.end_reason IS 'Why, if it did not leave by itself.';
 
 
--- A role that may not read errors and payloads, as :schema_monitor, sees null there and everything else of a view. A view
--- that named the column itself would refuse such a role as a whole.
+-- For a role that may not read errors and payloads, such as :schema_monitor. A view that reads the column by this function
+-- shows null to such a role. A view that named the column itself would refuse the role as a whole.
 CREATE OR REPLACE FUNCTION outbox_last_error(row_id bigint) RETURNS text
 LANGUAGE plpgsql STABLE
 SET search_path = :schema, pg_temp
@@ -205,13 +205,13 @@ SELECT
 FROM outbox AS o
 LEFT JOIN worker AS w ON w.id = o.worker_id
 WHERE o.state = 'running';
-COMMENT ON VIEW worker_running IS 'Who runs what since when: one row for each running row of outbox.';
+COMMENT ON VIEW worker_running IS 'Which worker runs which row, and since when: one row for each running row of outbox.';
 COMMENT ON COLUMN worker_running.id IS 'outbox.id.';
 COMMENT ON COLUMN worker_running.topic IS 'Topic.';
 COMMENT ON COLUMN worker_running.attempt IS 'Which attempt.';
 COMMENT ON COLUMN worker_running.started_at IS 'When it was claimed.';
 COMMENT ON COLUMN worker_running.running_for IS 'How long ago that was.';
-COMMENT ON COLUMN worker_running.worker_id IS 'Who runs it.';
+COMMENT ON COLUMN worker_running.worker_id IS 'The worker that runs it.';
 COMMENT ON COLUMN worker_running.host IS 'On which host; null: no such worker.';
 COMMENT ON COLUMN worker_running.pid IS 'In which process.';
 COMMENT ON COLUMN worker_running.lease_left IS 'When negative, a rescue is due.';
@@ -220,8 +220,8 @@ COMMENT ON COLUMN worker_running.ordering_key IS 'Its ordering_key.';
 COMMENT ON COLUMN worker_running.session_id IS 'The session it works on, if any.';
 
 
--- Rows that are written while a trigger of outbox is off wake nobody. 'A' is how triggers.sql leaves them; 'O' fires too,
--- but in a replication role.
+-- A row that is written while a trigger of outbox is off wakes nobody. triggers.sql leaves each trigger at 'A' (always).
+-- One at 'O' fires too, except in a replication role.
 CREATE OR REPLACE FUNCTION outbox_triggers_off() RETURNS text
 LANGUAGE sql STABLE
 SET search_path = :schema, pg_temp
@@ -257,8 +257,8 @@ limits AS MATERIALIZED (
     FROM topic AS t
     WHERE t.max_running IS NOT NULL
 ),
--- Transactions that have been open for a while and have changed something: one of them may hold a row's lock. A claim
--- holds one too, but not for long. (A role may not see since when the sessions of other roles are open.)
+-- Transactions that have been open for a while and have changed something. One of them may hold a row's lock. A claim holds
+-- one too, but not for long. A role may be unable to see since when transactions of other roles are open.
 open_transaction AS MATERIALIZED (
     SELECT l.transactionid, l.pid
     FROM pg_locks AS l
@@ -360,7 +360,7 @@ CROSS JOIN LATERAL (
 ) AS y
 WHERE y.reason IS NOT NULL;
 COMMENT ON VIEW outbox_waiting IS
-    'Every row that waits for something or is dead, and why. Stuck is what has waited long: WHERE waited > ''1 minute'' ORDER BY waited DESC.';
+    'Every row that waits for something or is dead, and why. A row that has waited long is stuck: WHERE waited > ''1 minute'' ORDER BY waited DESC.';
 COMMENT ON COLUMN outbox_waiting.id IS 'outbox.id.';
 COMMENT ON COLUMN outbox_waiting.topic IS 'Topic.';
 COMMENT ON COLUMN outbox_waiting.state IS 'outbox.state.';
@@ -391,12 +391,12 @@ FROM (
 ) AS l
 LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid;
 COMMENT ON VIEW outbox_writer IS
-    'Transactions that may have written to outbox and are still open. Until those that were open when it wanted to sleep have ended, a worker looks again each second at most, instead of sleeping.';
-COMMENT ON COLUMN outbox_writer.pid IS 'Whose; null: a prepared transaction (pg_prepared_xacts).';
+    'Open transactions that may have written to outbox. A worker that wants to sleep scans again, at most once a second, until those that are open at that moment have ended.';
+COMMENT ON COLUMN outbox_writer.pid IS 'The process that it belongs to; null: a prepared transaction (pg_prepared_xacts).';
 COMMENT ON COLUMN outbox_writer.virtualtransaction IS 'As in pg_locks.';
 COMMENT ON COLUMN outbox_writer.role IS 'Its role.';
 COMMENT ON COLUMN outbox_writer.application IS 'Its application_name.';
 COMMENT ON COLUMN outbox_writer.state IS 'As in pg_stat_activity: beware of "idle in transaction".';
 COMMENT ON COLUMN outbox_writer.since IS 'When the transaction began.';
 COMMENT ON COLUMN outbox_writer.open_for IS 'How long ago that was.';
-COMMENT ON COLUMN outbox_writer.query IS 'What it does, or did last. Seen by the same role, superusers and pg_read_all_stats.';
+COMMENT ON COLUMN outbox_writer.query IS 'What it does, or did last. Only its own role, superusers and pg_read_all_stats see it.';

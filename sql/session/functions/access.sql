@@ -1,16 +1,18 @@
--- Who may see sessions. :schema_reader sees what belongs to one user: the user that sql_reader binds the role to, and
--- only for a role that is not bound the user in the setting :schema.user_id. Anybody may SET that. It is a filter for a
--- trusted program that reads for many, not a wall: where people type SQL, bind their roles.
+-- Which role sees which sessions. A member of :schema_reader sees what belongs to one user. The table sql_reader binds a
+-- role to its user. For a role that is not bound, the setting :schema.user_id names the user. Anybody may SET it, so it
+-- is a filter for a trusted program that reads for many users, not a wall. Where people type SQL, bind their roles.
 --
--- Nobody but the owner reads api_token and sql_reader.
+-- Only the owner reads api_token and sql_reader.
 
 
--- The role is an argument: inside a SECURITY DEFINER function current_user is the definer. The first of these decides:
--- 1. The role that logged in is bound: it stays bound whatever role it sets.
+-- The role is an argument, because current_user is the definer inside a SECURITY DEFINER function. The first case that
+-- holds decides:
+-- 1. The role that logged in is bound. It stays bound, whatever role it sets.
 -- 2. The role that it has set is bound.
--- 3. One of the two inherits from bound roles: it is bound as they are, and sees nothing if they are bound to several.
--- 4. Nobody is bound: the setting.
--- Another role's user is told to nobody.
+-- 3. One of the two inherits from bound roles. It is bound as they are. It sees nothing if they are bound to several
+--    users.
+-- 4. Otherwise the setting decides.
+-- A role cannot ask for the user of a role that it is not a member of.
 CREATE OR REPLACE FUNCTION sql_reader_user(reader name) RETURNS text
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -33,7 +35,7 @@ BEGIN
         SELECT DISTINCT r.user_id FROM sql_reader AS r
         CROSS JOIN pg_roles AS o
         WHERE o.rolname IN (session_user, reader)
-          AND NOT o.rolsuper -- which inherits from all roles there are
+          AND NOT o.rolsuper -- a superuser inherits from every role
           AND pg_has_role(o.oid, to_regrole(quote_ident(r.role_name)), 'USAGE'));
     IF bound <> '{}' THEN
         RETURN CASE WHEN cardinality(bound) = 1 THEN bound[1] END;
@@ -67,12 +69,12 @@ BEGIN
             PERFORM outbox_policy('reader_sees', held, ':schema_reader', 'SELECT',
                 'session_id IN (SELECT s.id FROM :schema.session AS s)');
         END LOOP;
-        -- Rows of other topics belong to nobody. As text: a payload may hold anything.
+        -- Rows of other topics belong to nobody. The ids are compared as text, because a payload may hold anything.
         PERFORM outbox_policy('reader_sees', 'outbox', ':schema_reader', 'SELECT',
             'payload ->> ''session_id'' IN (SELECT s.id::text FROM :schema.session AS s)');
     END IF;
 
-    -- Of roles that are missing outbox_grant_roles has told. It has granted a worker all functions.
+    -- outbox_grant_roles has warned of each missing role. It has also granted a worker all functions.
     IF to_regrole(':schema_worker') IS NOT NULL THEN
         REVOKE EXECUTE ON FUNCTION sql_reader_user, session_grant_roles FROM :schema_worker;
         GRANT SELECT, INSERT, UPDATE, DELETE ON session, prompt, message, session_memory, sandbox_borrow
@@ -88,7 +90,7 @@ BEGIN
 
     IF to_regrole(':schema_operator') IS NOT NULL THEN
         GRANT SELECT ON session, prompt, message, watcher, idempotency, sandbox_suspect TO :schema_operator;
-        -- Whoever has looked whether a sandbox leaked deletes its row.
+        -- A person who has checked whether a sandbox leaked deletes its row.
         GRANT SELECT, DELETE ON sandbox_borrow TO :schema_operator;
         GRANT EXECUTE ON FUNCTION session_history TO :schema_operator;
         FOREACH held IN ARRAY ARRAY['session', 'prompt', 'message', 'watcher', 'idempotency'] LOOP

@@ -33,9 +33,9 @@ COMMENT ON FUNCTION session_cancel(uuid) IS
     'Cancels a session''s turns; returns how many ended at once and how many a worker has yet to stop.';
 
 
--- Cancels twice, because a prompt may commit after the first look and before the session's row is locked. Only for such a
--- prompt an outbox row is locked after the session's: the one place against the lock order. The deadlock in which this
--- can end rolls everything back, and the caller repeats.
+-- Cancels twice, because a prompt may commit after the first cancel and before the session's row is locked. The outbox
+-- row of such a prompt is locked after the session's row. This is the only place that breaks the lock order. It can end
+-- in a deadlock, which rolls everything back. Then the caller repeats.
 CREATE OR REPLACE FUNCTION session_archive(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp

@@ -15,8 +15,8 @@ COMMENT ON COLUMN session.inbox_status IS
     'active (work waits) -> pending (a worker has it) -> completed; a new prompt makes it active again; archived.';
 COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sessions/{id}.';
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
-COMMENT ON COLUMN session.sandbox IS 'The sandbox held: {"kind", "item", "borrow_token"}, and while it is kept for the next turn "keep_until"; null when none is.';
-COMMENT ON COLUMN session.callback_url IS 'Where its webhooks go; each time something of it ends.';
+COMMENT ON COLUMN session.sandbox IS 'The sandbox that it holds: {"kind", "item", "borrow_token"}, with "keep_until" while it is kept for the next turn; null if it holds none.';
+COMMENT ON COLUMN session.callback_url IS 'The URL that its webhooks go to.';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 COMMENT ON TABLE prompt IS 'One user turn of a session.';
 COMMENT ON COLUMN prompt.session_id IS 'The session it is a turn of.';
@@ -34,36 +34,36 @@ COMMENT ON COLUMN message.attempt IS 'The attempt of the outbox row that wrote i
 COMMENT ON TABLE idempotency IS 'The first answer given under an Idempotency-Key, per user.';
 COMMENT ON COLUMN idempotency.user_id IS 'Whose key it is.';
 COMMENT ON COLUMN idempotency.key IS 'The header''s value, without quotes.';
-COMMENT ON COLUMN idempotency.request_hash IS 'Of the request''s body: the key of another body is refused.';
+COMMENT ON COLUMN idempotency.request_hash IS 'The hash of the request''s body. The same key with another body is refused.';
 COMMENT ON COLUMN idempotency.session_id IS 'The session that the request made or spoke to.';
-COMMENT ON COLUMN idempotency.answer IS 'The body that was answered, to be answered again.';
+COMMENT ON COLUMN idempotency.answer IS 'The body of the first answer. A repeated request gets it again.';
 COMMENT ON TABLE watcher IS
     'Sessions that an API process streams. Unlogged: a crash of the server ends every stream, and they come back.';
 COMMENT ON COLUMN watcher.session_id IS 'The session that is streamed.';
 COMMENT ON COLUMN watcher.presence IS 'The advisory lock (:lock_watch, presence) that the process holds.';
 COMMENT ON TABLE sandbox_borrow IS
     'Sandboxes asked for whose answer is not recorded. Delete a row once you have looked whether it leaked.';
-COMMENT ON COLUMN sandbox_borrow.id IS 'The allocator was given it as borrow_id in params.';
+COMMENT ON COLUMN sandbox_borrow.id IS 'The allocator gets it as borrow_id in params.';
 COMMENT ON COLUMN sandbox_borrow.session_id IS 'The session it was asked for; it may be gone.';
 COMMENT ON COLUMN sandbox_borrow.outbox_id IS 'The session.run row whose attempt asked.';
 COMMENT ON COLUMN sandbox_borrow.attempt IS 'Which attempt of that row.';
-COMMENT ON COLUMN sandbox_borrow.asked_at IS 'Just before the allocator was asked.';
-COMMENT ON COLUMN sandbox_borrow.error IS 'What came instead of an answer, if the worker lived to see it.';
-COMMENT ON TABLE session_memory IS 'What a session''s next turn goes on from, on whatever host it runs.';
-COMMENT ON COLUMN session_memory.session_id IS 'Whose.';
+COMMENT ON COLUMN sandbox_borrow.asked_at IS 'When the allocator was about to be asked.';
+COMMENT ON COLUMN sandbox_borrow.error IS 'The error that came in place of an answer, if the worker lived to see one.';
+COMMENT ON TABLE session_memory IS 'What the next turn of a session starts from, on any host.';
+COMMENT ON COLUMN session_memory.session_id IS 'The session.';
 COMMENT ON COLUMN session_memory.agent_session IS 'The id under which the agent resumes its transcript.';
 COMMENT ON COLUMN session_memory.transcript IS 'A tar.gz of the agent''s transcripts, relative to its HOME.';
 COMMENT ON COLUMN session_memory.bundle IS
     'A git bundle of the commits that only we have; null when there are none, or the branch was pushed.';
 COMMENT ON TABLE api_token IS 'API tokens, for machines. Made and revoked by `outwake token`.';
-COMMENT ON COLUMN api_token.user_id IS 'Whom it stands for.';
+COMMENT ON COLUMN api_token.user_id IS 'The user that it stands for.';
 COMMENT ON COLUMN api_token.name IS 'What it is for, for a person to read.';
 COMMENT ON COLUMN api_token.operator IS 'Whether it sees everybody''s sessions, and the outbox.';
 COMMENT ON COLUMN api_token.hash IS 'SHA-256 of the token; 256 random bits need no slow hash (outwake/session/token.py).';
-COMMENT ON COLUMN api_token.expires_at IS 'Refused from then on; null: never.';
-COMMENT ON COLUMN api_token.revoked_at IS 'Refused since then.';
+COMMENT ON COLUMN api_token.expires_at IS 'It is refused from then on; null: it never expires.';
+COMMENT ON COLUMN api_token.revoked_at IS 'It is refused since then.';
 COMMENT ON COLUMN api_token.last_used_at IS 'When it was last used, to a minute; null: never.';
-COMMENT ON TABLE sql_reader IS 'Binds a database role that is a member of outwake_reader to a user.';
+COMMENT ON TABLE sql_reader IS 'Binds a database role that is a member of :schema_reader to a user.';
 COMMENT ON COLUMN sql_reader.role_name IS 'The role.';
 COMMENT ON COLUMN sql_reader.user_id IS 'Whose sessions it sees, whatever it sets.';
 COMMENT ON TABLE session_admission IS 'Rows that are locked while a user''s sessions are counted; the slot is a hash of the user.';

@@ -1,86 +1,15 @@
--- What the API writes, and sessions, prompts, messages and rows as it shows them.
+-- What the API writes: a session, or another turn of one.
 --
 -- A session's rows share the ordering_key 'session:ID', so its turns run one at a time, in order.
 
 
-CREATE OR REPLACE FUNCTION session_json(s session) RETURNS jsonb
-LANGUAGE sql STABLE
-RETURN jsonb_build_object(
-    'id', s.id, 'user_id', s.user_id, 'repo', s.repo, 'target_branch', s.target_branch,
-    'branch', s.branch, 'title', s.title, 'parent', s.parent, 'callback_url', s.callback_url,
-    'inbox_status', s.inbox_status, 'session_status', s.session_status,
-    'created_at', s.created_at, 'updated_at', s.updated_at);
-COMMENT ON FUNCTION session_json(session) IS 'A session as the HTTP API shows it.';
-
-
-CREATE OR REPLACE FUNCTION prompt_json(p prompt) RETURNS jsonb
-LANGUAGE sql STABLE
-RETURN jsonb_build_object(
-    'id', p.id, 'session_id', p.session_id, 'text', p.text, 'status', p.status,
-    'reason', p.reason, 'result', p.result, 'created_at', p.created_at,
-    'started_at', p.started_at, 'finished_at', p.finished_at, 'retrying', NULL);
-COMMENT ON FUNCTION prompt_json(prompt) IS 'A prompt as the HTTP API shows it.';
-
-
-CREATE OR REPLACE FUNCTION message_json(
-    seq bigint, prompt_id uuid, attempt integer, body jsonb, created_at timestamptz
-) RETURNS jsonb
-LANGUAGE sql STABLE
-RETURN jsonb_build_object(
-    'seq', seq, 'prompt_id', prompt_id, 'attempt', attempt, 'body', body, 'created_at', created_at);
-COMMENT ON FUNCTION message_json(bigint, uuid, integer, jsonb, timestamptz) IS
-    'A message as the HTTP API and its event stream show it.';
-
-
-CREATE OR REPLACE FUNCTION outbox_json(o outbox) RETURNS jsonb
-LANGUAGE sql STABLE
-RETURN jsonb_build_object(
-    'id', o.id, 'topic', o.topic, 'ordering_key', o.ordering_key,
-    'payload', CASE jsonb_typeof(o.payload -> 'sandbox')
-        WHEN 'object' THEN o.payload #- '{sandbox,borrow_token}' -- a secret
-        ELSE o.payload END,
-    'state', o.state, 'priority', o.priority, 'attempt', o.attempt, 'failures', o.failures,
-    'max_attempts', o.max_attempts, 'worker_id', o.worker_id, 'unique_key', o.unique_key,
-    'errors', o.errors, 'available_at', o.available_at,
-    'cancel_requested_at', o.cancel_requested_at, 'created_at', o.created_at,
-    'started_at', o.started_at, 'finished_at', o.finished_at);
-COMMENT ON FUNCTION outbox_json(outbox) IS 'A row of the outbox as the HTTP API shows it to operators.';
-
-
--- Counts under a lock of the user's, in a statement of its own, so that of two sessions at the same time the second sees
--- the first. The lock is a row of ours, which a few users share, because any role may take an advisory lock.
-CREATE OR REPLACE FUNCTION session_unfinished(of_user text) RETURNS integer
-LANGUAGE plpgsql VOLATILE
-SET search_path = :schema, pg_temp
-SET jit = off SET enable_seqscan = off
-AS $$
-BEGIN
-    PERFORM FROM session_admission AS a WHERE a.slot = (hashtext(of_user) & 1023) FOR NO KEY UPDATE;
-    RETURN (
-        SELECT count(*) FROM session AS s
-        WHERE s.user_id = of_user AND (s.inbox_status IN ('active', 'pending')) IS TRUE);
-END
-$$;
-COMMENT ON FUNCTION session_unfinished(text) IS
-    'How many unfinished sessions a user has; nobody else counts them until the commit.';
-
-
--- Without a limit there is no lock.
-CREATE OR REPLACE FUNCTION session_admit(of_user text, most_sessions integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE
-SET search_path = :schema, pg_temp
-AS $$
-BEGIN
-    RETURN most_sessions IS NULL OR session_unfinished(of_user) < most_sessions;
-END
-$$;
-COMMENT ON FUNCTION session_admit(text, integer) IS 'Whether the user may have another unfinished session.';
-
-
--- Session, prompt and outbox row in one statement of the client's: one round trip and one commit. With an
--- Idempotency-Key, its row comes first: a second request under the same key waits until the first has committed, and
--- then gets the first answer. outcome: created, replayed, mismatch (another body), limited (the user has
--- most_sessions unfinished ones).
+-- The client sends one statement for session, prompt and outbox row: one round trip and one commit. The row of an
+-- Idempotency-Key is inserted first. So a second request with the same key waits until the first has committed, and then
+-- gets the first answer. outcome is one of:
+--   created
+--   replayed   the key was used before: answer is the first one
+--   mismatch   the key was used before, for another body
+--   limited    the user has most_sessions unfinished sessions
 CREATE OR REPLACE FUNCTION session_create(
     of_id            uuid,
     of_user          text,
@@ -105,7 +34,7 @@ SET jit = off SET enable_seqscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
-    new_session session; -- as it will be stored, for the answer, which an idempotency row holds before that
+    new_session session; -- as it will be stored: the answer is made from it, and stored before it
     new_prompt  prompt;
     earlier     idempotency;
     others      integer; -- unfinished sessions of the user; null: not counted
@@ -136,7 +65,7 @@ BEGIN
     IF most_sessions IS NOT NULL THEN
         others := session_unfinished(of_user);
     END IF;
-    -- In two steps, because PL/pgSQL evaluates the first without a query.
+    -- Two conditions, because PL/pgSQL evaluates the first without a query.
     IF others >= most_sessions THEN
         IF NOT EXISTS (
             SELECT FROM idempotency AS i WHERE i.user_id = of_user AND i.key = idempotency_key)
@@ -187,30 +116,18 @@ BEGIN
     outcome := 'created';
 END
 $$;
-COMMENT ON FUNCTION session_create IS
+COMMENT ON FUNCTION session_create(uuid, text, text, text, text, text, uuid, text, timestamptz, text, boolean, text, bytea, text, integer) IS
     'Writes a session, its prompt and its outbox row; answers as POST /sessions does.';
 
 
--- A session's prompts are read as a whole by no query, but shown by pages that a person turns.
-CREATE OR REPLACE FUNCTION session_has_room(of_session uuid, prompt_text text) RETURNS boolean
-LANGUAGE plpgsql STABLE
-SET search_path = :schema, pg_temp
-SET jit = off SET enable_seqscan = off
-AS $$
-BEGIN
-    -- octet_length reads no text that is stored apart.
-    RETURN (
-        SELECT count(*) < 1000 AND coalesce(sum(octet_length(p.text)), 0) + octet_length(prompt_text) <= 16777216
-        FROM prompt AS p WHERE p.session_id = of_session);
-END
-$$;
-COMMENT ON FUNCTION session_has_room(uuid, text) IS
-    'Whether the session may have this prompt too: 1,000 prompts and 16 MiB of their texts at most.';
-
-
--- A follow-up turn. Locks the session, so that meanwhile nobody archives it or sets its status. The answer is kept under
--- the key of by_user, who asks and need not be the owner. outcome: created, replayed, mismatch, missing, archived,
--- limited; limited with an answer if the session itself is full, which code of before takes for the user's limit.
+-- Another turn of a session. Locks the session, so that nobody archives it or sets its status meanwhile. The request is by
+-- by_user, which need not be the owner. The answer is stored under the key of by_user. outcome is one of those of
+-- session_create, or:
+--   missing    of_user has no such session
+--   archived   it takes no more turns
+--   limited    without an answer: the user has most_sessions unfinished sessions;
+--              with the answer {"full": true}: session_has_room refuses. Code of the version before ignores the answer,
+--              and says that the user's limit is reached.
 CREATE OR REPLACE FUNCTION prompt_create(
     of_session      uuid,
     of_user         text,

@@ -1,22 +1,26 @@
--- Live events obey the outbox's economy: a session is notified only while somebody watches it. To begin to watch is to
--- park (worker/engine/parking.py tells why no event is lost): 1. commit a row in watcher; 2. note the transactions that write to
--- message, prompt or session now; 3. read until they have ended; 4. read once more; 5. wait for notifications. Channel
--- :schema_session carries the session's id.
+-- A session is notified only while somebody watches it. Channel :schema_session carries the session's id. A process that
+-- begins to watch takes the steps of a worker that parks (outwake/_handshake.py tells why no event is lost):
+-- 1. Commit a row in watcher.
+-- 2. Note the transactions that write to message, prompt or session now.
+-- 3. Read until they have ended.
+-- 4. Read once more.
+-- 5. Wait for notifications.
 --
--- A commit that notifies holds a lock of the whole server while it waits for the disk, so such commits go one after the
--- other. A worker therefore notifies in a transaction of its own, after that of its messages, which writes nothing and
--- waits for no disk. If the worker dies in between, it is rescued; that changes the prompt's status, which notifies.
+-- A commit that notifies holds a lock of the whole server while it waits for the disk. So such commits go one after the
+-- other. Therefore a worker stores messages in one transaction and notifies in the next, which writes nothing and waits
+-- for no disk. If the worker dies between the two, its row is rescued. The rescue changes the prompt's status, and that
+-- notifies.
 
 
 -- Stores what the agent printed, fenced: locks the outbox row, then numbers the messages from the session's last.
 --   fenced        the attempt is not the caller's any more, and nothing was written
---   after_seq     makes a write repeatable whose answer was lost: the last_seq that the caller's last write returned, or
---                 0 for the first of its attempt. If the session is past it, this batch is stored already, because nobody
---                 else writes to a session while the caller's row runs. Null: append in any case.
+--   after_seq     lets the caller repeat a write whose answer was lost. It is the last_seq that the caller's last write
+--                 returned, or 0 for the first write of its attempt. If the session is past it, this batch is stored
+--                 already, because nobody else writes to a session while the caller's row runs. Null: append in any case.
 --   notify_later  nothing is notified here. If watched is true, the caller calls session_notify after its commit, as
 --                 worker/messages.py does.
--- The first write of a new attempt puts a superseded event before it: what the earlier attempt said for this prompt no
--- longer counts.
+-- The first write of a new attempt puts a superseded event before its own: what the earlier attempt said for this prompt
+-- no longer counts.
 CREATE OR REPLACE FUNCTION message_append(
     holder uuid, row_id bigint, row_attempt integer,
     of_session uuid, of_prompt uuid, bodies jsonb[], after_seq bigint DEFAULT NULL,
@@ -64,7 +68,7 @@ BEGIN
     IF notify_later THEN
         PERFORM set_config(':schema.notify_later', 'off', true);
     END IF;
-    -- Last: a process that begins to watch after this look finds us among the writers.
+    -- This comes last. A process that begins to watch after this query finds us among the writers.
     watched := session_watched(of_session);
 END
 $$;
@@ -72,8 +76,8 @@ COMMENT ON FUNCTION message_append(uuid, bigint, integer, uuid, uuid, jsonb[], b
     'Stores an agent''s events in order, fenced by the attempt of the outbox row.';
 
 
--- VOLATILE, so that it has a snapshot of its own, taken after the caller's write. In an isolation level in which it has
--- none, it says yes.
+-- VOLATILE, so that it has a snapshot of its own, taken after the caller's write. In REPEATABLE READ and SERIALIZABLE it
+-- has none, so it returns true.
 CREATE OR REPLACE FUNCTION session_watched(of_session uuid) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -98,7 +102,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION session_notify(uuid) IS
-    'Tells whoever streams this session, if anybody does, that there is something new.';
+    'Notifies the processes that stream this session, if there are any, that there is something new.';
 
 
 CREATE OR REPLACE FUNCTION message_inserted() RETURNS trigger
@@ -127,7 +131,7 @@ END
 $$;
 
 
--- Begins to watch: step 1. Also forgets the watches of processes that died.
+-- Step 1 of watching. Also deletes the watches of processes that died.
 CREATE OR REPLACE FUNCTION session_watch(watched uuid[], by_presence integer) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp

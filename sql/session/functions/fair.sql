@@ -1,12 +1,12 @@
 -- Users take turns, so that one user's hundred sessions do not make another wait for all of them.
 --
--- 1. A session's row gets a rank: how many unfinished sessions its user has besides. The rank, negative, is the row's
---    priority, so the first session of each user comes before the second of any. The last rank is 9: a claim descends
---    the index once for each.
--- 2. When a row ends, the oldest waiting row of the same user moves up to its rank. It goes behind the rows that are
---    there: its available_at is now.
--- A rank only decides who comes first. While no other user waits, one user has all slots. The claim knows none of this,
--- and rows of other topics cost nothing.
+-- 1. A session's row gets a rank: how many other unfinished sessions its user has. The negative rank is the row's
+--    priority. So the first session of each user comes before the second of any user. The last rank is 9, because a claim
+--    descends the index once for each priority.
+-- 2. When a row ends, the oldest waiting row of the same user moves up to its rank. Its available_at becomes now, so it
+--    goes behind the rows that have that rank already.
+-- A rank decides only which row comes first. While no other user waits, one user has all slots. The claim knows nothing
+-- of ranks, and rows of other topics cost nothing.
 
 
 CREATE OR REPLACE FUNCTION session_rank(of_user text, of_session uuid) RETURNS integer
@@ -27,7 +27,7 @@ COMMENT ON FUNCTION session_rank(text, uuid) IS
     'How many unfinished sessions a user has besides this one, at most 9.';
 
 
--- A row that is locked is skipped: somebody claims or changes it. So is one whose time has not come.
+-- Skips a locked row, because somebody claims or changes it, and a row whose time has not come.
 CREATE OR REPLACE FUNCTION session_moves_up(of_user text, ended_priority integer) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp

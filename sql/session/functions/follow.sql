@@ -1,9 +1,9 @@
--- What follows when a row of topic session.run changes its state, whoever changed it: a handler, a rescue, or an UPDATE
--- typed into psql.
+-- The consequences of a new state of a row of topic session.run. They are the same if a handler, a rescue or a person at
+-- psql has set it.
 
 
--- A row that was typed into psql may name nonsense. Then it names nothing, and its handler says so. It is not checked
--- when it is inserted, because every insert of any topic would pay for that (docs/profile.md).
+-- A row that was typed into psql may name nonsense. Then this returns null, and the row's handler reports it. The insert
+-- does not check it, because every insert of any topic would pay for the check (docs/profile.md).
 CREATE OR REPLACE FUNCTION payload_uuid(payload jsonb, name text) RETURNS uuid
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE
@@ -14,13 +14,13 @@ RETURN CASE
 COMMENT ON FUNCTION payload_uuid(jsonb, text) IS 'The UUID that a payload has under this name, if it is one.';
 
 
--- The consequences of a state, in the transaction that set it, after the outbox row is locked:
+-- The consequences, in the transaction that set the state, when the outbox row is locked:
 -- 1. The prompt follows the row.
 -- 2. The session follows its rows.
--- 3. When nothing is left to run, a sandbox that is still held becomes a row of topic sandbox.return.
--- 4. After an end the next row of the same user moves up (fair.sql).
--- 5. An end becomes webhooks (webhook.sql). Not by a trigger of its own, whose condition every statement that updates a
---    row would pay for.
+-- 3. If nothing is left to run and the session still holds a sandbox, a row of topic sandbox.return is enqueued.
+-- 4. If the row ended, the next row of the same user moves up (fair.sql).
+-- 5. If the row ended, webhooks are enqueued (webhook.sql). This has no trigger of its own, because every statement that
+--    updates a row would pay for its condition.
 CREATE OR REPLACE FUNCTION session_follow() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -40,8 +40,8 @@ BEGIN
     IF TG_OP = 'UPDATE' AND now_state = was_state THEN
         RETURN NULL;
     END IF;
-    -- The lock first, then new statements: a transaction that changes another row of this session comes wholly before
-    -- or wholly after this one.
+    -- The lock comes first, and each statement after it has a new snapshot. So a transaction that changes another row of
+    -- this session comes wholly before or wholly after this one.
     SELECT sandbox, user_id INTO held, owner FROM session WHERE id = of_session FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN NULL;

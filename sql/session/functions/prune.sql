@@ -1,4 +1,4 @@
--- Housekeeping of sessions, called by the same row of topic outbox.prune (outbox/functions/prune.sql).
+-- Housekeeping of sessions. The row of topic outbox.prune calls it too (outbox/functions/prune.sql).
 
 
 CREATE OR REPLACE FUNCTION session_prune(
@@ -8,7 +8,8 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
 SET jit = off SET enable_seqscan = off
 AS $$
--- Arrays and subqueries of one row, not joins, which may read a table in full: see outbox/functions/claim.sql.
+-- Arrays and subqueries of one row take the place of joins, because a join may read a whole table: see
+-- outbox/functions/claim.sql.
 DECLARE
     deleted integer;
     total   integer;
@@ -19,7 +20,7 @@ BEGIN
         ORDER BY i.created_at LIMIT page_size));
     GET DIAGNOSTICS total = ROW_COUNT;
 
-    -- The messages of sessions that have been quiet, and then, once it has none, an archived session.
+    -- First the messages of sessions that have been quiet. An archived session goes when it has no message left.
     DELETE FROM message
     WHERE ctid = ANY (ARRAY(
         SELECT m.ctid

@@ -1,4 +1,4 @@
--- Sandboxes that a session holds, was promised, or may have leaked: worker/sandboxes/lending.py tells the protocol.
+-- Sandboxes that a session holds, was promised, or may have leaked. worker/sandboxes/lending.py has the protocol.
 
 
 CREATE OR REPLACE VIEW sandbox_suspect WITH (security_invoker = true) AS
@@ -23,7 +23,7 @@ COMMENT ON FUNCTION sandbox_owe(uuid, jsonb) IS
     'Enqueues the return of a sandbox; it never gives up.';
 
 
--- When a session is deleted that holds a sandbox, its return is enqueued all the same.
+-- If a deleted session holds a sandbox, the return of the sandbox is enqueued all the same.
 CREATE OR REPLACE FUNCTION session_deleted() RETURNS trigger
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = :schema, pg_temp
@@ -37,8 +37,8 @@ COMMENT ON FUNCTION session_deleted() IS 'Enqueues the return of the sandbox tha
 
 
 -- Begins an attempt. Returns the sandbox that the turn before left for it, if there is one. Otherwise records the intent
--- to borrow one and returns null. If an earlier attempt of this turn held a sandbox, its return is enqueued first, else a
--- session could wait for what it holds itself. The caller holds the lock on its outbox row.
+-- to borrow one and returns null. If an earlier attempt of this turn held a sandbox, the return of that sandbox is enqueued
+-- first, because a session could otherwise wait for what it holds itself. The caller holds the lock on its outbox row.
 CREATE OR REPLACE FUNCTION sandbox_begin(
     intent uuid, of_session uuid, of_outbox bigint, of_attempt integer
 ) RETURNS jsonb
@@ -85,9 +85,9 @@ $$;
 COMMENT ON FUNCTION sandbox_hold(uuid, uuid, jsonb) IS 'Records a borrowed sandbox in its session.';
 
 
--- Whether a sandbox is to be returned now. It is not if its session has taken it up again, or was promised it for longer:
--- then another row returns it. Returning it ends the promise in the caller's transaction, so that no turn takes over a
--- sandbox that is being returned.
+-- Whether a sandbox is to be returned now. If its session has taken it over again, or was promised it for longer, the
+-- answer is no, and another row will return it. If the answer is yes, the promise ends in the caller's transaction, so
+-- that no turn takes over a sandbox that is being returned.
 CREATE OR REPLACE FUNCTION sandbox_let_go(of_session uuid, returned jsonb) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
@@ -112,4 +112,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION sandbox_let_go(uuid, jsonb) IS
-    'Whether a sandbox is to be returned now; if so its session does not hold it any more.';
+    'Whether a sandbox is to be returned now. If so, its session does not hold it any more.';

@@ -1,10 +1,10 @@
 -- Webhooks to a session's callback_url.
 
 
--- Three things are events for a session's callback_url: a turn ends, the session has nothing left to do, the session is
+-- There are three events for a session's callback_url: a turn ends, the session has nothing left to do, the session is
 -- archived. Each becomes a row of topic webhook.deliver in the transaction that caused it. A session's events are
--- delivered in order. The body is written here, so that it tells how things were then. The id is the webhook-id, the same
--- however often delivery is tried.
+-- delivered in order. The body is written here, so it says how things were then. The id is the webhook-id, which is the
+-- same in each attempt to deliver.
 CREATE OR REPLACE FUNCTION webhook_enqueue(s session, event_type text, of_prompt prompt, trace text) RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = :schema, pg_temp
@@ -30,7 +30,7 @@ COMMENT ON FUNCTION webhook_enqueue(session, text, prompt, text) IS
     'Writes the row that delivers an event to the session''s callback_url.';
 
 
--- Called by session_follow: prompt and session have followed the row by now.
+-- session_follow calls it when prompt and session have followed the row.
 CREATE OR REPLACE FUNCTION session_tell_end(of_session uuid, of_prompt uuid, trace text) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = :schema, pg_temp
