@@ -1,4 +1,6 @@
-"""Claim, complete, fail: a worker's side of the outbox, for the worker command and for your own loop.
+"""Claim, complete, fail: a worker's side of the outbox, as functions for a loop of your own.
+
+The worker command sends the same statements (worker/engine/claims.py) when worker/engine/claimer.py decides.
 
 Each function calls one SQL function of sql/outbox/functions/, which holds the statement and explains it.
 The connection is the caller's. In autocommit each call is a transaction; inside a transaction it joins it.

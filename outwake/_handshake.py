@@ -1,5 +1,5 @@
-"""The parking handshake: how a reader falls asleep without missing a write, though writers notify only while
-a reader sleeps.
+"""The parking handshake: how a reader falls asleep without missing a write, although writers notify only
+while a reader sleeps.
 
 A NOTIFY takes one lock of the whole cluster while it commits. So a writer notifies only if it finds a flag
 that somebody has raised: `worker.parked` for rows of the outbox, a row of `watcher` for a session. It looks

@@ -4,9 +4,10 @@ A URL may name several hosts, for a failover. The host that answered last is tri
 does not answer costs its connect timeout once.
 
 After a failover the old primary may come back writable beside the new one. Each promotion begins a timeline,
-which a server's WAL file names hold. This process remembers the newest timeline that it has seen of each
-cluster. It refuses a connection to an older one, and gives up those that it has. This protects one process
-that has seen the new primary: fencing the old primary stays the operator's duty (docs/deployment.md).
+which the names of a server's WAL files hold. This process remembers the newest timeline that it has seen of
+each cluster. It refuses a connection to an older timeline, and gives up the connections that it has to one.
+This protects only a process that has seen the new primary. Fencing the old primary stays the operator's duty
+(docs/deployment.md).
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Migrates a database to this code's schema.
 
 1. Take an advisory lock, so that two replicas may start at once: the second waits, then finds nothing to do.
-2. Refuse a database whose encoding is not UTF8: rows hold text in any language. Refuse a schema that is not
-   ours alone: others who may create objects in it could make our functions call theirs.
+2. Refuse a database whose encoding is not UTF8: rows hold text in any language. Refuse a schema in which
+   other roles may create objects: they could make our functions call theirs.
 3. Refuse a ledger that differs. The table `migration` holds the hash of every applied file. If a numbered
    file was applied in another form, the tables are not those that this code expects.
 4. Apply nothing if the database is newer, because older functions must not replace newer ones.

@@ -1,8 +1,8 @@
 """Prepared statements, sent through libpq directly.
 
-psycopg's cursor finds out at each call how to adapt each parameter, whether the statement is prepared and how
-to read each column. For what runs at each request or cycle, that takes longer than all else that happens
-here (docs/profile.md). A Statement is made once. psycopg still sends, waits, reads and reports errors.
+At each call, psycopg's cursor finds out how to adapt each parameter, whether the statement is prepared and
+how to read each column. For a statement of each request or cycle, that takes longer than everything else
+(docs/profile.md). A Statement does this once. psycopg still sends, waits, reads and reports errors.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Keeps the sessions watched that somebody follows, so that their changes are notified.
+"""Watches each session that a client follows, so that its changes are notified.
 
 It is the handshake of outwake/_handshake.py. The flag is a row of `watcher`, for a session and the presence
 of this process's LISTEN connection. The scan marks the session's streams as stale, so that they are read: a

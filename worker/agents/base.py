@@ -1,8 +1,8 @@
 """The seam between a turn and a kind of agent.
 
 An adapter knows two things: how its agent is started and resumed, and what its memory is. It starts nothing
-and writes nothing itself: worker/agents/turn.py does, for every kind. What the lines mean that the agent
-prints, outwake/session/lines.py knows.
+and writes nothing itself. worker/agents/turn.py does that for every kind. outwake/session/lines.py knows what
+the lines mean that an agent prints.
 """
 
 import os
@@ -42,7 +42,7 @@ class AgentTurn:
 
 @dataclass(frozen=True)
 class Box:
-    """What an adapter must know of the place in which its agent works.
+    """What an adapter must know of where its agent works.
 
     tree: the repository's work tree, as the agent sees it. place: a directory on this host for this attempt
     alone, for the files of `Command`; None if there is none. mcp_config: how an agent that runs on the worker
@@ -86,7 +86,9 @@ class AgentAdapter(Protocol):
     promises_result: bool
 
     def command(self, turn: AgentTurn, box: Box) -> Command:
-        """How the agent is started for a turn. Raises PermanentError if the box is none that it can use."""
+        """How the agent is started for a turn. Raises PermanentError if it cannot use
+        this kind of box.
+        """
 
     def memory(self, home: Path) -> bytes | None:
         """What the next turn needs of HOME; None if there is nothing, or too much to store."""

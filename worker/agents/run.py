@@ -4,7 +4,7 @@ The lines are collected into batches, so that each batch is one write to the dat
 silence is a batch by itself. After that, a batch ends when BATCH_SECONDS, BATCH_BYTES or BATCH_LINES is
 reached.
 
-To parse a line may take longer than a lease allows the event loop to stand still. So a batch of more than
+A line may take longer to parse than a lease allows the event loop to stand still. So a batch of more than
 INLINE_BYTES is digested in a thread.
 """
 

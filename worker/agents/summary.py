@@ -1,4 +1,4 @@
-"""What of an agent's output is kept when its turn ends."""
+"""Collects the parts of an agent's output that are kept when its turn ends."""
 
 import re
 from dataclasses import dataclass, field

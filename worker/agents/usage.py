@@ -1,4 +1,4 @@
-"""What agents say they used, as metrics of the worker."""
+"""Metrics of the worker: what its agents say that they used."""
 
 from outwake.session.events import Result
 from outwake.worker.engine.metrics import STATS, Stats, declare

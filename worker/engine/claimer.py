@@ -1,4 +1,6 @@
-"""Claims rows for free slots, and completes in the same commit what has ended.
+"""Decides what to claim for free slots, and completes in the same commit what has ended.
+
+worker/engine/claims.py sends the statements. outwake/_claim.py has the same for a loop of your own.
 
 Under load a claim reads ahead: the server works on the next claim while this process makes objects of the
 rows of the last and starts their handlers.
@@ -108,8 +110,8 @@ class Claimer:
             self._reading = None
 
     async def close(self) -> None:
-        """The connection is given up. Start what was claimed. What cannot be read is not ours when we
-        reconnect, so it is handed back then (outbox_reconnect).
+        """Start what was claimed, because the connection is given up. A row that cannot be read is not
+        started: it is handed back when the worker reconnects (outbox_reconnect).
         """
         if self._reading is not None:
             await asyncio.wait([self._reading])

@@ -1,4 +1,7 @@
-"""The statements of a worker's cycles."""
+"""Sends the statements of a worker's cycles and reads their answers.
+
+worker/engine/claimer.py decides what to claim and when. outwake/_claim.py has the texts of the statements.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta

@@ -4,7 +4,7 @@ A claimed row leaves an entry in the claim's index. A scan from the head of a to
 all rows claimed before. As a rule the server marks an entry as dead as soon as nobody can see the row as
 ready any more. It skips marked entries quickly, but they stay until a VACUUM, for a minute or more. While a
 foreign transaction holds its snapshot (a dump, a forgotten psql), the server does not even mark them, and
-throughput would fall to a fraction within 90 s. So:
+throughput would fall to a fraction (docs/profile.md). So:
 
 1. Head scans are timed. While rows keep coming, head scans take a tenth of the time at most. The other scans
    begin at the cursors, as in 2, but SOON earlier. A worker scans from the head when it is about to sleep, or
@@ -13,8 +13,8 @@ throughput would fall to a fraction within 90 s. So:
    head any more: the head is far. Once is not enough, because a connection's first scan is slow: it is
    planned. Scans then begin at the cursors. A cursor is the last row claimed of a topic and priority (a
    lane), by available_at and id. A head scan counts as slow only if it takes longer than SLOW and MUCH times
-   as long as a cursor scan. With SLOW alone, 50 workers on two cores, whose scans wait for each other, each
-   started a background scan every second.
+   as long as a cursor scan. With SLOW alone, many workers on few cores, whose scans wait for each other,
+   start background scans all the time (docs/profile.md).
 3. Every now and then, a cursor scan begins NEAR earlier. Most rows that it would miss lie there: they were
    committed a moment after a later row, or were locked when a scan passed them.
 4. A background scan finds the rest. It reads the head on its own connection (worker/engine/background.py),

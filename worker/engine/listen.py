@@ -2,11 +2,7 @@
 
 outwake/_notify.py has its steps. One statement is sent on it: the claim of a single row (outbox_claim_row),
 which waits for no lock. The server's process of this connection is awake, because it has just sent the
-notification.
-
-Some proxies keep a socket open although its server has gone, and keepalive cannot see that. If
-`OUTWAKE_LISTEN_PROBE` is set, the worker notifies itself now and then, through the other connection, and
-reconnects if it hears nothing.
+notification. worker/engine/probe.py tests whether it still hears.
 """
 
 import asyncio

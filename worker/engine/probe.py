@@ -1,7 +1,7 @@
 """Whether the LISTEN connection still hears: the worker notifies itself, through its other connection.
 
-Some proxies keep a socket open although its server has gone, and keepalive cannot see that. The probe is sent
-only if `OUTWAKE_LISTEN_PROBE` is set.
+Some proxies keep a socket open although its server has gone, and keepalive cannot see that. If
+`OUTWAKE_LISTEN_PROBE` is set, the worker sends a probe now and then, and reconnects if it does not hear it.
 """
 
 import math

@@ -1,7 +1,7 @@
 """`worker --processes N`: one parent runs N worker processes, and sees at once when one dies.
 
-1. Each child holds one end of a socket pair. On it, the child tells its worker id, each time it has a new
-   one, and whether it is connected. When the parent asks, the child sends its counters. A child drains when
+1. Each child holds one end of a socket pair. It sends its worker id on it, each time it has a new one, and
+   whether it is connected. When the parent asks, the child sends its counters. A child drains when
    its parent's end closes: no orphan goes on alone.
 2. A child that dies without a drain (out of memory, a crash, SIGKILL) is known to be dead, not only silent.
    So the parent ends the child's life in the database at once (outbox_end_worker), and its rows need not wait

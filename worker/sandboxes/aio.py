@@ -1,4 +1,4 @@
-"""The HTTP API of an AIO sandbox: write a file, run a shell step.
+"""The HTTP API of an AIO sandbox ("all in one", docs/sandbox.md): write a file, run a shell step.
 
 HTTP status 200 alone proves nothing in this API. A step has succeeded only if the answer reports success, its
 status is completed and its exit code is 0. Anything else is an error that names the step, never the command.
