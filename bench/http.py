@@ -98,9 +98,9 @@ def _served(server: Server, name: str, seconds: int) -> Iterator[Callable[[int],
 
 @contextmanager
 def api(
-    url: str, environment: dict[str, str], *, bare: bool = False
+    url: str, environment: dict[str, str], *, bare: bool = False, observed: bool = False
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A process of the API, or of the bare route, and its port."""
+    """A process of the API, or of the bare route, and its port. An observed one logs its stalls."""
     port = free_port()
     environment = {
         **os.environ,
@@ -111,11 +111,11 @@ def api(
         **environment,
     }
     options = f"--port {port} --loop uvloop --http httptools --no-access-log --log-level warning"
-    command = (
-        ["-m", "uvicorn", "bench.bare:app", *options.split()]
-        if bare
-        else ["-c", "from outwake.cli import main; main(['api'])"]
-    )
+    command = ["-c", "from outwake.cli import main; main(['api'])"]
+    if bare:
+        command = ["-m", "uvicorn", "bench.bare:app", *options.split()]
+    elif observed:
+        command = ["-m", "tests.support.observed_loop", "api"]
     with (STATE / "api.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *command], env=environment, cwd=ROOT, stderr=log, stdout=log

@@ -1,13 +1,11 @@
 """What a process of the API takes under all limits at once: `python -m bench.limits [SECONDS]`.
 
-Strangers and a user do together what docs/limits.md bounds, each for some seconds. Another process asks
-/healthz meanwhile: how long the slowest answer took is how long the event loop was kept, and what the machine
-added.
-The last line: `limits: memory_mb BEFORE PEAK AFTER healthz_ms P50 P99 MAX answers N`.
+Strangers and a user do together what docs/limits.md bounds, each for some seconds. An observer inside the
+process (tests/support/observed_loop.py) measures the longest stall of its event loop, in milliseconds of CPU.
+The last line: `limits: stall_ms X peak_mb Y`.
 """
 
 import asyncio
-import http.client
 import json
 import multiprocessing
 import subprocess
@@ -15,14 +13,14 @@ import sys
 import time
 from contextlib import suppress
 from itertools import count
-from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench.contestant import ROOT
 from bench.http import api, api_tokens
-from bench.server import Server, resident_mb
+from bench.server import STATE, Server, resident_mb
 
 SECONDS = 20
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
@@ -87,23 +85,6 @@ async def _all(port: int, token: str, session: str, seconds: float) -> None:
         )
 
 
-def _watch(port: int, stop: Event, answers: Any) -> None:
-    """Ask /healthz on one connection, and tell how long each answer took, in milliseconds."""
-    took = []
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    while not stop.is_set():
-        begun = time.monotonic()
-        try:
-            client.request("GET", "/healthz")
-            client.getresponse().read()
-        except (OSError, http.client.HTTPException):
-            client.close()
-            continue
-        took.append((time.monotonic() - begun) * 1000)
-        time.sleep(0.01)
-    answers.put(sorted(took))
-
-
 def _fill(url: str, server: Server, database: str) -> str:
     """A session of alice with large messages, costly texts and many prompts; its id."""
     with server.connect(database) as conn:
@@ -133,6 +114,14 @@ def _fill(url: str, server: Server, database: str) -> str:
     return session
 
 
+def _stalls(log: Path, after: int) -> list[dict[str, Any]]:
+    """What the observer of the event loop has told since the log had `after` bytes."""
+    with log.open("rb") as lines:
+        lines.seek(after)
+        told = [json.loads(line) for line in lines if line.startswith(b"{")]
+    return [event for event in told if event["event"] == "stalled"]
+
+
 def main(seconds: float) -> None:
     with Server.running() as server:
         url = server.fresh("limits")
@@ -144,27 +133,22 @@ def main(seconds: float) -> None:
         )
         session = _fill(url, server, "limits")
         token = api_tokens(url, ["alice"])[0]
-        with api(url, {"OUTWAKE_REQUIRE_TOKEN": "1"}) as (process, port):
+        log = STATE / "api.log"
+        start = log.stat().st_size if log.exists() else 0
+        with api(url, {"OUTWAKE_REQUIRE_TOKEN": "1"}, observed=True) as (process, port):
             before = resident_mb(process.pid)
-            stop = multiprocessing.Event()
-            answers: Any = multiprocessing.Queue()
-            watch = multiprocessing.Process(target=_watch, args=(port, stop, answers))
-            watch.start()
             sender = multiprocessing.Process(target=lambda: asyncio.run(_all(port, token, session, seconds)))
             sender.start()
             peak = before
             while sender.is_alive():
                 peak = max(peak, resident_mb(process.pid))
                 time.sleep(0.05)
-            stop.set()
-            took = answers.get()
-            watch.join()
             after = resident_mb(process.pid)
-    p50, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
-    print(
-        f"limits: memory_mb {before:.0f} {peak:.0f} {after:.0f}"
-        f" healthz_ms {p50:.1f} {p99:.1f} {took[-1]:.1f} answers {len(took)}"
-    )
+        stalls = _stalls(log, start)
+    for stall in stalls[-3:]:
+        print(f"{stall['ms']} ms at {' '.join(stall['at'])}")
+    print(f"limits: memory_mb {before:.0f} {after:.0f}")
+    print(f"limits: stall_ms {stalls[-1]['ms']:.0f} peak_mb {peak:.0f}")
 
 
 if __name__ == "__main__":

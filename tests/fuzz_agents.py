@@ -199,7 +199,7 @@ class Fuzz:
         }
         async with await psycopg.AsyncConnection.connect(self._database, autocommit=True) as conn:
             rows = [await self._enqueue(conn, number) for number in range(len(self._cases))]
-            arguments = ("-m", "tests.support.observed_loop", "--concurrency", "4")
+            arguments = ("-m", "tests.support.observed_loop", "worker", "--concurrency", "4")
             async with running(sys.executable, *arguments, env=env) as worker:
                 freeze = await self._ended(conn, worker)
             self.stall = max((event["ms"] for event in _events(worker, "stalled")), default=0.0)

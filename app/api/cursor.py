@@ -13,6 +13,8 @@ from outwake.app.connection import Row
 
 Key = TypeVar("Key", UUID, int)
 
+LARGEST_ROW_ID = 2**63 - 1
+
 
 def encode(at: datetime, key: UUID | int) -> str:
     position = json.dumps([at.isoformat(), str(key)], separators=(",", ":"))
@@ -54,4 +56,4 @@ def row_id(text: str) -> int:
 
 
 def is_row_id(number: int) -> bool:
-    return 0 < number < 2**63
+    return 0 < number <= LARGEST_ROW_ID

@@ -20,13 +20,32 @@ from outwake.schema import in_schema
 
 Change = Literal["retry", "discard", "cancel"]
 
+PAGE_BYTES = 2_000_000  # of the answer; the last row of a page may go beyond
+
+# Row by row, as messages.py reads messages. `place` 0 is where the page begins.
 _DEAD = in_schema("""
-SELECT :schema.outbox_json(o)::text, o.finished_at, o.id
-FROM :schema.outbox AS o
-WHERE o.state = 'dead'
-  AND (%(at)s::timestamptz IS NULL OR (o.finished_at, o.id) < (%(at)s, %(key)s::bigint))
-ORDER BY o.finished_at DESC, o.id DESC
-LIMIT %(rows)s
+WITH RECURSIVE page (place, finished_at, id, text, bytes) AS (
+    SELECT 0, %(at)s::timestamptz, %(key)s::bigint, NULL::text, 0::bigint
+    UNION ALL
+    SELECT p.place + 1, next.finished_at, next.id, next.text, p.bytes + octet_length(next.text)
+    FROM page AS p
+    CROSS JOIN LATERAL (
+        SELECT o.finished_at, o.id, :schema.outbox_json(o)::text AS text
+        FROM :schema.outbox AS o
+        WHERE o.state = 'dead' AND (o.finished_at, o.id) < (p.finished_at, p.id)
+        ORDER BY o.finished_at DESC, o.id DESC
+        LIMIT 1
+    ) AS next
+    WHERE p.place < %(rows)s AND p.bytes < %(page_bytes)s
+)
+SELECT (SELECT coalesce(array_agg(p.text ORDER BY p.place) FILTER (WHERE p.place > 0), '{}') FROM page AS p),
+       CASE WHEN last.more THEN last.finished_at END, last.id
+FROM (
+    SELECT p.finished_at, p.id, EXISTS (
+        SELECT FROM :schema.outbox AS o
+        WHERE o.state = 'dead' AND (o.finished_at, o.id) < (p.finished_at, p.id)) AS more
+    FROM page AS p ORDER BY p.place DESC LIMIT 1
+) AS last
 """)
 _SHOW = in_schema("SELECT :schema.outbox_json(o)::text FROM :schema.outbox AS o WHERE o.id = %s")
 _KEY_TAKEN = "An unfinished row has the same unique_key by now."
@@ -43,8 +62,16 @@ async def list_rows(here: Context, identity: Identity, asked: RowQuery) -> Page[
     """Dead rows, last ended first. Raises Problem (forbidden, invalid, unavailable)."""
     check_operator(identity)
     at, key = cursor.decode(asked.cursor, cursor.row_id)
-    values = {"at": at, "key": key, "rows": asked.limit + 1}
-    return cursor.page(await here.database.rows(_DEAD, values), asked.limit)
+    values = {
+        "at": at or "infinity",
+        "key": key or cursor.LARGEST_ROW_ID,
+        "rows": asked.limit,
+        "page_bytes": PAGE_BYTES,
+    }
+    row = await here.database.row(_DEAD, values)
+    assert row is not None
+    items, last_at, last_key = row
+    return Page(items, cursor.encode(last_at, last_key) if last_at else None)
 
 
 async def show_row(here: Context, identity: Identity, row_id: int) -> str:

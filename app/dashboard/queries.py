@@ -12,6 +12,8 @@ from outwake.schema import in_schema
 from outwake.session.events import LARGEST_COST
 
 PAGE = 50
+LONGEST_REASON = 2000  # characters of an error in a list
+RESULT_BYTES = 65_536  # of a session's results, as they are stored, that a list reads
 WINDOW = 100_000
 
 # Rows that ended lately. Every row would pay for an index by time, but ids are nearly in the order of time.
@@ -41,16 +43,26 @@ SELECT r.reason, r.stuck, r.workers,
 FROM :schema.outbox_ready(%s) AS r
 """)
 
-# Version 1.0 stored no cost of its own, only the agent's line.
+# Results are read from the newest back, while those of a session take few bytes as they are stored. `more`
+# tells that some were left out. Version 1.0 stored no cost of its own, only the agent's line.
 _TURNS = in_schema("""
 SELECT p.session_id, count(*), (array_agg(p.status ORDER BY p.created_at DESC, p.id DESC))[1],
-       sum(told.cost::numeric) FILTER (WHERE told.cost::numeric BETWEEN 0 AND %s::numeric)
-FROM :schema.prompt AS p
+       sum(told.cost::numeric) FILTER (WHERE told.cost::numeric BETWEEN 0 AND %s::numeric),
+       bool_or(p.stored > %s)
+FROM (
+    SELECT q.session_id, q.id, q.created_at, q.status, q.result,
+           sum(coalesce(pg_column_size(q.result), 0)) OVER (
+               PARTITION BY q.session_id ORDER BY q.created_at DESC, q.id DESC) AS stored
+    FROM :schema.prompt AS q
+    WHERE q.session_id = ANY (%s)
+) AS p
 CROSS JOIN LATERAL (
     SELECT CASE WHEN jsonb_typeof(c) = 'number' THEN c END AS cost
-    FROM coalesce(p.result -> 'cost', p.result #> '{agent,total_cost_usd}') AS c
+    FROM (
+        SELECT CASE WHEN p.stored <= %s
+                    THEN coalesce(p.result -> 'cost', p.result #> '{agent,total_cost_usd}') END AS c
+    ) AS found
 ) AS told
-WHERE p.session_id = ANY (%s)
 GROUP BY p.session_id
 """)
 
@@ -121,7 +133,8 @@ ORDER BY o.started_at, o.id
 """)  # noqa: S608
 _ENDED = in_schema(f"""
 WITH {_RECENT}
-SELECT {_ROW} o.state, o.errors -> -1 ->> 'error', o.finished_at - o.started_at, o.created_at, o.finished_at
+SELECT {_ROW} o.state, left(o.errors -> -1 ->> 'error', {LONGEST_REASON}), o.finished_at - o.started_at,
+       o.created_at, o.finished_at
 FROM recent AS o
 WHERE o.state = %(state)s AND (%(topic)s::text IS NULL OR o.topic = %(topic)s)
 ORDER BY o.finished_at DESC, o.id DESC
@@ -201,6 +214,8 @@ class Turns(NamedTuple):
     prompts: int
     last: str
     cost: float | None
+    more: bool
+    """Whether the cost is that of the newest prompts only."""
 
 
 class TurnRow(NamedTuple):
@@ -299,13 +314,8 @@ async def overview(database: Database, stuck_after: timedelta) -> Overview:
 
 async def turns(database: Database, sessions: list[str]) -> dict[str, Turns]:
     """By session id."""
-    rows = await database.rows(
-        _TURNS,
-        (
-            LARGEST_COST,
-            [UUID(session) for session in sessions],
-        ),
-    )
+    ids = [UUID(session) for session in sessions]
+    rows = await database.rows(_TURNS, (LARGEST_COST, RESULT_BYTES, ids, RESULT_BYTES))
     return {str(row[0]): Turns(*row) for row in rows}
 
 

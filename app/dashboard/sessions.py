@@ -157,17 +157,15 @@ async def _form(
 async def show_session(request: Request, identity: Identity) -> Response:
     """The page. With `after` and `live=1`: only messages after that seq, and what may have changed."""
     here, id_ = context(request), request.path_params["id"]
-    session = parse(await sessions.show_session(here, identity, id_))
+    text = await sessions.show_session(here, identity, id_)
+    session = await off_loop(identity.user_id, lambda: parse(text))
     live = request.query_params.get("live") == "1"
     after = _after(request, max(await queries.last_seq(here.database, id_) - WINDOW, 0))
     asked = MessageQuery(after=after, limit=BATCH if live else WINDOW, attempts="all")
     found = await messages.list_messages(here, identity, id_, asked, PAGE_BYTES)
     shown, said = await off_loop(identity.user_id, lambda: _read(found.items))
     prompts = await _prompts(here, identity, session, said)
-    turns = [
-        {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
-        for prompt in prompts
-    ]
+    turns = await off_loop(identity.user_id, lambda: [_turn(prompt, said) for prompt in prompts])
     costs = [turn["facts"]["cost"] for turn in turns if "cost" in turn["facts"]]
     if live:  # other turns have not changed
         turns = [t for t in turns[:-2] if t["attempts"] or t["status"] in ("queued", "running")] + turns[-2:]
@@ -192,6 +190,10 @@ def _read(items: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, list[At
     return shown, attempts_of(shown, Budget())
 
 
+def _turn(prompt: dict[str, Any], said: Mapping[str, list[Attempt]]) -> dict[str, Any]:
+    return {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
+
+
 async def _prompts(
     here: Context, identity: Identity, session: dict[str, Any], said: Collection[str]
 ) -> list[dict[str, Any]]:
@@ -202,7 +204,8 @@ async def _prompts(
         return newest
     asked = PromptQuery(limit=len(missing))
     page = await sessions.list_prompts(here, identity, UUID(session["id"]), asked, missing)
-    return [*map(parse, reversed(page.items)), *newest]
+    earlier = await off_loop(identity.user_id, lambda: [parse(item) for item in reversed(page.items)])
+    return [*earlier, *newest]
 
 
 async def show_message(request: Request, identity: Identity) -> Response:

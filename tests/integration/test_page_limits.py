@@ -1,6 +1,8 @@
 """What a page of the dashboard must survive: texts that are costly, numbers that are odd, much of both."""
 
 import json
+import random
+import re
 import time
 from typing import Any
 
@@ -112,6 +114,38 @@ async def test_a_row_with_odd_errors_has_a_page(api: Api, connect: Connect) -> N
         assert row is not None
         for path in (f"/ui/outbox/{row[0]}", "/ui/dead", "/ui/outbox?state=dead"):
             assert (await page(api, path)).status_code == 200, (errors, path)
+
+
+async def test_a_page_of_dead_rows_is_bounded_by_its_bytes(api: Api, connect: Connect) -> None:
+    conn = await connect()
+    await conn.execute(
+        "INSERT INTO outbox (topic, state, payload, finished_at)"
+        " SELECT 'x', 'dead', %s, clock_timestamp() FROM generate_series(1, 7)",
+        (Jsonb("x" * 900_000),),
+    )
+    sizes: list[int] = []
+    cursor = None
+    while cursor is not None or not sizes:
+        asked = {"limit": "50", **({"cursor": cursor} if cursor else {})}
+        found = (await api.client.get("/outbox", params=asked)).json()
+        sizes.append(len(found["rows"]))
+        cursor = found["next"]
+    assert sizes == [3, 3, 1]
+
+
+async def test_a_list_of_sessions_reads_a_bounded_part_of_their_results(api: Api, connect: Connect) -> None:
+    session = await api.create()
+    conn = await connect()
+    result = {"cost": 1.25, "agent": {"type": "result", "result": random.Random(1).randbytes(60_000).hex()}}
+    await conn.execute(
+        "INSERT INTO prompt (session_id, text, result, status)"
+        " SELECT %s, 'x', %s, 'succeeded' FROM generate_series(1, 10)",
+        (session["id"], Jsonb(result)),
+    )
+    shown = (await page(api, "/")).text
+    cost = re.search(r"<span>\$(\d+\.\d+)\+</span>", shown)
+    assert cost is not None, "the cost is told as that of the newest prompts"
+    assert 0 < float(cost[1]) < 10 * 1.25
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,9 @@ def test_read_of_many_streams(filled: psycopg.Connection[Any]) -> None:
 
 
 def test_dead_rows(filled: psycopg.Connection[Any]) -> None:
-    indexes, pages = explain(filled, rows._DEAD, {"at": None, "key": None, "rows": 11})
+    indexes, pages = explain(
+        filled, rows._DEAD, {"at": "infinity", "key": 2**63 - 1, "rows": 11, "page_bytes": 10**6}
+    )
     assert indexes == {"outbox_dead"}
     assert pages < 60
 
