@@ -5,8 +5,8 @@
     {"status": "alive"}
     ```
 
-JSON is shown indented. Ids, cursors and times differ from run to run: each id of the page stands for the one
-that took its place. `<!-- hand: claim -->` between the blocks lets a worker do something first.
+JSON is shown indented. Ids, cursors, marks and times differ from run to run: each id of the page stands for
+the one that took its place. `<!-- hand: claim -->` between the blocks lets a worker do something first.
 """
 
 import json
@@ -18,7 +18,9 @@ from pathlib import Path
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _CURSOR = re.compile(r"WyI[A-Za-z0-9_-]{60,}")
+_MARK = re.compile(r"(?<=\b\d-)[0-9a-f]{8}\b")  # of a state, in the id of a stream's last event
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+\+00:00")
+_IDS = (_UUID, _CURSOR, _MARK)
 _TAIL = re.compile(r"(?<=-)[0-9a-f]{8}(?=[\"'\n]|$)")
 _VARYING_HEADERS = re.compile(r"^(date|content-length|transfer-encoding): .*\n", re.MULTILINE)
 _PART = re.compile(r"```console\n(?P<block>.*?)```|<!-- hand: (?P<hand>[^>]*?) -->", re.DOTALL)
@@ -83,13 +85,13 @@ class Page:
         return written + self.text[position:]
 
     def _with_real_ids(self, command: str) -> str:
-        for pattern in (_UUID, _CURSOR):
+        for pattern in _IDS:
             command = pattern.sub(lambda found: self._real.get(found[0], found[0]), command)
         return command
 
     def _told(self, expected: str, output: str) -> str:
         """The expected text if it says the same, else what was printed."""
-        for pattern in (_UUID, _CURSOR):
+        for pattern in _IDS:
             told, real = pattern.findall(expected), pattern.findall(output)
             if len(told) != len(real):
                 return output
@@ -100,6 +102,6 @@ class Page:
 
 
 def _same(text: str) -> str:
-    for pattern in (_UUID, _CURSOR, _TIME, _TAIL):
+    for pattern in (*_IDS, _TIME, _TAIL):
         text = pattern.sub("…", text)
     return text
