@@ -68,18 +68,18 @@ class Connections:
     def __init__(self, most: int, share: int) -> None:
         self.most = most
         self._share = share
-        self._open: set[Connection] = set()
+        self._open: set[HttpConnection] = set()
         # What is waited for, the longest first.
-        self._strange_waiting: dict[Connection, None] = {}
-        self._known_waiting: dict[Connection, None] = {}
-        self._strangers: dict[str, dict[Connection, None]] = {}
+        self._strange_waiting: dict[HttpConnection, None] = {}
+        self._known_waiting: dict[HttpConnection, None] = {}
+        self._strangers: dict[str, dict[HttpConnection, None]] = {}
         self._told: Counter[str] = Counter()
         self._told_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, new: "Connection") -> bool:
+    def add(self, new: "HttpConnection") -> bool:
         """Returns False if there is no room (step 5)."""
         strangers = self._strangers.get(new.address, {})
         if len(strangers) >= self._share and not self._drop_one_of(strangers, "address_share"):
@@ -93,34 +93,34 @@ class Connections:
         self.waits_for(new)
         return True
 
-    def remove(self, gone: "Connection") -> None:
+    def remove(self, gone: "HttpConnection") -> None:
         self._open.discard(gone)
         self.has_arrived(gone)
         self._no_stranger(gone)
 
-    def waits_for(self, one: "Connection") -> None:
+    def waits_for(self, one: "HttpConnection") -> None:
         """It has no complete request."""
         (self._known_waiting if one.known else self._strange_waiting)[one] = None
 
-    def has_arrived(self, one: "Connection") -> None:
+    def has_arrived(self, one: "HttpConnection") -> None:
         self._strange_waiting.pop(one, None)
         self._known_waiting.pop(one, None)
 
-    def has_shown_a_token(self, one: "Connection") -> None:
+    def has_shown_a_token(self, one: "HttpConnection") -> None:
         one.known = True
         self._no_stranger(one)
         if one in self._strange_waiting:
             del self._strange_waiting[one]
             self._known_waiting[one] = None
 
-    def _no_stranger(self, one: "Connection") -> None:
+    def _no_stranger(self, one: "HttpConnection") -> None:
         strangers = self._strangers.get(one.address)
         if strangers is not None:
             strangers.pop(one, None)
             if not strangers:
                 del self._strangers[one.address]
 
-    def _drop_one_of(self, some: Iterable["Connection"], why: str) -> bool:
+    def _drop_one_of(self, some: Iterable["HttpConnection"], why: str) -> bool:
         """Close the first of them that is waited for."""
         found = next(
             (one for one in some if one in self._strange_waiting or one in self._known_waiting), None
@@ -160,11 +160,11 @@ def most_connections(settings: Settings) -> int:
 def has_shown_a_token(request: Request) -> None:
     """The request's connection is no stranger's any more."""
     connection = request.scope.get("extensions", {}).get("outwake")
-    if isinstance(connection, Connection) and not connection.known:
+    if isinstance(connection, HttpConnection) and not connection.known:
         connection.all.has_shown_a_token(connection)
 
 
-class Connection(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """One connection. uvicorn's protocol does the work; this class counts."""
 
     all: Connections
@@ -289,9 +289,9 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.msg not in ("Invalid HTTP request received.", "Unsupported upgrade request.")
 
 
-def limited(settings: Settings) -> type[Connection]:
+def limited(settings: Settings) -> type[HttpConnection]:
     """The protocol of a process, for uvicorn."""
     logging.getLogger("uvicorn.error").addFilter(_is_ours)
     found = Connections(most_connections(settings), settings.max_address_connections)
     members: dict[str, Any] = {"all": found}
-    return type("LimitedConnection", (Connection,), members)
+    return type("LimitedConnection", (HttpConnection,), members)

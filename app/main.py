@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from outwake.app import dashboard
-from outwake.app.access import Access
+from outwake.app.access_log import Access
 from outwake.app.api import problems, reference
 from outwake.app.auth.identity import Authenticator, check_host
 from outwake.app.auth.limits import Limits

@@ -10,8 +10,8 @@ from datetime import datetime
 from functools import cache
 from typing import Any, Literal, cast, overload
 
+from outwake._connection_types import AnyConnection, AsyncConnection, Payload, SyncConnection
 from outwake._drivers import Query, Steps, run
-from outwake._kinds import AnyConnection, AsyncConnection, Payload, SyncConnection
 from outwake._payload import json_text
 from outwake.errors import Duplicate
 from outwake.schema import in_schema

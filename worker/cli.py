@@ -17,7 +17,7 @@ from outwake.settings import Settings, load
 from outwake.telemetry import log, trace
 from outwake.worker.agents.usage import declare_usage
 from outwake.worker.engine import health
-from outwake.worker.engine.processes import Link, Parent
+from outwake.worker.engine.processes import Parent, ParentLink
 from outwake.worker.engine.worker import Worker
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ async def _work(
 ) -> None:
     worker = Worker(settings, handlers, concurrency)
     _on_signals(worker.drain)
-    link = None if parent is None else await Link.open(parent, worker.drain, worker.snapshot)
+    link = None if parent is None else await ParentLink.open(parent, worker.drain, worker.snapshot)
     if link is not None:
         worker.report = link.report
     server = None

@@ -14,7 +14,7 @@ from outwake.app.api.models import Health, Ready, ReadyQuery
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
-from outwake.app.shared import Shared
+from outwake.app.shared_figure import Shared
 from outwake.errors import SchemaError
 from outwake.sql import LINES
 from outwake.telemetry.ready import outbox_ready

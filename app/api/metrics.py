@@ -16,7 +16,7 @@ from starlette.responses import Response
 from outwake.app.api.problems import Problem
 from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
-from outwake.app.shared import Shared
+from outwake.app.shared_figure import Shared
 from outwake.telemetry.metrics import CONTENT_TYPE, database_metrics, render, unreachable
 
 REGISTRY = CollectorRegistry()

@@ -173,7 +173,7 @@ class Created(NamedTuple):
     replayed: bool
 
 
-class Cancelled(NamedTuple):
+class CancelledTurns(NamedTuple):
     """How many turns ended at once, and how many a worker has yet to stop."""
 
     cancelled: int
@@ -336,9 +336,9 @@ async def archive_session(here: Context, identity: Identity, session_id: UUID) -
     await _found(here, _ARCHIVE, {"id": session_id, "scope": identity.scope})
 
 
-async def cancel_session(here: Context, identity: Identity, session_id: UUID) -> Cancelled:
+async def cancel_session(here: Context, identity: Identity, session_id: UUID) -> CancelledTurns:
     """Cancel the session's turns. Raises Problem (not-found, unavailable)."""
-    return Cancelled(*await _found(here, _CANCEL, {"id": session_id, "scope": identity.scope}))
+    return CancelledTurns(*await _found(here, _CANCEL, {"id": session_id, "scope": identity.scope}))
 
 
 async def _found(here: Context, query: LiteralString, values: dict[str, Any]) -> Row:

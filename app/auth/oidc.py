@@ -49,7 +49,7 @@ FETCH_TIMEOUT = 5.0  # seconds
 MAX_DOCUMENT = 1_000_000  # bytes
 MAX_KEYS = 100
 
-Answer = dict[str, Any]
+IssuerAnswer = dict[str, Any]
 
 log = get_logger("outwake.app.auth.oidc")
 
@@ -237,7 +237,9 @@ class Issuer:
         return document
 
 
-async def ask(client: httpx.AsyncClient, method: str, url: str, **more: Any) -> tuple[int, Answer | None]:
+async def ask(
+    client: httpx.AsyncClient, method: str, url: str, **more: Any
+) -> tuple[int, IssuerAnswer | None]:
     """An issuer's status and JSON object, if it is one. At most MAX_DOCUMENT bytes in FETCH_TIMEOUT seconds.
 
     Nothing is decompressed: a few kilobytes would become gigabytes. Raises Unusable, httpx.HTTPError.

@@ -58,23 +58,25 @@ class Message:
 
 
 @dataclass
-class Attempt:
+class AttemptOutput:
     """The messages of one attempt of a turn. Only the last attempt counts."""
 
     number: int
     messages: list[Message]
 
 
-def attempts_of(messages: Sequence[dict[str, Any]], budget: Budget | None = None) -> dict[str, list[Attempt]]:
+def attempts_of(
+    messages: Sequence[dict[str, Any]], budget: Budget | None = None
+) -> dict[str, list[AttemptOutput]]:
     """The attempts by prompt id. `messages` are as the API lists them."""
     budget = budget or Budget()
-    found: dict[str, list[Attempt]] = {}
+    found: dict[str, list[AttemptOutput]] = {}
     calls: dict[str, Block] = {}
     for message in messages:
         prompt, number = message["prompt_id"], message["attempt"]
         attempts = found.setdefault(prompt, [])
         if not attempts or attempts[-1].number != number:
-            attempts.append(Attempt(number, []))
+            attempts.append(AttemptOutput(number, []))
         kept = []
         for block in blocks_of(message["body"], budget):
             if block.key:

@@ -29,7 +29,7 @@ from outwake.app.auth.identity import Identity
 from outwake.app.context import Context, context
 from outwake.app.dashboard import queries
 from outwake.app.dashboard.build import off_loop, parse, parse_message
-from outwake.app.dashboard.conversation import Attempt, attempts_of, outcome_of
+from outwake.app.dashboard.conversation import AttemptOutput, attempts_of, outcome_of
 from outwake.app.dashboard.formatting import pretty
 from outwake.app.dashboard.markdown import Budget
 from outwake.app.dashboard.page import go, read_form, render
@@ -184,13 +184,13 @@ async def show_session(request: Request, identity: Identity) -> Response:
     )
 
 
-def _read(items: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, list[Attempt]]]:
+def _read(items: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, list[AttemptOutput]]]:
     """The messages, and the attempts of each prompt as they are shown."""
     shown = [parse_message(item) for item in items]
     return shown, attempts_of(shown, Budget())
 
 
-def _turn(prompt: dict[str, Any], said: Mapping[str, list[Attempt]]) -> dict[str, Any]:
+def _turn(prompt: dict[str, Any], said: Mapping[str, list[AttemptOutput]]) -> dict[str, Any]:
     return {**prompt, **outcome_of(prompt["result"]), "attempts": said.get(prompt["id"], [])}
 
 

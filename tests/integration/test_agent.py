@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from outwake.worker.agents.base import Line
+from outwake.worker.agents.base import AgentLine
 from outwake.worker.agents.run import BATCH_LINES, Agent
 from outwake.worker.errors import PermanentError
 from outwake.worker.process import guarded
@@ -92,7 +92,7 @@ async def until_ready(agent: Agent) -> None:
     pytest.fail("the agent ended before it was ready")
 
 
-async def everything(agent: Agent) -> list[Line]:
+async def everything(agent: Agent) -> list[AgentLine]:
     return [event async for batch in agent.lines() for event in batch]
 
 

@@ -19,8 +19,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from outwake.session.callback import Address
 from outwake.settings import Settings
+from outwake.worker.checked_transport import tls_context
 from outwake.worker.handlers.webhook import post
-from outwake.worker.transport import tls_context
 from tests.conftest import Connect
 from tests.support.api import Api, serving
 from tests.support.certificate import certificate

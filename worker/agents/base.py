@@ -17,7 +17,7 @@ from outwake.session.events import Started
 from outwake.worker.agents.archive import unpack
 from outwake.worker.errors import PermanentError
 
-Line = dict[str, Any]
+AgentLine = dict[str, Any]
 """A line that an agent printed, as worker/agents/stream.py stores it."""
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
-from outwake.worker.agents.base import Line
+from outwake.worker.agents.base import AgentLine
 from outwake.worker.agents.stream import LINE_LIMIT, RawLine, Splitter, stored
 from outwake.worker.process.guarded import Guarded
 
@@ -34,7 +34,7 @@ class Agent(Guarded):
         result = await agent.wait()
     """
 
-    async def lines(self, limit: int = LINE_LIMIT) -> AsyncIterator[list[Line]]:
+    async def lines(self, limit: int = LINE_LIMIT) -> AsyncIterator[list[AgentLine]]:
         """The agent's output as it is stored, in batches, to its end."""
         async for batch in self.batches(stored_lines, limit):
             yield batch
@@ -70,7 +70,7 @@ class Agent(Guarded):
             yield await _digested(digest, batch)
 
 
-def stored_lines(batch: Sequence[RawLine]) -> list[Line]:
+def stored_lines(batch: Sequence[RawLine]) -> list[AgentLine]:
     return [line for line in map(stored, batch) if line is not None]
 
 

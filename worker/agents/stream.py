@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from outwake.worker.agents.base import Line
+from outwake.worker.agents.base import AgentLine
 
 # An agent's tool results, apart from images, are well below this limit. A parsed line can take 50 times its
 # size, so with this limit a worker of ten sessions fits into a small container.
@@ -73,12 +73,12 @@ class Splitter:
             del self._line[HEAD:]
 
 
-def stored(raw: RawLine) -> Line | None:
+def stored(raw: RawLine) -> AgentLine | None:
     """The stored form of a line; None if it is blank. Never raises."""
     return parsed(raw.head) if len(raw.head) == raw.size else truncated(raw.head, raw.size)
 
 
-def parsed(line: bytes) -> Line | None:
+def parsed(line: bytes) -> AgentLine | None:
     """The stored form of a line within the limit."""
     line = line.strip()
     if not line:
@@ -104,7 +104,7 @@ def parsed(line: bytes) -> Line | None:
     return _noted(value if isinstance(value, dict) else {"type": "json", "value": value}, notes)
 
 
-def truncated(head: bytes, size: int) -> Line:
+def truncated(head: bytes, size: int) -> AgentLine:
     """The stored form of a line that is too long. size: of the line, in bytes. head: its beginning."""
     text = head[:HEAD].decode(errors="replace").rstrip("\ufffd")
     return {"type": "truncated", "bytes": size, "head": _clean(text, set())}
@@ -149,5 +149,5 @@ def _clean(text: str, notes: set[str]) -> str:
     return cleaned
 
 
-def _noted(made: Line, notes: set[str]) -> Line:
+def _noted(made: AgentLine, notes: set[str]) -> AgentLine:
     return {**made, NOTE: sorted(notes)} if notes else made

@@ -13,7 +13,7 @@ from outwake.session.events import (
     ToolResult,
     Unknown,
 )
-from outwake.worker.agents.base import Line
+from outwake.worker.agents.base import AgentLine
 
 LONGEST_TEXT = 20_000
 """Characters of the agent's last words that the prompt's result keeps. The messages have all of them."""
@@ -38,7 +38,7 @@ class AgentSummary:
 
     session: str | None = None
     result: Result | None = None
-    line: Line | None = None
+    line: AgentLine | None = None
     results: int = 0
     pull_request: str | None = None
     used: set[str] = field(default_factory=set)
@@ -47,7 +47,7 @@ class AgentSummary:
     lingered: bool = False
     _calls: dict[str, str] = field(default_factory=dict, repr=False)
 
-    def on_event(self, event: AgentEvent, line: Line) -> None:
+    def on_event(self, event: AgentEvent, line: AgentLine) -> None:
         match event:
             case Started(session=session):
                 self.session = session or self.session

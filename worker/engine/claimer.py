@@ -23,7 +23,7 @@ import psycopg
 from outwake._claim import Claimed
 from outwake.telemetry.log import debugging, get_logger
 from outwake.worker.engine.attempt import Outcome
-from outwake.worker.engine.claims import Answer, Claims
+from outwake.worker.engine.claims import ClaimAnswer, Claims
 from outwake.worker.engine.cursor import Cursors, Scan
 from outwake.worker.engine.metrics import Stats
 from outwake.worker.engine.parking import Parking, Stage
@@ -120,7 +120,7 @@ class Claimer:
         self._running.arriving = 0
 
     async def _read(
-        self, answer: Answer, completed: list[Outcome], scan: Scan, asked_at: float, took: float
+        self, answer: ClaimAnswer, completed: list[Outcome], scan: Scan, asked_at: float, took: float
     ) -> int:
         """Read a claim's answer and start its rows. Returns how many rows came."""
         rows, refused = answer.read()

@@ -30,7 +30,7 @@ T = TypeVar("T")
 Token = tuple[int, int]
 
 
-class Answer:
+class ClaimAnswer:
     """A cycle's result that is not read yet. Making objects of the rows takes longer than sending the next
     claim, so a worker under load sends that first.
     """
@@ -74,7 +74,7 @@ class Claims:
         """
 
         def read(result: pq.abc.PGresult) -> T:
-            rows, still_there = Answer(checked(result, self._conn), self._reader).read()
+            rows, still_there = ClaimAnswer(checked(result, self._conn), self._reader).read()
             return arrived(rows[0] if rows else None, bool(still_there))
 
         values = [self._worker, b"%d" % row_id, self._lease, self._presence]
@@ -88,7 +88,7 @@ class Claims:
         lanes: Sequence[Lane] | None,
         *,
         stay_parked: bool,
-    ) -> Answer:
+    ) -> ClaimAnswer:
         """Complete and claim in one statement, outbox_complete_and_claim."""
         if lanes is None:
             where: list[bytes | None] = [_array(topics), None, None, None, None]
@@ -104,7 +104,7 @@ class Claims:
             self._presence,
             *where[1:],
         ]
-        return Answer(await self._run(_CLAIM, values), self._reader)
+        return ClaimAnswer(await self._run(_CLAIM, values), self._reader)
 
     async def complete(self, tokens: Sequence[Token]) -> set[Token]:
         """Complete without a claim. Returns the fenced completions."""

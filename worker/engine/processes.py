@@ -185,7 +185,7 @@ class Child:
         return status
 
 
-class Link:
+class ParentLink:
     """A child's end of the pair: it tells the parent news, and notices when the parent is gone."""
 
     def __init__(self, writer: asyncio.StreamWriter, watch: asyncio.Task[None]) -> None:
@@ -195,7 +195,7 @@ class Link:
     @classmethod
     async def open(
         cls, descriptor: int, parent_gone: Callable[[], None], snapshot: Callable[[], Awaitable[Snapshot]]
-    ) -> "Link":
+    ) -> "ParentLink":
         """Take over the file descriptor. `parent_gone` is called once."""
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
 

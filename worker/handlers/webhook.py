@@ -29,7 +29,7 @@ from outwake.worker.messages import answer_soon
 if TYPE_CHECKING:  # at run time where they are used: an idle worker saves httpx's memory
     import httpx
 
-    from outwake.worker.transport import Resolve
+    from outwake.worker.checked_transport import Resolve
 
 TOPIC = "webhook.deliver"
 
@@ -81,7 +81,7 @@ async def post(
     """
     import httpx
 
-    from outwake.worker.transport import CallbackTransport
+    from outwake.worker.checked_transport import CallbackTransport
 
     if settings.webhook_secret is None:
         raise Retry("this worker has no OUTWAKE_WEBHOOK_SECRET")

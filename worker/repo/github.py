@@ -18,10 +18,10 @@ import httpx
 
 from outwake.session.callback import CallbackError, parse_networks
 from outwake.worker.ask import Answer, NoAnswer, ask
+from outwake.worker.checked_transport import CallbackTransport, tls_context
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.repo.credentials import token_for
 from outwake.worker.repo.githost import Proposal, PullRequest, place_of
-from outwake.worker.transport import CallbackTransport, tls_context
 
 LIMIT = 4 * 2**20  # bytes of an answer: 30 pull requests with the longest bodies
 SECONDS = 30.0  # for one request

@@ -1,7 +1,7 @@
-"""A figure of the database that anybody may ask for: it is read for all of them together.
+"""A figure of the database that any client may ask for. One query reads it for all of them.
 
-One query runs at a time. Its answer serves for LEAST seconds, and for longer if the query took long, so that
-asking costs the database a share of one connection at most, whoever asks and how often.
+One query runs at a time. Its answer serves for LEAST seconds, and for longer if the query took long. So the
+questions cost the database a share of one connection at most, whoever asks and how often.
 """
 
 import asyncio

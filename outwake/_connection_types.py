@@ -1,7 +1,7 @@
 """The kinds of connections that `enqueue` takes, as a type checker sees them.
 
-Each is told by methods that it alone has, because the packages of others may be absent: an import that
-fails would make every connection fit.
+Each is known by methods that no other kind has. An import would not do: the package may be absent, and then
+every connection would fit.
 """
 
 from collections.abc import Coroutine, Mapping, Sequence

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from outwake.app.api import metrics
 from outwake.telemetry.log import get_logger, writes
 
-log = get_logger("outwake.app.access")
+log = get_logger("outwake.app.access_log")
 
 
 class Access:
