@@ -27,6 +27,13 @@ HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 FORM = b"POST /ui/sign-in HTTP/1.1\r\nHost: x\r\nSec-Fetch-Site: same-origin\r\n"
 TEXTS = ["[" * 20_000, "![" * 10_000, ">" * 10_000 + "\na" * 5_000, "**a_" * 5_000]
 
+BODIES = [
+    json.dumps({"repo": "o/t", "target_branch": "main", "prompt": "x" * 190_000}),
+    '{"repo": "o/t", "target_branch": "main", "prompt": "' + "\\u0041" * 170_000 + '"}',
+    "[" * 1_000_000,
+    "{" + ",".join(f'"{n}":1' for n in range(90_000)) + "}",
+]
+
 
 async def _send(port: int, parts: list[bytes], end: float) -> None:
     """Send the first part, then the second one over and over, on connection after connection."""
@@ -52,6 +59,13 @@ async def _ask(client: httpx.AsyncClient, paths: list[str], end: float) -> None:
                 await client.get(path)
 
 
+async def _send_bodies(client: httpx.AsyncClient, end: float) -> None:
+    while time.monotonic() < end:
+        for body in BODIES:
+            with suppress(httpx.HTTPError):
+                await client.post("/sessions", content=body, headers={"Content-Type": "application/json"})
+
+
 async def _follow_without_reading(port: int, token: str, session: str, end: float) -> None:
     with suppress(OSError):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
@@ -61,7 +75,7 @@ async def _follow_without_reading(port: int, token: str, session: str, end: floa
         writer.transport.abort()
 
 
-async def _all(port: int, token: str, session: str, seconds: float) -> None:
+async def _all(port: int, token: str, operators: str, session: str, seconds: float) -> None:
     end = time.monotonic() + seconds
     url = f"http://127.0.0.1:{port}"
     path = f"/sessions/{session}"
@@ -70,6 +84,12 @@ async def _all(port: int, token: str, session: str, seconds: float) -> None:
     async with (
         httpx.AsyncClient(base_url=url, headers=bearer, timeout=60) as user,
         httpx.AsyncClient(base_url=url, cookies=cookies, timeout=60) as browser,
+        httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {operators}"},
+            cookies={"outwake": operators},
+            timeout=60,
+        ) as operator,
         httpx.AsyncClient(base_url=url, timeout=60) as stranger,
     ):
         await asyncio.gather(
@@ -80,9 +100,18 @@ async def _all(port: int, token: str, session: str, seconds: float) -> None:
             *(_send(port, [FORM + b"Content-Length: 16000\r\n\r\n", b"a", b"slow"], end) for _ in range(100)),
             *(_follow_without_reading(port, token, session, end) for _ in range(50)),
             *(_ask(user, [f"{path}/messages?limit=1000", path], end) for _ in range(3)),
-            *(_ask(browser, [f"/ui{path}"], end) for _ in range(3)),
+            *(_ask(browser, [f"/ui{path}", "/"], end) for _ in range(3)),
+            *(
+                _ask(operator, ["/outbox?limit=200", "/ui/dead", "/ui/outbox?state=dead"], end)
+                for _ in range(2)
+            ),
+            _send_bodies(user, end),
             *(_ask(stranger, ["/metrics", "/readyz?workers=1"], end) for _ in range(10)),
         )
+
+
+def _run(*arguments: Any) -> None:
+    asyncio.run(_all(*arguments))
 
 
 def _fill(url: str, server: Server, database: str) -> str:
@@ -95,9 +124,14 @@ def _fill(url: str, server: Server, database: str) -> str:
         assert row is not None
         session = str(row[0])
         conn.execute(
-            "INSERT INTO outwake.prompt (session_id, text)"
-            " SELECT %s, repeat('x', 200000) FROM generate_series(1, 250)",
-            (session,),
+            "INSERT INTO outwake.prompt (session_id, text, result)"
+            " SELECT %s, repeat('x', 200000), %s::jsonb FROM generate_series(1, 250)",
+            (session, json.dumps({"agent": {"type": "result", "result": "x" * 500_000}})),
+        )
+        conn.execute(
+            "INSERT INTO outwake.outbox (topic, state, payload, finished_at)"
+            " SELECT 'never', 'dead', %s::jsonb, clock_timestamp() FROM generate_series(1, 200)",
+            (json.dumps({"x": "y" * 1_000_000}),),
         )
         seq = count(1)
         for text in ["x" * 1_000_000] * 100 + TEXTS * 10:
@@ -132,12 +166,14 @@ def main(seconds: float) -> None:
             stdout=subprocess.DEVNULL,
         )
         session = _fill(url, server, "limits")
-        token = api_tokens(url, ["alice"])[0]
+        tokens = api_tokens(url, ["alice", "olga"])
+        with server.connect("limits") as conn:
+            conn.execute("UPDATE outwake.api_token SET operator = true WHERE user_id = 'olga'")
         log = STATE / "api.log"
         start = log.stat().st_size if log.exists() else 0
         with api(url, {"OUTWAKE_REQUIRE_TOKEN": "1"}, observed=True) as (process, port):
             before = resident_mb(process.pid)
-            sender = multiprocessing.Process(target=lambda: asyncio.run(_all(port, token, session, seconds)))
+            sender = multiprocessing.Process(target=_run, args=(port, *tokens, session, seconds))
             sender.start()
             peak = before
             while sender.is_alive():

@@ -24,7 +24,8 @@ from outwake.schema import in_schema
 from outwake.telemetry.log import get_logger
 
 PAUSE = 0.05  # least seconds between two reads
-GROUPS = 100  # streams read by one statement
+GROUPS = 32  # streams read by one statement; each may have a message of a megabyte
+STEP_BYTES = 1_000_000  # of batches that are made in one step of the event loop
 BATCH = 100  # messages
 BATCH_BYTES = 65536  # of the events; the last message of a batch may go beyond
 HELD = 67_108_864  # bytes that the streams of a process hold for clients that do not read
@@ -200,10 +201,15 @@ class Hub:
             await self._database.wait_available()
             await asyncio.sleep(FAILURE_PAUSE)
             return
+        made = 0
         for place, streams in enumerate(groups.values(), 1):
             for stream in streams:
                 if stream.receive(found.get(place)) and not stream.ended:
                     self._mark(stream)
+                made += stream.held
+                if made > STEP_BYTES:
+                    made = 0
+                    await asyncio.sleep(0)
 
     async def _query(self, places: list[tuple[UUID, int]]) -> dict[int, Found]:
         values = {

@@ -136,7 +136,7 @@ async def test_a_page_of_dead_rows_is_bounded_by_its_bytes(api: Api, connect: Co
 async def test_a_list_of_sessions_reads_a_bounded_part_of_their_results(api: Api, connect: Connect) -> None:
     session = await api.create()
     conn = await connect()
-    result = {"cost": 1.25, "agent": {"type": "result", "result": random.Random(1).randbytes(60_000).hex()}}
+    result = {"cost": 1.25, "agent": {"type": "result", "result": random.Random(1).randbytes(10_000).hex()}}
     await conn.execute(
         "INSERT INTO prompt (session_id, text, result, status)"
         " SELECT %s, 'x', %s, 'succeeded' FROM generate_series(1, 10)",

@@ -43,9 +43,10 @@ class Agent:
         print(json.dumps({"type": "assistant", "message": {"content": text * times}}), flush=True)
 
     def do_flood(self, how: str, patterns: list[str], size: int) -> None:
-        """Print each pattern again and again, all in one text."""
-        text = " ".join(pattern * (size // len(pattern)) for pattern in patterns)
-        getattr(self, f"do_{how}")(text, 1)
+        """Print each pattern again and again, each in a line of its own: the worker cuts a longer one."""
+        for pattern in patterns:
+            text = pattern * (size // len(pattern))
+            getattr(self, f"do_{how}")(text if how == "say" else text + "\n", 1)
 
     def do_err(self, text: str, times: int) -> None:
         sys.stderr.buffer.write(text.encode("latin-1") * times)
