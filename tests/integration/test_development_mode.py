@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from outwake.app import shared
+from outwake.app import shared_figure
 from outwake.app.api import health, metrics
 from outwake.app.context import Context
 from outwake.session import token
@@ -98,8 +98,8 @@ async def test_a_title_cannot_turn_the_text_around(api: Api, char: str) -> None:
 
 
 async def test_figures_are_read_once_however_many_ask(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "LEAST", 60.0)
-    monkeypatch.setattr(shared, "MOST", 60.0)
+    monkeypatch.setattr(shared_figure, "LEAST", 60.0)
+    monkeypatch.setattr(shared_figure, "MOST", 60.0)
     for figure, path in ((metrics._DATABASE, "/metrics"), (health._LOOK, "/readyz")):
         reads: list[str] = []
         read: Callable[[Context], Awaitable[Any]] = figure._read

@@ -18,14 +18,14 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 from jsonschema import Draft202012Validator
 from starlette.applications import Starlette
 
-from outwake.app import shared
+from outwake.app import shared_figure
 from outwake.app.api.openapi import document
 from outwake.app.context import Context
 from outwake.app.main import Server, bind, create_app
 from outwake.settings import Settings
 from tests.support.waits import TIMEOUT, awaiting
 
-shared.LEAST, shared.SHARE = 0.0, math.inf  # tests ask for figures right behind a change
+shared_figure.LEAST, shared_figure.SHARE = 0.0, math.inf  # tests ask for figures right behind a change
 
 
 @dataclass
