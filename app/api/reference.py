@@ -51,7 +51,13 @@ _ASSETS = {
 async def openapi(request: Request) -> Response:
     request.state.route = "/openapi.json"
     check_accept(request, "application/json")
-    return json_response(json.dumps(document()), headers={"Cache-Control": "no-cache"})
+    return json_response(_document(), headers={"Cache-Control": "no-cache"})
+
+
+@cache
+def _document() -> str:
+    """Anybody may ask for it, as often as he likes."""
+    return json.dumps(document())
 
 
 async def docs(request: Request) -> Response:
