@@ -18,10 +18,12 @@ Made = TypeVar("Made")
 
 LONGEST_NUMBER = 300  # digits; a longer one is shown as a text
 PACKED_FROM = 1000  # bytes
+DEEPEST = 100  # levels of a row's JSON that are shown
 LEVEL = 5  # of gzip: the levels above cost twice the time for some percent
 
 _THREADS = ThreadPoolExecutor(2, "outwake-page")
 _TURNS: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 _HEAD = re.compile(r'\{"seq": (\d+), "body": ')
 _TAIL = re.compile(r', "attempt": (\d+), "prompt_id": "([^"]+)", "created_at": "([^"]+)"\}$')
 
@@ -49,6 +51,23 @@ def parse(text: str) -> Any:
 
 def _number(digits: str) -> int | str:
     return int(digits) if len(digits) <= LONGEST_NUMBER else digits
+
+
+def parse_row(text: str) -> Any:
+    """A row. Whoever inserts it chooses the payload, so what is nested too deeply to be shown is cut out."""
+    depth = begin = 0
+    kept = []
+    for token in _TOKEN.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+            if depth == DEEPEST:
+                kept.append(text[begin : token.start()])
+        elif token[0] in "]}":
+            if depth == DEEPEST:
+                kept.append('"\u2026"')
+                begin = token.end()
+            depth -= 1
+    return parse("".join(kept) + text[begin:])
 
 
 def parse_message(text: str) -> dict[str, Any]:

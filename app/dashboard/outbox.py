@@ -19,7 +19,7 @@ from outwake.app.api.rows import Change
 from outwake.app.auth.identity import Identity, check_operator
 from outwake.app.context import context
 from outwake.app.dashboard import queries
-from outwake.app.dashboard.build import off_loop, parse
+from outwake.app.dashboard.build import off_loop, parse_row
 from outwake.app.dashboard.charts import charts
 from outwake.app.dashboard.page import back, go, read_form, render
 from outwake.app.dashboard.queries import Bin, Running
@@ -94,7 +94,7 @@ async def show_dead(request: Request, identity: Identity) -> Response:
     found = await rows.list_rows(context(request), identity, asked)
 
     def read() -> list[dict[str, Any]]:
-        return [{**row, "told": _errors(row["errors"])} for row in map(parse, found.items)]
+        return [{**row, "told": _errors(row["errors"])} for row in map(parse_row, found.items)]
 
     shown = await off_loop(identity.user_id, read)
     return await render(request, identity, "dead.html", rows=shown, next=found.next, cursor=cursor)
@@ -111,7 +111,7 @@ def _errors(errors: Any) -> list[dict[str, str]]:
 async def show_row(request: Request, identity: Identity) -> Response:
     here = context(request)
     text = await rows.show_row(here, identity, request.path_params["id"])
-    row = await off_loop(identity.user_id, lambda: parse(text))
+    row = await off_loop(identity.user_id, lambda: parse_row(text))
     history = await queries.history(here.database, row["id"])
     return await render(request, identity, "row.html", row=row, history=history)
 

@@ -214,6 +214,21 @@ async def test_costs_are_summed_however_they_are_stored(
     assert "$1.75 in all" in page.text
 
 
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+async def test_a_row_with_a_deep_payload_is_shown(
+    depth: int, api: Api, pages: httpx.AsyncClient, connect: Connect
+) -> None:
+    """Such a row ends as dead, so it must not keep the other dead rows from their reader."""
+    conn = await connect()
+    await conn.execute(
+        "INSERT INTO outbox (topic, state, finished_at, payload)"
+        " SELECT 't', 'dead', now(), (repeat('[', n) || repeat(']', n))::jsonb FROM unnest(ARRAY[1, %s]) n",
+        (depth,),
+    )
+    for path in ("/ui/dead", "/ui/outbox", "/ui/outbox/1", "/ui/outbox/2"):
+        assert (await pages.get(path)).status_code == 200, path
+
+
 async def test_the_list_is_filtered_and_paged(api: Api, pages: httpx.AsyncClient) -> None:
     for number in range(35):
         await api.create(repo="octo/many", title=f"Number {number:02}")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outwake.app.dashboard.build import parse_row
 from outwake.app.dashboard.charts import HEIGHT, WIDTH, charts
 from outwake.app.dashboard.conversation import attempts_of, blocks_of
-from outwake.app.dashboard.formatting import ago, count, duration, money
+from outwake.app.dashboard.formatting import ago, count, duration, money, pretty
 from outwake.app.dashboard.markdown import to_html
 from outwake.app.dashboard.queries import Bin
 
@@ -118,3 +119,12 @@ def test_amounts() -> None:
     assert [count(4312), count(12_345), count(3_400_000)] == ["4,312", "12k", "3.4M"]
     assert ago(datetime.now(UTC) - timedelta(minutes=3)) == "3 min ago"
     assert ago(datetime.now(UTC) + timedelta(hours=2, minutes=1)) == "in 2 h"
+
+
+@pytest.mark.parametrize("depth", [98, 99, 100, 300, 900, 100_000])
+def test_a_row_is_shown_however_deep_its_payload_is(depth: int) -> None:
+    inside = '["}", "\\\\", "\\"[", ' + "[" * depth + "]" * depth + ", {}]"
+    row = parse_row('{"id": 7, "payload": ' + inside + ', "state": "dead"}')
+    assert (row["id"], row["state"]) == (7, "dead")
+    assert [row["payload"][place] for place in (0, 1, 2, 4)] == ["}", "\\", '"[', {}]
+    assert ("\u2026" in pretty(row)) == (depth > 97)
