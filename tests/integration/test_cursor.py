@@ -10,10 +10,13 @@ from psycopg import AsyncConnection
 
 from outwake._claim import Lane, complete_and_claim, hand_back
 from outwake.worker.engine import cursor as cursors
+from outwake.worker.engine import timers
 from outwake.worker.engine.background import BackgroundScan
 from outwake.worker.engine.cursor import Scan
+from outwake.worker.engine.parking import Parking
 from tests.conftest import Connect
 from tests.support.plans import FEW_BUFFERS, explain
+from tests.support.sleepers import is_missed, runs
 from tests.support.steps import (
     Connection,
     Rule,
@@ -27,6 +30,7 @@ from tests.support.steps import (
     waits,
     with_and_without,
 )
+from tests.support.waits import eventually
 from tests.support.worker import ObservedWorker, watched
 
 CLAIM = (
@@ -291,6 +295,35 @@ async def test_a_worker_sleeps_only_when_a_background_scan_saw_nothing_due(
         await worker.has_run(row)
         await worker.asleep_for(math.inf)
         assert worker.parts.cursors.far
+
+
+@pytest.mark.usefixtures("always_far")
+@with_and_without
+async def test_a_background_scan_from_before_the_writers_ended_does_not_let_it_sleep(
+    rule: Rule, database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. P has written, and W notes it. 2. A background scan sees nothing. 3. P commits. 4. W sees the end."""
+    monkeypatch.setattr(timers, "_AGAIN_FIRST", 600.0)
+    if rule == "taken out":
+        monkeypatch.setattr(Parking, "writers_left", False)
+    psql, late = await connect(), await connect()
+    async with watched(database, "t", concurrency=4, started=False) as worker:
+        noting = worker.hold("writers")
+        await noting.wait()
+        await psql.execute("UPDATE worker SET parked = false")
+        await late.execute("BEGIN")
+        row = await add(late, available_at=OLD)
+        await psql.execute("UPDATE worker SET parked = true")
+        noted = worker.hold("schedule")
+        noting.release()
+        await noted.wait()
+        await eventually("a background scan", lambda: not worker.parts.background.under_way)
+        again = worker.hold("writers")
+        noted.release()
+        await again.wait()
+        await late.execute("COMMIT")
+        again.release()
+        await (runs(worker, row) if rule == "kept" else is_missed(worker, psql, row))
 
 
 @pytest.mark.usefixtures("always_far")

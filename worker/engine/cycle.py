@@ -131,8 +131,9 @@ class Cycle:
             return
         asked = wakes.take()
         awake, draining_writers = parking.stage is Stage.AWAKE, parking.stage is Stage.DRAINING_WRITERS
+        writers_left = draining_writers and parking.writers_left
         writers_ended = draining_writers and parking.saw_writers(await self._writers())
-        if asked:
+        if asked or (writers_left and writers_ended):  # no earlier scan has seen what they committed
             wakes.asked_at = time.monotonic()
         stay_parked = self._stay_parked()
         await observer.step("claim")

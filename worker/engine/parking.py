@@ -50,6 +50,11 @@ class Parking:
         self.stage = Stage.DRAINING_WRITERS
         self._handshake = Handshake()
 
+    @property
+    def writers_left(self) -> bool:
+        """Whether transactions of step 2 had not ended when they were last read."""
+        return not self._handshake.over
+
     def saw_writers(self, writers: Iterable[str]) -> bool:
         """Steps 2 and 3: these transactions write now. Returns whether all that step 2 read have ended."""
         assert self.stage is Stage.DRAINING_WRITERS
