@@ -39,6 +39,7 @@ _FUNCTIONS: dict[Line, tuple[str, ...]] = {
         "rescue",
         "scan",
         "park",
+        "compat",
         "views",
         "history",
         "ready",

@@ -1,17 +1,16 @@
-"""One of several sleepers takes a single row, and the others stand by: the steps of worker/engine/backup.py.
+"""One of several sleepers takes a single row, and the others are its backups: worker/engine/backup.py.
 
 A and B sleep. Who is drawn is decided by the test (`names`).
 """
 
 import math
-from typing import Any
 from uuid import UUID
 
 import pytest
 
 import outwake
-from outwake.worker.engine import backup as standby
-from outwake.worker.engine.backup import Standby
+from outwake.worker.engine import backup, due
+from outwake.worker.engine.backup import Backup
 from tests.conftest import Connect
 from tests.support.plans import explain
 from tests.support.sleepers import is_missed, runs
@@ -20,7 +19,6 @@ from tests.support.steps import (
     Rule,
     add,
     claim_ids,
-    get,
     new_worker,
     one,
     take_out,
@@ -30,29 +28,7 @@ from tests.support.steps import (
 from tests.support.waits import awaiting
 from tests.support.worker import ObservedWorker, hang, watched
 
-STAND_IN = "SELECT outbox_stand_in(%s, %s)"
 PARKED = "SELECT parked FROM worker WHERE id = %s"
-
-
-class Deaf:
-    """While it stands, the worker hears nothing. Then it hears all of it at once."""
-
-    def __init__(self, worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-        inbox = worker.worker.inbox
-        self._heard, self._later = inbox.heard, list[tuple[str, ...]]()
-        self._stands = True
-        monkeypatch.setattr(inbox, "heard", self._hear)
-
-    def _hear(self, *news: str) -> None:
-        if self._stands:
-            self._later.append(news)
-        else:
-            self._heard(*news)
-
-    def hears_again(self) -> None:
-        self._stands = False
-        for news in self._later:
-            self._heard(*news)
 
 
 @pytest.fixture
@@ -79,7 +55,7 @@ async def test_only_the_one_that_is_named_asks(
     rule: Rule, psql: Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1. A and B sleep. 2. A row is inserted, and A named. 3. B hears of it, and asks nothing."""
-    monkeypatch.setattr(standby, "PATIENCE", 600.0)
+    monkeypatch.setattr(backup, "PATIENCE", 600.0)
     if rule == "taken out":
         await take_out(psql, "outbox_notify", "coalesce(named, '')", "''")
     async with (
@@ -95,114 +71,54 @@ async def test_only_the_one_that_is_named_asks(
 
 
 @with_and_without
-async def test_others_stand_in_for_one_that_died(
+async def test_another_runs_the_row_of_one_that_died(
     rule: Rule, psql: Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 3. 1. A died in its sleep, its flag is up. 2. A row is inserted, and A named. 3. B runs it."""
+    """Step 2. 1. A died in its sleep, its flag is set. 2. A row is inserted, and A named. 3. B runs it."""
     if rule == "taken out":
-        monkeypatch.setattr(Standby, "stand_by", lambda *heard, **now: False)
+        monkeypatch.setattr(Backup, "heard", lambda *heard: False)
     await absent(psql)
     await names(psql, 7)
     async with watched(database) as b:
-        await psql.execute("UPDATE worker SET parked = true")  # also A's, which B took down
+        await psql.execute("UPDATE worker SET parked = true")  # also A's, which B cleared
         row = await add(psql)
         await (runs(b, row) if rule == "kept" else is_missed(b, psql, row))
 
 
-async def test_one_that_did_not_come_is_not_named_again(psql: Connection, database: str) -> None:
-    """Step 4. 1. A died in its sleep, its flag is up. 2. B stands in for it. 3. A's flag is down."""
-    a = await absent(psql)
+async def test_none_that_died_is_named_again(psql: Connection, database: str) -> None:
+    """Step 3. 1. Ten died in their sleep, their flags are set; one is named. 2. B runs the row. 3. Only B's
+    flag is set, and it runs the next row at once.
+    """
+    dead = [await absent(psql, presence) for presence in range(7, 17)]
     await names(psql, 7)
     async with watched(database) as b:
         await psql.execute("UPDATE worker SET parked = true")
         await b.has_run(await add(psql))
-        assert not await one(psql, PARKED, a)
+        assert not await one(psql, "SELECT bool_or(parked) FROM worker WHERE id = ANY (%s)", dead)
+        await b.asleep()
+        asks = len(b.seen.asks)
+        await b.has_run(await add(psql))
+        assert len(b.seen.asks) == asks + 1
 
 
-@with_and_without
-async def test_one_that_comes_late_parks_anew(
-    rule: Rule, psql: Connection, database: str, monkeypatch: pytest.MonkeyPatch
+async def test_one_without_a_slot_leaves_its_row_to_another(
+    connect: Connect, psql: Connection, database: str
 ) -> None:
-    """Step 4. 1. A is named and hangs. 2. B stands in, and takes A's flag down. 3. A goes on. 4. B leaves.
-    5. A row is inserted: A runs it. Taken out: A sleeps on, its flag down.
+    """1. P inserts a row; A is parked, and named. 2. A fills its slots with another. 3. P commits. 4. B runs
+    it.
     """
-    async with watched(database) as a:
-        await names(psql, a)
-        async with watched(database) as b:
-            deaf = Deaf(a, monkeypatch)
-            row = await add(psql)
-            await b.has_run(row)
-            await until(psql, "SELECT NOT parked FROM worker WHERE id = %s", a.id)
-            await b.asleep()
-        deaf.hears_again()
-        if rule == "taken out":
-            monkeypatch.setattr(a.parts.parking, "wake", lambda: None)
-        await a.asleep()
-        row = await add(psql)
-        await (runs(a, row) if rule == "kept" else is_missed(a, psql, row))
-
-
-@with_and_without
-@pytest.mark.parametrize("why", ["full", "draining"])
-async def test_one_without_a_slot_passes_the_word_on(
-    rule: Rule, why: str, connect: Connect, psql: Connection, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Step 2. 1. P inserts a row; A is parked, and named. 2. A fills its slots with another, or is to drain.
-    3. P commits. 4. B runs it at once.
-    """
-    monkeypatch.setattr(standby, "PATIENCE", 600.0)
-    if rule == "taken out":
-        await take_out(psql, "outbox_pass_on", "SELECT outbox_notify(o.topic, o.available_at)", "SELECT 1")
     producer = await connect()
-    slots = 1 if why == "full" else 2
     async with (
-        watched(database, concurrency=slots, run=hang, drain_grace=600.0) as a,
+        watched(database, concurrency=1, run=hang, drain_grace=600.0) as a,
         watched(database, concurrency=2) as b,
     ):
         await names(psql, a)
-        if why == "draining":
-            await a.has_run(await add(psql))
-            await a.asleep_for(1)
         await producer.execute("BEGIN")
         row = await add(producer)
-        if why == "full":
-            await a.has_run(await add(psql))
-        else:
-            a.drain()
+        await a.has_run(await add(psql))
         await until(psql, "SELECT NOT parked FROM worker WHERE id = %s", a.id)
         await producer.execute("COMMIT")
-        if rule == "kept":
-            await b.has_run(row)
-            return
-        for worker in (a, b):
-            await worker.hears_nothing_more(psql)
-        await until(
-            psql,
-            "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE query LIKE '%outbox_pass_on%'"
-            " AND state = 'active' AND pid <> pg_backend_pid())",
-        )
-        assert row not in b.ran
-        assert await get(psql, row) == "ready"
-
-
-async def test_one_that_took_its_row_passes_nothing_on(
-    connect: Connect, psql: Connection, database: str
-) -> None:
-    """The row that it was named for fills it."""
-    listener = await connect()
-    await listener.execute("LISTEN outwake_wake")
-    async with watched(database, concurrency=1, run=hang) as a, watched(database):
-        await names(psql, a)
-        row = await add(psql)
-        await a.has_run(row)
-        await until(psql, "SELECT NOT parked FROM worker WHERE id = %s", a.id)
-        await a.hears_nothing_more(psql)
-        await psql.execute("SELECT pg_notify('outwake_wake', 'end@0')")
-        payloads = [note.payload async for note in listener.notifies(stop_after=1, timeout=60)]
-        while payloads[-1] != "end@0":
-            payloads += [note.payload async for note in listener.notifies(stop_after=1, timeout=60)]
-    ours = [payload for payload in payloads if payload.startswith("t@")]
-    assert [payload.partition(",")[0] for payload in ours] == [f"t@0#{row}"]
+        await b.has_run(row)
 
 
 async def test_without_a_presence_nobody_is_named(connect: Connect, psql: Connection) -> None:
@@ -261,58 +177,56 @@ async def test_each_that_is_parked_may_be_drawn(connect: Connect) -> None:
                 named.add(name)
 
 
-async def test_stands_in_for_rows_that_nobody_has_claimed(psql: Connection) -> None:
-    """What was claimed once, and is ready again, has notified again."""
-    a, worker = await absent(psql), await new_worker(psql)
-    row, again, gone = [await add(psql) for _ in range(3)]
-    assert set(await claim_ids(psql, worker, 3)) == {row, again, gone}
-    await psql.execute("SELECT outbox_hand_back(%s, %s, '{1}')", (worker, [again]))
-    waits = await add(psql)
-    taken = await psql.execute(STAND_IN, ([row, again, gone], [7, 7, 7]))
-    assert await taken.fetchall() == []
-    assert await one(psql, PARKED, a)
-    assert await one(psql, STAND_IN, [row, waits], [7, 7]) == waits
-    assert not await one(psql, PARKED, a)
+async def test_a_row_that_was_claimed_is_not_waited_for(psql: Connection, database: str) -> None:
+    """Whatever made it ready again has notified. B asks, finds nothing, and sleeps on without a scan."""
+    async with watched(database) as b:
+        await psql.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_inserted")
+        row = await add(psql, attempt=1)
+        scans = b.scans
+        await psql.execute("SELECT pg_notify('outwake_wake', %s)", (f"t@0#{row},7,2",))
+        await b.hears_nothing_more(psql)
+        assert await b.asleep() < 1
+        await b.asleep_for(math.inf)
+        assert (b.ran, b.scans) == ([], scans)
 
 
-async def test_waits_for_no_worker(connect: Connect, psql: Connection) -> None:
-    """Who holds the lock of its row claims: its flag is left alone."""
-    a, other = await absent(psql), await connect()
-    row = await add(psql)
-    await other.execute("BEGIN")
-    await other.execute("SELECT FROM worker WHERE id = %s FOR NO KEY UPDATE", (a,))
-    assert await one(psql, STAND_IN, [row], [7]) == row
-    assert await one(psql, PARKED, a)
-
-
-@pytest.mark.parametrize("query", [STAND_IN, "SELECT outbox_pass_on(%s)"])
-async def test_finds_rows_by_their_key(query: str, connect: Connect) -> None:
-    """Whatever the table was like when the plan was made: here it was empty."""
+async def test_rows_are_asked_for_by_their_keys(connect: Connect) -> None:
     psql = await connect()
-    values: list[Any] = [[0]] if "pass" in query else [[0], [7]]
-    await psql.execute("VACUUM ANALYZE outbox, worker")
-    for _ in range(7):
-        await psql.execute(query, values)
+    await psql.execute("VACUUM ANALYZE outbox")
     await psql.execute("ALTER TABLE outbox SET (autovacuum_enabled = off)")
     await psql.execute("INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 5000)")
-    values[0] = [76]
-    await psql.execute(query, values)  # past the reading of catalogs
-    plans = await explain(psql, query, *values)
+    plans = await explain(psql, due._STILL_WAIT, [76, 77])
     assert "outbox_pkey" in plans.indexes()
     assert not plans.read_in_full()
     assert plans.buffers() < 100
 
 
+async def test_what_the_last_release_calls_still_works(psql: Connection) -> None:
+    """sql/outbox/functions/compat.sql: its workers may run beside these."""
+    a, worker = await absent(psql), await new_worker(psql)
+    row, again, gone = [await add(psql) for _ in range(3)]
+    assert set(await claim_ids(psql, worker, 3)) == {row, again, gone}
+    await psql.execute("SELECT outbox_hand_back(%s, %s, '{1}')", (worker, [again]))
+    waits = await add(psql)
+    stand_in = "SELECT outbox_stand_in(%s, %s)"
+    taken = await psql.execute(stand_in, ([row, again, gone], [7, 7, 7]))
+    assert await taken.fetchall() == []
+    assert await one(psql, PARKED, a)
+    assert await one(psql, stand_in, [row, waits], [7, 7]) == waits
+    assert not await one(psql, PARKED, a)
+    await psql.execute("SELECT outbox_pass_on(%s)", ([waits],))
+
+
 def test_asks_about_what_has_had_its_time() -> None:
     """Once for all that it heard of by then; what came last waits for the next time."""
-    stands = Standby()
-    assert stands.ask_at == math.inf
-    assert stands.stand_by(1, 7, 50, now=100.0)
-    first = stands.ask_at
-    assert 100 + standby.PATIENCE <= first <= 100 + standby.PATIENCE + 50 * standby.SPREAD
-    assert not stands.stand_by(2, 8, 50, now=first - standby.PATIENCE)
-    assert not stands.stand_by(3, 9, 50, now=first)
-    assert stands.take_due(first) == ([1, 2], [7, 8])
-    assert first + standby.PATIENCE <= stands.ask_at <= first + standby.PATIENCE + 50 * standby.SPREAD
-    assert stands.take_due(stands.ask_at) == ([3], [9])
-    assert stands.ask_at == math.inf
+    stands, spread = Backup(), 50 * backup.SPREAD
+    assert stands.at == math.inf
+    assert stands.heard(1, 50, now=100.0)
+    first = stands.at
+    assert 100 + backup.PATIENCE <= first <= 100 + backup.PATIENCE + spread
+    assert not stands.heard(2, 50, now=first - backup.PATIENCE)
+    assert not stands.heard(3, 50, now=first)
+    assert stands.take_due(first) == [1, 2]
+    assert first + backup.PATIENCE <= stands.at <= first + backup.PATIENCE + spread
+    assert stands.take_due(stands.at) == [3]
+    assert stands.at == math.inf

@@ -302,7 +302,7 @@ async def test_a_worker_sleeps_only_when_a_background_scan_saw_nothing_due(
 async def test_a_background_scan_from_before_the_writers_ended_does_not_let_it_sleep(
     rule: Rule, database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. P has written, and W notes it. 2. A background scan sees nothing. 3. P commits. 4. W sees the end."""
+    """1. P has written, and W notes it. 2. A background scan sees none. 3. P commits. 4. W sees the end."""
     monkeypatch.setattr(timers, "_AGAIN_FIRST", 600.0)
     if rule == "taken out":
         monkeypatch.setattr(Parking, "writers_left", False)

@@ -76,8 +76,7 @@ async def test_two_workers_fall_silent_again_after_one_job(connect: Connect, dat
         await until(psql, "SELECT state = 'done' FROM outbox WHERE id = %s", row)
         assert a.ran + b.ran == [row]
         for worker in (a, b):
-            while await worker.asleep() < math.inf:
-                await worker.scanned(worker.scans + 1)
+            await worker.asleep_for(math.inf)
         for worker in (a, b):
             assert await worker.sleeps_for_ever(psql)
 

@@ -90,8 +90,7 @@ async def test_nonsense_makes_a_worker_scan(payload: str, worker: Hearing) -> No
     assert worker.wakes.reasons
     assert worker.wakes.event.is_set()
     assert worker.singles == []
-    assert worker.parts.backup.own == set()
-    assert worker.parts.backup.ask_at == math.inf
+    assert worker.parts.backup.at == math.inf
 
 
 @pytest.mark.parametrize(

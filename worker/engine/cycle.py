@@ -35,7 +35,7 @@ from outwake.schema import in_schema
 from outwake.telemetry.log import debugging, get_logger
 from outwake.worker.engine.attempt import End
 from outwake.worker.engine.claimer import Claimer
-from outwake.worker.engine.due import DueWork
+from outwake.worker.engine.due import PARK, DueWork
 from outwake.worker.engine.fastpath import FastPath
 from outwake.worker.engine.finalize import finalize
 from outwake.worker.engine.idle import IdleBackoff
@@ -45,8 +45,6 @@ from outwake.worker.engine.wakes import Reason
 
 log = get_logger(__name__)
 
-_PASS_ON = in_schema("SELECT :schema.outbox_pass_on(%s)")
-_PARK = in_schema("SELECT :schema.outbox_park(%s)")
 _WRITERS = in_schema("SELECT :schema.outbox_writers()")
 
 
@@ -96,8 +94,6 @@ class Cycle:
         await self.due.work()
         await self._finalize()
         await self._fill()
-        if self._parts.backup.own:
-            await self._pass_on()
 
     async def _heed(self) -> None:
         """Do what notifications asked for that may not come in the middle of a cycle."""
@@ -169,7 +165,7 @@ class Cycle:
     async def _park(self) -> None:
         """Step 1 of worker/engine/parking.py."""
         await self._parts.observer.step("park")
-        await self._link.control.execute(_PARK, (self._link.worker_id,))
+        await self._link.control.execute(PARK, (self._link.worker_id,))
         self._parking.begin()
         self._wakes.reasons.add(Reason.PARKING)
 
@@ -194,26 +190,12 @@ class Cycle:
         writers: list[str] = row[0]
         return writers
 
-    async def _pass_on(self) -> None:
-        """Step 2 of worker/engine/backup.py, when it is known which rows fill the slots."""
-        await self.claimer.arrived()
-        own = self._parts.backup.own
-        if own and not self._running.free:
-            rows = list(own)
-            await self._link.control.execute(_PASS_ON, (rows,))
-            own.difference_update(rows)
-        elif self._parking.stage is not Stage.AWAKE and not (
-            self._wakes.reasons or self._wakes.singles or self.fastpath.under_way
-        ):
-            own.clear()  # it has scanned: they run here, or another worker has them
-
     def _scanned(self, rows: list[Claimed]) -> None:
         """A scan is over, and the handlers of these rows have been started."""
         parts = self._parts
         parts.stats.scanned(len(rows))
         if not rows:
             return
-        parts.backup.own.difference_update(row.id for row in rows)
         parts.stuck.work_came()
         parts.stats.claimed((row.topic, row.waited.total_seconds()) for row in rows)
         parts.timers.rows_came()
@@ -239,7 +221,7 @@ class Cycle:
         parts = self._parts
         until = min(parts.timers.rescue_at, parts.probe.at)
         if self._running.free:  # without a free slot, a due row could not start
-            until = min(until, parts.timers.row_at, parts.backup.ask_at)
+            until = min(until, parts.timers.row_at, parts.backup.at)
         if self._running.attempts:
             until = min(until, parts.lease.renew_at)
         return until

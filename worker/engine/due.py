@@ -1,4 +1,4 @@
-"""What a worker does because its time has come: renew, rescue, probe, stand by, ask for deadlines."""
+"""What a worker does because its time has come: renew, rescue, probe, ask as a backup, ask for deadlines."""
 
 import math
 import time
@@ -15,7 +15,10 @@ from outwake.worker.engine.wakes import Reason
 
 log = get_logger(__name__)
 
-_STAND_IN = in_schema("SELECT :schema.outbox_stand_in(%s, %s)")
+PARK = in_schema("SELECT :schema.outbox_park(%s)")
+_STILL_WAIT = in_schema(
+    "SELECT FROM :schema.outbox WHERE id = ANY (%s) AND state = 'ready' AND attempt = 0 LIMIT 1"
+)
 _NEXT_DEADLINE = in_schema(
     "SELECT extract(epoch FROM row_due)::float8, extract(epoch FROM lease_end)::float8,"
     " extract(epoch FROM server_time)::float8"
@@ -50,8 +53,8 @@ class DueWork:
         if now >= parts.timers.row_at:
             parts.wakes.count("deadline")
             parts.wakes.reasons.add(Reason.DEADLINE)
-        if now >= parts.backup.ask_at and parts.running.free:
-            await self._stand_in(now)
+        if now >= parts.backup.at and parts.running.free:
+            await self._ask_as_backup(now)
         if parts.running.draining and not self._told_draining:
             await self._link.control.execute(_TELL_DRAINING, (self._link.worker_id,))
             self._told_draining = True
@@ -84,8 +87,7 @@ class DueWork:
         await self._parts.observer.step("schedule")
         parts, link = self._parts, self._link
         timers, far = parts.timers, parts.cursors.far
-        if not far:  # otherwise a background scan sees when rows fall due, and it may have begun long ago
-            timers.asks()
+        timers.asks(rows=not far)  # far: a background scan sees them, which may have begun long ago
         cursor = await link.control.execute(
             _NEXT_DEADLINE,
             (link.worker_id, [] if far else list(parts.topics), self._lease_time, self._connected),
@@ -93,7 +95,7 @@ class DueWork:
         found = await cursor.fetchone()
         assert found is not None
         row_due, lease_end, server_time = found
-        timers.found(row_due, lease_end, server_time)
+        timers.found(row_due, lease_end, server_time, parts.backup.jitter())
         if row_due is not None and row_due <= 0:  # it was skipped as locked: see worker/engine/parking.py
             self.repeat_scan()
         if far:
@@ -117,19 +119,23 @@ class DueWork:
         if row is not None and row[0]:
             parts.stats.count("outwake_worker_rescued", by=row[0])
             log.warning("rescued", workers=row[0], worker_id=str(link.worker_id))
-        parts.wakes.reasons.add(Reason.RESCUED)
+            parts.wakes.reasons.add(Reason.RESCUED)
+        elif parts.parking.stage is not Stage.AWAKE:
+            await self.schedule()  # another worker was first, or the lease was extended
 
-    async def _stand_in(self, now: float) -> None:
-        """Steps 3 and 4 of worker/engine/backup.py."""
+    async def _ask_as_backup(self, now: float) -> None:
+        """Steps 2 and 3 of worker/engine/backup.py."""
         parts = self._parts
-        rows, named = parts.backup.take_due(now)
+        rows = parts.backup.take_due(now)
         if not rows:
             return
-        parts.wakes.count("standby")
-        cursor = await self._link.control.execute(_STAND_IN, (rows, named))
-        left = [row[0] for row in await cursor.fetchall()]
-        if left:
-            parts.wakes.singles += left
-            parts.wakes.event.set()
+        parts.wakes.count("backup")
+        # A row that has been claimed once is not waited for: whatever made it ready again has notified. It is
+        # planned each time, because a plan from when the table was empty would read all of it.
+        cursor = await self._link.control.execute(_STILL_WAIT, (rows,), prepare=False)
+        if await cursor.fetchone() is not None:
+            if parts.parking.stage is not Stage.AWAKE:  # otherwise it does that when it parks
+                await self._link.control.execute(PARK, (self._link.worker_id,))
+            parts.wakes.reasons.add(Reason.BACKUP)
         elif not parts.wakes.reasons:
             parts.stats.scanned(0)

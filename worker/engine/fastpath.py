@@ -48,11 +48,6 @@ class FastPath:
         self._reply: Reply[Claimed | None] | None = None
         self._asked_at = 0.0
 
-    @property
-    def under_way(self) -> bool:
-        """Whether a claim was sent whose answer no cycle has taken."""
-        return self._reply is not None
-
     def announced(self, row_id: int) -> None:
         """Steps 1 and 4, in the callback of the socket."""
         wakes, now = self._wakes, time.monotonic()

@@ -2,8 +2,8 @@
 
 Channel wake, payload TARGET@DUE, TARGET@0#ID or TARGET@0#ID,PRESENCE,N (sql/outbox/functions/wake.sql):
 TARGET is a topic, `*` for all workers, or `#` and a worker's id. DUE is in milliseconds of the server's
-clock; 0 is now. ID names the single row to claim. PRESENCE names the worker that is to claim it, of N that
-sleep.
+clock; 0 is now. A later DUE is when a row falls due, or for `*` when a lease ends. ID names the single row to
+claim. PRESENCE names the worker that is to claim it, of N that sleep.
 
 Channel cancel, payload ID: the row is to be stopped. Channel probe: worker/engine/probe.py.
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Container
 
 from outwake.telemetry.log import get_logger
-from outwake.worker.engine.backup import Standby
+from outwake.worker.engine.backup import Backup
 from outwake.worker.engine.listen import CANCEL, PROBE, WAKE
 from outwake.worker.engine.parking import Parking, Stage
 from outwake.worker.engine.probe import Probe
@@ -42,7 +42,7 @@ class Inbox:
         wakes: Wakes,
         timers: Timers,
         probe: Probe,
-        backup: Standby,
+        backup: Backup,
         announced: Callable[[int], None],
     ) -> None:
         self.presence = presence
@@ -76,15 +76,20 @@ class Inbox:
                 raise ValueError(payload)
             return
         due, _, single = due.partition("#")
-        if due != "0":  # due later: bring the timer forward, without a query
-            if self._timers.bring_forward(int(due) / 1000):
-                self._wakes.event.set()
+        if due != "0":  # due later: set a deadline, without a query
+            self._due_later(target, int(due) / 1000)
         elif single:
             self._single(*_single(single))
         elif target.startswith("#"):
             self._scan(Reason.UNPARKED)
         else:
             self._scan(Reason.CALLED if target == "*" else Reason.NOTIFIED)
+
+    def _due_later(self, target: str, due: float) -> None:
+        """A row of the topic falls due then, or (`*`) a lease ends."""
+        timers = self._timers
+        if timers.announced_lease(due, self._backup.jitter()) if target == "*" else timers.announced_row(due):
+            self._wakes.event.set()
 
     def _scan(self, reason: Reason) -> None:
         self._wakes.count("notify")
@@ -93,15 +98,11 @@ class Inbox:
     def _single(self, row_id: int, named: int | None, asleep: int) -> None:
         """A single row is for the worker of that presence among `asleep`, or for any (None)."""
         if named is None or named == self.presence:
-            if named is not None:
-                self._backup.own.add(row_id)
             self._announced(row_id)
             self._wakes.count("notify")
             self._wakes.event.set()
-        elif self._parking.stage is not Stage.AWAKE and self._backup.stand_by(
-            row_id, named, asleep, time.monotonic()
-        ):
-            self._wakes.event.set()  # for the timer
+        elif self._parking.stage is not Stage.AWAKE and self._backup.heard(row_id, asleep, time.monotonic()):
+            self._wakes.event.set()  # for the deadline
 
     def _cancel(self, row_id: int) -> None:
         # Any role may NOTIFY anything. So a renewal asks the table, before a handler is stopped.

@@ -48,7 +48,7 @@ HISTOGRAMS = {
 }
 
 OUTCOMES = ("done", "retry", "dead", "cancelled", "handed_back", "fenced")
-CAUSES = ("notify", "deadline", "standby", "reconnect")
+CAUSES = ("notify", "deadline", "backup", "reconnect")
 
 _ATTEMPTS = "outwake_worker_attempts"
 _WAKEUPS = ("outwake_worker_wakeups", "outwake_worker_wakeups_in_vain")

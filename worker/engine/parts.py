@@ -8,7 +8,7 @@ from outwake.handler import Connection, Handler
 from outwake.settings import Settings
 from outwake.telemetry.stuck import StuckWatch
 from outwake.worker.engine.background import BackgroundScan
-from outwake.worker.engine.backup import Standby
+from outwake.worker.engine.backup import Backup
 from outwake.worker.engine.claims import Claims
 from outwake.worker.engine.cursor import Cursors
 from outwake.worker.engine.lease import Lease
@@ -36,7 +36,7 @@ class Parts:
     wakes: Wakes
     timers: Timers
     probe: Probe
-    backup: Standby
+    backup: Backup
     cursors: Cursors
     background: BackgroundScan
     stuck: StuckWatch

@@ -19,47 +19,67 @@ class Timers:
         """A row falls due, or a scan is to be repeated."""
         self.rescue_at = math.inf
         """Another worker's lease ends."""
-        self._announced = math.inf
-        """The earliest deadline that was announced and that no query for deadlines is sure to have seen."""
+        self._announced_row = self._announced_lease = math.inf
+        """The earliest deadlines that were announced and that no query for deadlines is sure to have seen."""
         self._offset = 0.0
         """The server's clock minus ours."""
-        self._again = _AGAIN_FIRST
+        self._again = self._rescue_again = _AGAIN_FIRST
 
     def reset(self) -> None:
         """The LISTEN connection is new. Everything is scanned, and the deadlines are asked for after that."""
         self.row_at = self.rescue_at = math.inf
 
-    def asks(self) -> None:
-        """The query for deadlines begins. It sees what was announced before, but perhaps not what is
-        announced meanwhile.
+    def asks(self, *, rows: bool) -> None:
+        """The query for deadlines begins, of leases and perhaps of rows. It sees what was announced before,
+        but perhaps not what is announced meanwhile.
         """
-        self._announced = math.inf
+        self._announced_lease = math.inf
+        if rows:
+            self._announced_row = math.inf
 
-    def passes(self, now: float) -> None:
-        """A deadline that has passed is acted upon now."""
-        if self._announced <= now:
-            self._announced = math.inf
-
-    def found(self, row_due: float | None, lease_end: float | None, server_time: float) -> None:
-        """Set the deadlines, in seconds from now, that the query has found."""
+    def found(
+        self, row_due: float | None, lease_end: float | None, server_time: float, jitter: float
+    ) -> None:
+        """Set the deadlines, in seconds from now, that the query has found. `jitter` comes after a lease's
+        end: of many workers that sleep, the first does the rescue.
+        """
         now = time.monotonic()
         self._offset = server_time - now
         self.row_at = math.inf if row_due is None else now + row_due
-        self.rescue_at = math.inf if lease_end is None else now + max(lease_end, self._again)
+        if lease_end is None or lease_end > 0:
+            self._rescue_again = _AGAIN_FIRST
+        else:  # a row of that worker is locked
+            lease_end = self._rescue_again
+            self._rescue_again = min(self._rescue_again * 2, _AGAIN_LAST)
+        self.rescue_at = math.inf if lease_end is None else now + lease_end + jitter
 
     def keep_announced(self) -> None:
         """What was announced and not asked for counts too."""
-        self.row_at = min(self.row_at, self._announced)
-        self.rescue_at = min(self.rescue_at, self._announced)
+        self.row_at = min(self.row_at, self._announced_row)
+        self.rescue_at = min(self.rescue_at, self._announced_lease)
 
-    def bring_forward(self, due: float) -> bool:
-        """A row or a lease may be due then, by the server's clock. Whether a deadline has changed."""
+    def passes(self, now: float) -> None:
+        """A deadline that has passed is acted upon now."""
+        if self._announced_row <= now:
+            self._announced_row = math.inf
+        if self._announced_lease <= now:
+            self._announced_lease = math.inf
+
+    def announced_row(self, due: float) -> bool:
+        """A row falls due then, by the server's clock. Whether a deadline has changed."""
         at = self.here(due)
-        self._announced = min(self._announced, at)
-        if at >= min(self.row_at, self.rescue_at):
-            return False
-        self.row_at = self.rescue_at = at
-        return True
+        self._announced_row = min(self._announced_row, at)
+        changed = at < self.row_at
+        self.row_at = min(self.row_at, at)
+        return changed
+
+    def announced_lease(self, due: float, jitter: float) -> bool:
+        """A lease ends then, by the server's clock. Whether a deadline has changed."""
+        at = self.here(due) + jitter
+        self._announced_lease = min(self._announced_lease, at)
+        changed = at < self.rescue_at
+        self.rescue_at = min(self.rescue_at, at)
+        return changed
 
     def repeat_scan(self) -> None:
         """Scan again after a backoff."""

@@ -35,7 +35,7 @@ from outwake.telemetry.log import get_logger
 from outwake.telemetry.stuck import StuckWatch
 from outwake.worker.engine.attempt import Stop
 from outwake.worker.engine.background import BackgroundScan
-from outwake.worker.engine.backup import Standby
+from outwake.worker.engine.backup import Backup
 from outwake.worker.engine.claims import Claims
 from outwake.worker.engine.cursor import Cursors
 from outwake.worker.engine.cycle import Cycle
@@ -113,7 +113,7 @@ class Worker:
             wakes=wakes,
             timers=Timers(),
             probe=Probe(settings.listen_probe, settings.lease),
-            backup=Standby(),
+            backup=Backup(),
             cursors=cursors,
             background=BackgroundScan(
                 cursors, self._own_pool.connection, lambda: wakes.wake(Reason.BACKGROUND)
