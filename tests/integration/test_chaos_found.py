@@ -1,5 +1,6 @@
 """What the chaos run has found, and what looking for why it had not, each as the shortest list of steps."""
 
+import asyncio
 import time
 from urllib.parse import urlsplit, urlunsplit
 
@@ -11,7 +12,7 @@ from outwake._claim import reconnect
 from outwake.schema import in_schema
 from tests.conftest import Connect
 from tests.support.proxy import Proxy
-from tests.support.steps import add, claim_ids, get, new_worker, one, run_out, starts, until
+from tests.support.steps import add, claim_ids, column, get, new_worker, one, run_out, starts, until
 from tests.support.worker import hang, watched
 
 
@@ -206,3 +207,26 @@ async def test_worker_leaves_although_its_path_has_gone_silent(database: str) ->
                 connection.swallow_up = True
     finally:
         await proxy.close()
+
+
+async def test_rows_that_a_person_ends_while_they_run_do_not_count_as_claimed(
+    connect: Connect, database: str
+) -> None:
+    """1. All slots run rows. 2. A person sets these rows to cancelled. 3. Their handlers end. The next claim
+    brings the refused completions beside its rows. If both count as claimed, slots are fewer than none.
+    """
+    psql, go_on = await connect(), asyncio.Event()
+
+    async def run(job: Job) -> None:
+        await go_on.wait()
+
+    async with watched(database, run=run, concurrency=10) as worker:
+        presence = worker.presence
+        insert = "INSERT INTO outbox (topic) SELECT 't' FROM generate_series(1, 10) RETURNING id"
+        for row in await column(psql, insert):
+            await worker.has_run(row)
+        await psql.execute("UPDATE outbox SET state = 'cancelled' WHERE topic = 't'")
+        rows = await column(psql, insert)
+        go_on.set()
+        await until(psql, "SELECT count(*) = 10 FROM outbox WHERE id = ANY (%s) AND state = 'done'", rows)
+        assert worker.presence == presence

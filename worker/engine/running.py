@@ -54,8 +54,10 @@ class Running:
 
     @property
     def free(self) -> int:
-        """How many rows may be claimed now."""
-        return 0 if self.draining else self.concurrency - len(self.attempts) - self.arriving
+        """How many rows may be claimed now. Completions that a claim refused arrive with its rows, and count
+        until they are read.
+        """
+        return 0 if self.draining else max(0, self.concurrency - len(self.attempts) - self.arriving)
 
     @property
     def idle(self) -> bool:
