@@ -1,6 +1,5 @@
 """What a worker does because its time has come: renew, rescue, probe, ask as a backup, ask for deadlines."""
 
-import math
 import time
 from datetime import timedelta
 
@@ -113,7 +112,7 @@ class DueWork:
 
     async def _rescue(self) -> None:
         parts, link = self._parts, self._link
-        parts.timers.rescue_at = math.inf
+        parts.timers.tries_rescue()
         cursor = await link.control.execute(_RESCUE, (link.worker_id, self._lease_time, self._connected))
         row = await cursor.fetchone()
         if row is not None and row[0]:

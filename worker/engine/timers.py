@@ -24,6 +24,7 @@ class Timers:
         self._offset = 0.0
         """The server's clock minus ours."""
         self._again = self._rescue_again = _AGAIN_FIRST
+        self._no_rescue_before = -math.inf
 
     def reset(self) -> None:
         """The LISTEN connection is new. Everything is scanned, and the deadlines are asked for after that."""
@@ -46,12 +47,17 @@ class Timers:
         now = time.monotonic()
         self._offset = server_time - now
         self.row_at = math.inf if row_due is None else now + row_due
-        if lease_end is None or lease_end > 0:
-            self._rescue_again = _AGAIN_FIRST
-        else:  # a row of that worker is locked
-            lease_end = self._rescue_again
-            self._rescue_again = min(self._rescue_again * 2, _AGAIN_LAST)
+        if lease_end is not None and lease_end <= 0:  # nobody has rescued, or a row is locked
+            self.rescue_at = max(now, self._no_rescue_before)
+            return
+        self._rescue_again = _AGAIN_FIRST
         self.rescue_at = math.inf if lease_end is None else now + lease_end + jitter
+
+    def tries_rescue(self) -> None:
+        """A rescue begins. If a lease is over all the same afterwards, the next one comes after a backoff."""
+        self.rescue_at = math.inf
+        self._no_rescue_before = time.monotonic() + self._rescue_again
+        self._rescue_again = min(self._rescue_again * 2, _AGAIN_LAST)
 
     def keep_announced(self) -> None:
         """What was announced and not asked for counts too."""
