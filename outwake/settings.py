@@ -218,6 +218,10 @@ class Settings(BaseSettings):
     """Hosts whose API opens pull requests, beside github.com, separated by commas: `HOST=github:API_BASE`,
     such as `git.example=github:https://git.example/api/v3`. `HOST=plain` is one to which git only pushes."""
 
+    pull_requests: Literal["off", "draft", "ready"] = "off"
+    """Whether a pull request is opened for a work branch when commits were pushed, as a draft or ready. Needs
+    OUTWAKE_GIT_PUSH, a host with an API, and a token for it in OUTWAKE_GIT_CREDENTIALS."""
+
     lease: Annotated[float, Field(ge=0.2, le=3600)] = 6.0
     """How long a worker's rows stay its own without a word from it; a rescue comes this late at most."""
 

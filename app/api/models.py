@@ -185,6 +185,16 @@ class NoQuery(Request):
     pass
 
 
+class PullRequest(Answer):
+    """What came of opening one for the session's branch."""
+
+    url: str | None
+    """For a browser."""
+    number: int | None
+    error: str | None
+    """Why the last attempt failed."""
+
+
 class Session(Answer):
     id: UUID
     user_id: str
@@ -197,6 +207,8 @@ class Session(Answer):
     inbox_status: InboxStatus
     """`active`: work waits. `pending`: a worker has it. `completed`: nothing is left to do. `archived`."""
     session_status: SessionStatus
+    pull_request: PullRequest | None = None
+    """The one that Outwake opened; null until it was tried."""
     created_at: datetime
     updated_at: datetime
 
@@ -283,6 +295,7 @@ class SessionState(Answer):
     title: str
     inbox_status: InboxStatus
     session_status: SessionStatus
+    pull_request: PullRequest | None = None
     prompts: list[PromptState]
     """The last hundred."""
 

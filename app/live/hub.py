@@ -38,6 +38,7 @@ SELECT
     jsonb_build_object(
         'id', s.id, 'title', s.title,
         'inbox_status', s.inbox_status, 'session_status', s.session_status,
+        'pull_request', :schema.session_json(s) -> 'pull_request',
         'prompts', (
             SELECT coalesce(
                 jsonb_agg(jsonb_build_object('id', p.id, 'status', p.status, 'reason', p.reason)

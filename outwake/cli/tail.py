@@ -67,6 +67,9 @@ def _lines(kind: str, event: dict[str, Any]) -> Iterator[Styled]:
         for prompt in event["prompts"] or []:
             if prompt["reason"]:
                 yield Styled(f"   {prompt['status']}: {clean(prompt['reason'])}", style="yellow")
+        if pull_request := event["pull_request"]:
+            told = pull_request["url"] or f"not opened: {pull_request['error']}"
+            yield Styled(f"   pull request: {clean(told)}")
         return
     head = f"{event['created_at'].astimezone():%H:%M:%S} {event['seq']:>5}  "
     for style, text in map(_says, read(event["body"])):

@@ -31,7 +31,8 @@ WRITERS = in_schema("SELECT :schema.session_writers()")
 _PAGE = 500
 _STATUS = in_schema(
     """
-SELECT s.inbox_status, s.session_status, s.title, s.branch, (
+SELECT s.inbox_status, s.session_status, s.title, s.branch,
+    :schema.session_json(s) -> 'pull_request' AS pull_request, (
     SELECT jsonb_agg(jsonb_build_object('id', p.id, 'status', p.status, 'reason', p.reason)
                      ORDER BY p.created_at, p.id)
     FROM :schema.prompt AS p WHERE p.session_id = s.id) AS prompts

@@ -7,7 +7,8 @@
 4. Run the agent and store each event when it is printed, fenced. The agent ends with this worker. It ends at
    the latest when the last lease that its guardian knows of expires.
 5. Save the commits for the session's next turn, and push them if that is configured.
-6. In one fenced transaction, store the prompt's outcome and the state for the next turn, and end the row.
+6. In one fenced transaction, store the prompt's outcome and the state for the next turn, write the row that
+   opens a pull request if one is to be opened, and end the row.
 
 If the agent fails, the turn was still carried out: its prompt ends as failed, and nothing is retried. If
 something prevents the work itself (no such repository, no network), the row fails, permanently or with a
@@ -37,10 +38,12 @@ from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.turn import run_agent
 from outwake.worker.agents.verdict import REASON, Verdict
 from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.handlers.pull_request import propose
 from outwake.worker.messages import answer_soon, retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
+from outwake.worker.repo.githost import host_of
 from outwake.worker.repo.hosts import Remote, remote_of
-from outwake.worker.repo.workspace import Workspace, open_workspace
+from outwake.worker.repo.workspace import Saved, Workspace, open_workspace
 from outwake.worker.sandboxes.base import Sandbox
 from outwake.worker.sandboxes.choice import provider, provider_of
 from outwake.worker.sandboxes.lending import borrow
@@ -158,15 +161,16 @@ async def _work(
     verdict = _with_losses(verdict, [secrets.text(text) for text in (*kept.lost, *problem)])
     result = {"branch": turn.branch, **summary.as_json()}
     result["head"] = kept.head or workspace.base
+    result["pushed"] = kept.pushed
     result["commits"] = [asdict(commit) for commit in kept.commits]
     result["notes"] = [secrets.text(text) for text in kept.notes]
     try:
-        await retry_until_available(lambda: _conclude(job, turn, verdict, result, memory, kept.bundle))
+        await retry_until_available(lambda: _conclude(job, turn, verdict, result, memory, kept))
     except (psycopg.DataError, ValueError) as error:
         log.exception("result_not_stored")
         verdict = _with_losses(verdict, [f"the result could not be stored: {type(error).__name__}"])
         bare = {"branch": turn.branch, "head": result["head"]}
-        await retry_until_available(lambda: _conclude(job, turn, verdict, bare, memory, kept.bundle))
+        await retry_until_available(lambda: _conclude(job, turn, verdict, bare, memory, kept))
     log.info("turn_ended", status=verdict.status, reason=verdict.reason, head=result["head"])
 
 
@@ -221,25 +225,39 @@ async def _conclude(
     verdict: Verdict,
     result: dict[str, Any],
     memory: Memory | None,
-    bundle: bytes | None,
+    kept: Saved,
 ) -> None:
+    settings = load()
     async with job.transaction() as conn:
         await conn.execute(
             _JUDGE,
             (*verdict, Jsonb(result), turn.prompt_id),
             prepare=False,  # as in `_load`
         )
-        if memory or bundle or turn.agent_session or turn.bundle:
+        if memory or kept.bundle or turn.agent_session or turn.bundle:
             await conn.execute(
                 _REMEMBER,
                 (
                     turn.session_id,
                     memory and memory.session,
                     memory and memory.content,
-                    bundle,
+                    kept.bundle,
                 ),
             )
+        if settings.pull_requests != "off" and _to_propose(job, turn, kept, settings):
+            await propose(conn, turn.session_id, settings.pull_requests == "draft", job.traceparent)
         await job.complete(conn)
+
+
+def _to_propose(job: Job, turn: Turn, kept: Saved, settings: Settings) -> bool:
+    """Whether the turn pushed commits to a host that has pull requests. An attempt before this one may have
+    pushed them and died.
+    """
+    return (
+        kept.pushed
+        and (bool(kept.commits) or job.row.attempt > 1)
+        and host_of(turn.repo, settings).kind != "plain"
+    )
 
 
 def problem() -> str | None:

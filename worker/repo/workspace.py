@@ -59,13 +59,15 @@ class Commit:
 class Saved:
     """What has become of a turn's work.
 
-    head: the work branch's commit; None if it could not be read. commits: those since the turn's start,
+    head: the work branch's commit; None if it could not be read. pushed: whether the repository's work branch
+    has it, if pushing is enabled. commits: those since the turn's start,
     oldest first; the last 1,000 at most. bundle: the commits that only we have; None if there are none.
     lost: what could not be kept, or not pushed, in words for the user. notes: what was kept in another way
     than the agent left it.
     """
 
     head: str | None
+    pushed: bool = False
     commits: list[Commit] = field(default_factory=list)
     bundle: bytes | None = field(default=None, repr=False)
     lost: list[str] = field(default_factory=list)
@@ -100,13 +102,14 @@ class Workspace:
         if head is None:
             return Saved(None, bundle=self.stored, lost=["the sandbox did not say what it saved"])
         bundle = None
-        if ours and not (self._remote.push and await self._push(lost)):
+        pushed = self._remote.push and (await self._push(lost) if ours else bool(self._known))
+        if ours and not pushed:
             try:
                 bundle = await self._read_bundle()
             except SessionError as error:
                 lost.append(str(error))
                 bundle = self.stored
-        return Saved(head, await self._commits(lost), bundle, lost, notes)
+        return Saved(head, pushed, await self._commits(lost), bundle, lost, notes)
 
     def _save_arguments(self) -> tuple[str, ...]:
         return (self.branch, self.base, self._known, self._target, *AUTHOR)

@@ -17,6 +17,8 @@ COMMENT ON COLUMN session.session_status IS 'active -> archived, by DELETE /sess
 COMMENT ON COLUMN session.branch IS 'The work branch: made from target_branch, the agent commits to it.';
 COMMENT ON COLUMN session.sandbox IS 'The sandbox that it holds: {"kind", "item", "borrow_token"}, with "keep_until" while it is kept for the next turn; null if it holds none.';
 COMMENT ON COLUMN session.callback_url IS 'The URL that its webhooks go to.';
+COMMENT ON COLUMN session.pull_request IS
+    'What came of pull_request.open: {"url", "number", "error", "outbox_id"}, with the error of the last attempt; null before it.';
 COMMENT ON COLUMN session.last_seq IS 'The highest message.seq given; raised under the lock of the outbox row.';
 COMMENT ON TABLE prompt IS 'One user turn of a session.';
 COMMENT ON COLUMN prompt.session_id IS 'The session it is a turn of.';

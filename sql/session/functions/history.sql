@@ -37,6 +37,14 @@ AS $$
             WITH ORDINALITY AS r (at, event, attempt, worker, detail, place)
         WHERE o.payload ->> 'session_id' = of_session::text
           AND o.topic IN ('session.run', 'sandbox.return', 'webhook.deliver')
+        UNION ALL
+        -- Apart, because the index of a session's rows has the three topics above.
+        SELECT r.at, 2 + r.place, o.topic || ' ' || r.event, o.id, r.attempt, r.worker, r.detail
+        FROM session AS s
+        JOIN outbox AS o ON o.id = (s.pull_request ->> 'outbox_id')::bigint
+        CROSS JOIN LATERAL outbox_history(o.id)
+            WITH ORDINALITY AS r (at, event, attempt, worker, detail, place)
+        WHERE s.id = of_session
     ) AS h (at, place, event, outbox_id, attempt, worker, detail)
     ORDER BY h.at, h.outbox_id NULLS FIRST, h.place
 $$;

@@ -7,6 +7,7 @@ RETURN jsonb_build_object(
     'id', s.id, 'user_id', s.user_id, 'repo', s.repo, 'target_branch', s.target_branch,
     'branch', s.branch, 'title', s.title, 'parent', s.parent, 'callback_url', s.callback_url,
     'inbox_status', s.inbox_status, 'session_status', s.session_status,
+    'pull_request', s.pull_request - 'outbox_id',
     'created_at', s.created_at, 'updated_at', s.updated_at);
 COMMENT ON FUNCTION session_json(session) IS 'A session as the HTTP API shows it.';
 

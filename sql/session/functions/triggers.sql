@@ -25,8 +25,8 @@ ALTER TABLE message ENABLE ALWAYS TRIGGER message_inserted;
 
 CREATE OR REPLACE TRIGGER session_changed
     AFTER UPDATE ON session FOR EACH ROW
-    WHEN ((NEW.inbox_status, NEW.session_status, NEW.title)
-          IS DISTINCT FROM (OLD.inbox_status, OLD.session_status, OLD.title))
+    WHEN ((NEW.inbox_status, NEW.session_status, NEW.title, NEW.pull_request)
+          IS DISTINCT FROM (OLD.inbox_status, OLD.session_status, OLD.title, OLD.pull_request))
     EXECUTE FUNCTION session_changed();
 ALTER TABLE session ENABLE ALWAYS TRIGGER session_changed;
 
