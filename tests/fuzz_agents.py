@@ -127,6 +127,7 @@ _FLOOD = st.sampled_from([1_000, 60_000]).map(
         ["flood", "say", list(_PATTERNS), size],
         ["flood", "out", list(_PATTERNS), size],
         ["flood", "err", list(_PATTERNS), size // 20],  # of stderr only the last 64 KiB are kept
+        ["items", '["\\ud800"]', size * 3 // 4],
     ]
 )
 _CASE = st.tuples(_FLOOD, st.lists(_STEP, max_size=6), st.sampled_from(_ENDINGS)).map(

@@ -48,6 +48,10 @@ class Agent:
             text = pattern * (size // len(pattern))
             getattr(self, f"do_{how}")(text if how == "say" else text + "\n", 1)
 
+    def do_items(self, item: str, times: int) -> None:
+        """Print an event with a list of so many items."""
+        print('{"type": "x", "items": [' + ", ".join([item] * times) + "]}", flush=True)
+
     def do_err(self, text: str, times: int) -> None:
         sys.stderr.buffer.write(text.encode("latin-1") * times)
         sys.stderr.buffer.flush()
