@@ -170,6 +170,10 @@ class Settings(BaseSettings):
     workspace_root: Path = Path(".state/workspaces")
     """Where directory sandboxes are, and an agent of an allocator's sandbox has its HOME."""
 
+    agent: Literal["claude", "command"] | None = None
+    """The kind of agent: `claude`, the Claude Code CLI, which reaches an allocator's sandbox by MCP;
+    `command`, any program that prints JSON lines, in a directory. Unset: the one that fits the sandbox."""
+
     agent_command: str = "claude -p --output-format stream-json --verbose"
     """The agent, as one shell-quoted command line; the prompt is appended as its last argument; in a sandbox
     the CLI's flags are (docs/agent.md)."""

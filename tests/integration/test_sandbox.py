@@ -221,6 +221,28 @@ async def test_a_follow_up_goes_on_from_commits_and_transcript_on_another_host(
     assert second["commits"] == []
 
 
+@pytest.mark.parametrize(
+    ("left_by", "remembered"),
+    [("claude", 2), (None, 2), ("another", 1)],
+    ids=["same", "no kind", "another"],
+)
+async def test_an_agent_resumes_only_what_its_own_kind_left(
+    parts: Production, database: str, api: Api, connect: Connect, left_by: str | None, remembered: int
+) -> None:
+    """A row without a kind is of a version that had no other agent with a memory."""
+    conn = await connect()
+    async with running("worker", env=parts.environment(database)) as worker:
+        created = await api.create(repo=parts.repo, prompt=COMMIT)
+        await ended(worker, status="succeeded")
+        assert await rows(conn, "SELECT agent FROM session_memory") == [("claude",)]
+    await conn.execute("UPDATE session_memory SET agent = %s", (left_by,))
+    async with running("worker", env=parts.environment(database)) as worker:
+        await follow_up(api, created, "say: Here I am.")
+        await ended(worker, status="succeeded")
+    assert (await said(api, created))[-2:] == [f"I remember {remembered} prompts.", "Here I am."]
+    assert await rows(conn, "SELECT agent FROM session_memory") == [("claude",)]
+
+
 async def test_what_the_agent_left_uncommitted_is_committed(
     parts: Production, database: str, api: Api
 ) -> None:

@@ -19,8 +19,9 @@ from tests.support.worker_env import WorkerEnv
             'claude "-p',
             "OUTWAKE_AGENT_COMMAND: cannot be split into words: no closing",
         ),
-        ("OUTWAKE_AGENT_COMMAND", "", "OUTWAKE_AGENT_COMMAND: is empty"),
+        ("OUTWAKE_AGENT_COMMAND", " ", "OUTWAKE_AGENT_COMMAND: is empty"),
         ("OUTWAKE_AGENT_COMMAND", "no-such-agent -p", "OUTWAKE_AGENT_COMMAND: there is no program 'no-such"),
+        ("OUTWAKE_AGENT", "claude", "OUTWAKE_AGENT: claude needs a sandbox that is reached by MCP"),
         ("OUTWAKE_GIT_CREDENTIALS", "/nowhere/credentials", "OUTWAKE_GIT_CREDENTIALS: there is no such file"),
     ],
 )

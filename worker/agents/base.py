@@ -25,8 +25,12 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
 
 @dataclass(frozen=True)
 class Memory:
-    """The state from which a conversation is resumed: the agent's id of it, and what the adapter keeps."""
+    """The state from which a conversation is resumed. Only the kind of agent that left it can do so.
 
+    agent: that kind. session: the agent's id of the conversation. content: what the adapter keeps.
+    """
+
+    agent: str
     session: str
     content: bytes = field(repr=False)
 
@@ -78,11 +82,14 @@ class Command:
 class AgentAdapter(Protocol):
     """A kind of agent.
 
+    name: of the kind, as OUTWAKE_AGENT names it; stored with what the agent remembers.
+    by_mcp: whether it runs on the worker and reaches a sandbox by MCP; else it runs in the sandbox.
     promises_result: whether every run that ends by itself ends with a `Result` event, so that a run without
-    one has failed.
+        one has failed (worker/agents/verdict.py).
     """
 
     name: str
+    by_mcp: bool
     promises_result: bool
 
     def command(self, turn: AgentTurn, box: Box) -> Command:

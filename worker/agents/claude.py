@@ -49,6 +49,7 @@ class Claude:
     """The adapter `claude`."""
 
     name = "claude"
+    by_mcp = True
     promises_result = True
 
     def __init__(self, settings: Settings) -> None:

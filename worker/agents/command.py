@@ -14,6 +14,7 @@ class Program:
     """The adapter `command`."""
 
     name = "command"
+    by_mcp = False
     promises_result = False
 
     def __init__(self, settings: Settings) -> None:

@@ -8,10 +8,19 @@ from outwake.worker.sandboxes.base import Item, SandboxProvider
 from outwake.worker.sandboxes.directory import DirectoryProvider
 
 
+def lent_kind(settings: Settings) -> str:
+    """The kind that this worker lends: OUTWAKE_SANDBOX's, or else the allocator's where there is one."""
+    return settings.sandbox or ("directory" if settings.ip_allocator_url is None else "allocator")
+
+
+def reached_by_mcp(kind: str) -> bool:
+    """Whether the agent of such a sandbox runs on the worker (`Sandbox.mcp_config`)."""
+    return kind == "allocator"
+
+
 def provider(settings: Settings) -> SandboxProvider:
-    """The one that lends: OUTWAKE_SANDBOX's kind, or else the allocator where there is one."""
-    kind = settings.sandbox or ("directory" if settings.ip_allocator_url is None else "allocator")
-    return _of_kind(kind, settings)
+    """The one that lends."""
+    return _of_kind(lent_kind(settings), settings)
 
 
 def provider_of(held: Item, settings: Settings) -> SandboxProvider:

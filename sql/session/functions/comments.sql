@@ -54,6 +54,7 @@ COMMENT ON COLUMN sandbox_borrow.error IS 'The error that came in place of an an
 COMMENT ON TABLE session_memory IS 'What the next turn of a session starts from, on any host.';
 COMMENT ON COLUMN session_memory.session_id IS 'The session.';
 COMMENT ON COLUMN session_memory.agent_session IS 'The id under which the agent resumes its transcript.';
+COMMENT ON COLUMN session_memory.agent IS 'The kind of agent that left the memory, and alone resumes it; null: claude.';
 COMMENT ON COLUMN session_memory.transcript IS 'A tar.gz of the agent''s transcripts, relative to its HOME.';
 COMMENT ON COLUMN session_memory.bundle IS
     'A git bundle of the commits that only we have; null when there are none, or the branch was pushed.';
