@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outwake.worker.agents import archive
-from outwake.worker.agents.archive import pack, unpack
+from outwake.worker.agents.archive import pack, plain, unpack
 from tests.support.process import ROOT
 
 OLD = "/usr/bin/python3.11"  # Debian 12's own, 3.11.2
@@ -43,6 +43,20 @@ def test_plain_files_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     unpack(packed, tmp_path / "old")
     for home in (tmp_path / "new", tmp_path / "old"):
         assert [path for path in home.rglob("*") if not path.is_dir()] == [home / "kept" / "deep" / "a"]
+
+
+def test_an_archive_can_be_rid_of_all_but_plain_files(tmp_path: Path) -> None:
+    """For a sandbox that unpacks by itself what was packed in another."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as made:
+        made.add(filled(tmp_path / "from") / "kept", "kept")
+        for name in ("/absolute", "../outside"):
+            made.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with tarfile.open(fileobj=io.BytesIO(plain(buffer.getvalue()))) as left:
+        assert [member.name for member in left if not member.isdir()] == ["kept/deep/a"]
+        file = left.extractfile("kept/deep/a")
+        assert file is not None
+        assert file.read() == b"a"
 
 
 @pytest.mark.skipif(shutil.which(OLD) is None, reason=f"no {OLD}")

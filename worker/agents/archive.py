@@ -23,6 +23,20 @@ def unpack(content: bytes, home: Path) -> None:
                 archive.extract(member, home, set_attrs=False)
 
 
+def plain(content: bytes) -> bytes:
+    """The archive without what `unpack` leaves out. Blocks. Raises as `unpack`."""
+    buffer = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive,
+        tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as made,
+    ):
+        for member in _plain(archive):
+            kept = tarfile.TarInfo(member.name)
+            kept.type, kept.mode, kept.size = member.type, 0o700, member.size
+            made.addfile(kept, archive.extractfile(member) if member.isfile() else None)
+    return buffer.getvalue()
+
+
 def _plain(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     size = 0
     for member in archive:

@@ -1,21 +1,24 @@
 """The seam between a turn and a kind of agent.
 
 An adapter knows two things: how its agent is started and resumed, and what its memory is. It starts nothing
-and writes nothing itself. worker/agents/turn.py does that for every kind. outwake/session/lines.py knows what
-the lines mean that an agent prints.
+and writes nothing itself: worker/agents/turn.py does that for every kind. worker/agents/place.py knows where
+the agent runs, and how its files get there. outwake/session/lines.py knows what the lines mean that an agent
+prints.
+
+To add a kind:
+1. Write a module with an adapter, and name the adapter in worker/agents/kinds.py. Name the kind in
+   OUTWAKE_AGENT's type (outwake/settings.py).
+2. If its lines are of a new form, write a reader for them: see outwake/session/lines.py.
+3. If it edits files by tools of its own, name these in worker/agents/verdict.py.
+4. Say in docs/agent.md how it is started, and which sandboxes it works in.
 """
 
-import os
 import re
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from outwake.session.events import Started
-from outwake.worker.agents.archive import unpack
-from outwake.worker.errors import PermanentError
 
 AgentLine = dict[str, Any]
 """A line that an agent printed, as worker/agents/stream.py stores it."""
@@ -46,33 +49,34 @@ class AgentTurn:
 
 @dataclass(frozen=True)
 class Box:
-    """What an adapter must know of where its agent works.
+    """What an adapter must know of where its agent works. The paths are as the agent sees them.
 
-    tree: the repository's work tree, as the agent sees it. place: a directory on this host for this attempt
-    alone, for the files of `Command`; None if there is none. mcp_config: how an agent that runs on the worker
-    reaches the sandbox, as the JSON of an MCP configuration; None if the agent runs inside.
+    tree: the repository's work tree. place: a directory for this attempt alone, with the files of `Command`.
+    mcp_config: how an agent on the worker reaches the sandbox, as the JSON of an MCP configuration; None if
+    the agent runs in the sandbox.
     """
 
     tree: str
-    place: Path | None = None
+    place: str
     mcp_config: str | None = None
 
     @property
-    def home(self) -> Path | None:
-        """The agent's HOME; None: the worker's."""
-        return None if self.place is None else self.place / "home"
+    def home(self) -> str:
+        """The agent's HOME, if its command has one."""
+        return f"{self.place}/home"
 
 
 @dataclass(frozen=True)
 class Command:
     """How an agent is started: `argv` in `cwd`; `env` is added to `worker/process/guarded.py`'s allow-list.
 
-    files: written before the start, by their names in the box's place. home: a tar.gz that is unpacked into
-    the agent's HOME. servers: the MCP servers that the agent cannot work without.
+    files: written before the start, by their names in the box's place. home: a tar.gz that the agent's own
+    HOME begins with, b"" for an empty one; None: it has the HOME of the account that it runs as. servers: the
+    MCP servers that the agent cannot work without.
     """
 
     argv: Sequence[str]
-    cwd: Path
+    cwd: str
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
     home: bytes | None = field(default=None, repr=False)
@@ -84,6 +88,7 @@ class AgentAdapter(Protocol):
 
     name: of the kind, as OUTWAKE_AGENT names it; stored with what the agent remembers.
     by_mcp: whether it runs on the worker and reaches a sandbox by MCP; else it runs in the sandbox.
+    remembers: the path below HOME of what its next turn needs; None: nothing.
     promises_result: whether every run that ends by itself ends with a `Result` event, so that a run without
         one has failed (worker/agents/verdict.py).
     """
@@ -91,30 +96,12 @@ class AgentAdapter(Protocol):
     name: str
     by_mcp: bool
     promises_result: bool
+    remembers: str | None
 
     def command(self, turn: AgentTurn, box: Box) -> Command:
         """How the agent is started for a turn. Raises PermanentError if it cannot use
         this kind of box.
         """
-
-    def memory(self, home: Path) -> bytes | None:
-        """What the next turn needs of HOME; None if there is nothing, or too much to store."""
-
-
-def lay_out(command: Command, box: Box) -> None:
-    """Write the files of a command, readable by nobody else. Blocks."""
-    if box.place is None or box.home is None:
-        return
-    box.home.mkdir(mode=0o700)
-    for name, content in command.files.items():
-        descriptor = os.open(box.place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-    if command.home is not None:
-        try:
-            unpack(command.home, box.home)
-        except tarfile.TarError as error:
-            raise PermanentError(f"the agent's memory cannot be unpacked: {error}") from error
 
 
 def unreached(started: Started, servers: Sequence[str]) -> list[str]:

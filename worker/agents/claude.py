@@ -12,17 +12,12 @@ import json
 import os
 import re
 import shlex
-from pathlib import Path
 from uuid import uuid4
 
 from outwake.settings import Settings
-from outwake.telemetry.log import get_logger
-from outwake.worker.agents.archive import pack
 from outwake.worker.agents.base import AgentTurn, Box, Command, as_in_tools
 from outwake.worker.errors import PermanentError
 
-TRANSCRIPT_LIMIT = 32 * 2**20  # bytes, compressed
-_TRANSCRIPTS = Path(".claude/projects")
 _PASSED = re.compile(
     r"(?:ANTHROPIC|CLAUDE_CODE|MCP)_.*|(?:HTTPS?|NO)_PROXY|NODE_EXTRA_CA_CERTS|SSL_CERT_(?:FILE|DIR)",
     re.IGNORECASE,
@@ -42,8 +37,6 @@ _ENVIRONMENT = {
     "MCP_CONNECT_TIMEOUT_MS": "60000",
 }
 
-log = get_logger(__name__)
-
 
 class Claude:
     """The adapter `claude`."""
@@ -51,6 +44,7 @@ class Claude:
     name = "claude"
     by_mcp = True
     promises_result = True
+    remembers: str | None = ".claude/projects"  # its transcripts
 
     def __init__(self, settings: Settings) -> None:
         self._program = settings.agent_command
@@ -58,14 +52,13 @@ class Claude:
 
     def command(self, turn: AgentTurn, box: Box) -> Command:
         """Raises PermanentError if the box's MCP configuration is not valid."""
-        assert box.place is not None
         servers = mcp_servers(box.mcp_config)
         memory = turn.memory
         argv = [
-            *("/bin/sh", "-c", _STDIN, str(box.place / "prompt")),
+            *("/bin/sh", "-c", _STDIN, f"{box.place}/prompt"),
             *shlex.split(self._program),
             *(("--resume", memory.session) if memory else ("--session-id", str(uuid4()))),
-            *("--mcp-config", str(box.place / "mcp.json"), "--strict-mcp-config"),
+            *("--mcp-config", f"{box.place}/mcp.json", "--strict-mcp-config"),
             *("--append-system-prompt", _SYSTEM.format(tree=box.tree, branch=turn.branch)),
             # All built-in tools are disabled. Those that touch the disk are also denied by name.
             *("--tools=", f"--disallowedTools={_BUILT_IN}"),
@@ -75,21 +68,12 @@ class Claude:
         passed = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}
         return Command(
             argv,
-            Path("/"),
-            env={**_ENVIRONMENT, **passed, "HOME": str(box.home)},
+            "/",
+            env={**_ENVIRONMENT, **passed},
             files={"prompt": turn.prompt, "mcp.json": box.mcp_config or ""},
-            home=memory.content if memory else None,
+            home=memory.content if memory else b"",
             servers=servers,
         )
-
-    def memory(self, home: Path) -> bytes | None:
-        """The transcripts as a tar.gz relative to HOME, at most TRANSCRIPT_LIMIT bytes."""
-        if not (home / _TRANSCRIPTS).is_dir():
-            return None
-        packed = pack(home, _TRANSCRIPTS, TRANSCRIPT_LIMIT)
-        if packed is None:
-            log.warning("transcript_too_large")
-        return packed
 
 
 def mcp_servers(config: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from outwake.settings import Settings
 from outwake.worker.agents.base import AgentAdapter
@@ -12,7 +12,7 @@ from outwake.worker.agents.command import Program
 from outwake.worker.errors import TransientError
 from outwake.worker.sandboxes.choice import lent_kind, reached_by_mcp
 
-_ADAPTERS: Mapping[str, Callable[[Settings], AgentAdapter]] = {Claude.name: Claude, Program.name: Program}
+ADAPTERS: dict[str, Callable[[Settings], AgentAdapter]] = {Claude.name: Claude, Program.name: Program}
 
 
 def adapter_for(settings: Settings, *, by_mcp: bool) -> AgentAdapter:
@@ -23,7 +23,7 @@ def adapter_for(settings: Settings, *, by_mcp: bool) -> AgentAdapter:
     in it: the next attempt gets a sandbox of the kind that this worker is configured for.
     """
     name = settings.agent or (Claude.name if by_mcp else Program.name)
-    adapter = _ADAPTERS[name](settings)
+    adapter = ADAPTERS[name](settings)
     if adapter.by_mcp and not by_mcp:
         raise TransientError(f"{name} needs a sandbox that is reached by MCP")
     if by_mcp and not adapter.by_mcp:

@@ -1,6 +1,7 @@
 """Run an agent for one turn: start it, store what it prints, judge how it ended.
 
-1. The adapter says how the agent is started. Its files are written, and it runs under the guardian.
+1. The adapter says how the agent is started. Its files are written where it runs (worker/agents/place.py).
+   The command that this worker starts runs under the guardian.
 2. Its output comes in batches. Each batch is parsed, secrets are hidden, the events are read from it
    (outwake/session/lines.py), and the summary follows them. This work depends on what the agent prints, so a
    large batch is done in a thread.
@@ -13,6 +14,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from uuid import UUID
 
 from outwake.handler import Job, Lease
@@ -20,7 +22,8 @@ from outwake.session.events import Started
 from outwake.session.lines import read
 from outwake.settings import Settings
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, lay_out, unreached
+from outwake.worker.agents.base import AgentAdapter, AgentTurn, unreached
+from outwake.worker.agents.place import AgentPlace
 from outwake.worker.agents.run import Agent
 from outwake.worker.agents.stream import RawLine, stored
 from outwake.worker.agents.summary import AgentSummary
@@ -30,7 +33,7 @@ from outwake.worker.engine.lease import NOTICE
 from outwake.worker.errors import TransientError
 from outwake.worker.messages import Messages
 from outwake.worker.process.guarded import Exit
-from outwake.worker.sandboxes.base import Sandbox
+from outwake.worker.sandboxes.base import StepError
 from outwake.worker.secrets import Secrets
 
 _GRACE = 5.0
@@ -46,8 +49,7 @@ async def run_agent(
     prompt: tuple[UUID, UUID],
     adapter: AgentAdapter,
     turn: AgentTurn,
-    box: Box,
-    sandbox: Sandbox,
+    place: AgentPlace,
     settings: Settings,
     secrets: Secrets,
 ) -> tuple[Verdict, AgentSummary]:
@@ -55,15 +57,17 @@ async def run_agent(
 
     Raises SessionError if it cannot be run or was ended from outside, Fenced or Cancelled.
     """
-    command = adapter.command(turn, box)
-    await asyncio.to_thread(lay_out, command, box)
+    try:
+        command = await place.lay_out(adapter.command(turn, place.box))
+    except StepError as error:
+        raise TransientError(str(error)) from error
     run = _Run(command.servers, secrets)
     try:
         async with (
             Messages(job, *prompt) as messages,
             Agent.start(
-                sandbox.agent_argv(command.argv),
-                cwd=command.cwd,
+                command.argv,
+                cwd=Path(command.cwd),
                 env=command.env,
                 deadline=_until(job.lease),
                 notice=min(_GRACE, settings.lease * NOTICE),

@@ -15,7 +15,6 @@ something prevents the work itself (no such repository, no network), the row fai
 retry.
 """
 
-import asyncio
 import os
 import tarfile
 from dataclasses import asdict
@@ -28,18 +27,19 @@ from outwake.handler import Handler, Job
 from outwake.session.names import InvalidNameError, check_branch
 from outwake.settings import Settings, load
 from outwake.telemetry.log import get_logger
-from outwake.worker.agents.base import AgentAdapter, AgentTurn, Box, Memory
+from outwake.worker.agents.base import AgentAdapter, AgentTurn, Memory
 from outwake.worker.agents.kinds import adapter_for, agent_problem
+from outwake.worker.agents.place import AgentPlace, place_of
 from outwake.worker.agents.summary import AgentSummary
 from outwake.worker.agents.turn import run_agent
 from outwake.worker.agents.verdict import REASON, Verdict
-from outwake.worker.errors import PermanentError, TransientError
+from outwake.worker.errors import PermanentError, SessionError, TransientError
 from outwake.worker.handlers.turn_rows import Turn, conclude, load_turn
 from outwake.worker.messages import answer_soon, retry_until_available
 from outwake.worker.repo.credentials import load_credentials, secrets_in
 from outwake.worker.repo.hosts import Remote, remote_of
 from outwake.worker.repo.workspace import Workspace, open_workspace
-from outwake.worker.sandboxes.base import Sandbox
+from outwake.worker.sandboxes.base import Sandbox, StepError
 from outwake.worker.sandboxes.choice import provider, provider_of
 from outwake.worker.sandboxes.lending import borrow
 from outwake.worker.sandboxes.places import agent_directory, own_directory
@@ -63,10 +63,10 @@ async def run_turn(job: Job) -> None:
         secrets |= secrets_in(credentials)
         remote = await _remote(turn, settings, credentials)
         held, used = await borrow(job, turn.session_id, turn.run, provider(settings))
-        place = agent_directory(
+        directory = agent_directory(
             Path(settings.workspace_root).absolute(), turn.session_id, turn.run, job.row.attempt
         )
-        async with provider_of(held, settings).connect(held) as sandbox, own_directory(place):
+        async with provider_of(held, settings).connect(held) as sandbox, own_directory(directory):
             workspace = await open_workspace(
                 sandbox,
                 remote,
@@ -75,7 +75,7 @@ async def run_turn(job: Job) -> None:
                 bundle=turn.bundle,
                 used=used,
             )
-            await _work(job, turn, settings, sandbox, workspace, place, secrets)
+            await _work(job, turn, settings, sandbox, workspace, directory, secrets)
     except PermanentError as error:
         raise Permanent(secrets.text(str(error))) from None
     except TransientError as error:
@@ -88,21 +88,21 @@ async def _work(
     settings: Settings,
     sandbox: Sandbox,
     workspace: Workspace,
-    place: Path,
+    directory: Path,
     secrets: Secrets,
 ) -> None:
     log.info("workspace_ready", branch=turn.branch, base=workspace.base)
     verdict, summary = Verdict(), AgentSummary()
-    box = Box(workspace.path, place, sandbox.mcp_config())
-    adapter = adapter_for(settings, by_mcp=box.mcp_config is not None)
+    place = place_of(sandbox, workspace.path, directory)
+    adapter = adapter_for(settings, by_mcp=place.box.mcp_config is not None)
     if turn.prompt is not None:
         assert turn.prompt_id is not None
         ids = (turn.session_id, turn.prompt_id)
         asked = AgentTurn(turn.prompt, turn.branch, _remembered(adapter, turn))
-        verdict, summary = await run_agent(job, ids, adapter, asked, box, sandbox, settings, secrets)
+        verdict, summary = await run_agent(job, ids, adapter, asked, place, settings, secrets)
     # Nothing that goes wrong from here on may run the agent again.
     kept = await workspace.save()
-    memory, problem = await asyncio.to_thread(_remember, adapter, summary, box)
+    memory, problem = await _remember(adapter, summary, place)
     verdict = _with_losses(verdict, [secrets.text(text) for text in (*kept.lost, *problem)])
     result = {"branch": turn.branch, **summary.as_json()}
     result["head"] = kept.head or workspace.base
@@ -127,13 +127,15 @@ def _remembered(adapter: AgentAdapter, turn: Turn) -> Memory | None:
     return None
 
 
-def _remember(adapter: AgentAdapter, summary: AgentSummary, box: Box) -> tuple[Memory | None, list[str]]:
+async def _remember(
+    adapter: AgentAdapter, summary: AgentSummary, place: AgentPlace
+) -> tuple[Memory | None, list[str]]:
     """What the agent is to remember, and whether that could not be read."""
-    if not summary.session or box.home is None:
+    if not summary.session or adapter.remembers is None:
         return None, []
     try:
-        content = adapter.memory(box.home)
-    except (OSError, ValueError, tarfile.TarError) as error:
+        content = await place.memory(adapter.remembers)
+    except (OSError, ValueError, tarfile.TarError, SessionError, StepError) as error:
         return None, [f"the agent's memory of the conversation could not be read: {type(error).__name__}"]
     return (None if content is None else Memory(adapter.name, summary.session, content)), []
 

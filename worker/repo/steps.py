@@ -9,6 +9,8 @@ A script's arguments are `$1`, `$2` …. What it prints goes together with what 
 
 from pathlib import Path
 
+from outwake.worker.sandboxes.files import DIGEST
+
 GIT = r"""
 export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_ATTR_NOSYSTEM=1 GIT_ALLOW_PROTOCOL=none
 export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS= SSH_ASKPASS= GIT_SSH_COMMAND='ssh -o BatchMode=yes'
@@ -118,7 +120,8 @@ theirs update-ref "refs/remotes/origin/$4" "$(inside rev-parse "$branch")" || :
 """
 
 # $1: work branch. Prints the bundle's SHA-256 and its size.
-BUNDLE = """
+BUNDLE = (
+    """
 rm -f "$bundle"; branch=refs/heads/$1
 # Git makes no empty bundle: if the repository has all of the commits, the last goes along.
 if test -z "$(inside rev-list --max-count=1 "$branch" --stdin < "$work/known")"; then
@@ -129,9 +132,7 @@ fi
 {
     cat "$work/known"; echo "$branch"; inside for-each-ref --format='%(refname)' refs/outwake/aside
 } | inside bundle create --quiet "$bundle" --stdin 2>&1
-digest=$(sha256sum < "$bundle"); size=$(wc -c < "$bundle")
-echo "${digest%% *} $size"
+set -- "$bundle"
 """
-
-# $1: the first byte, from 1. $2: how many.
-READ = 'tail -c "+$1" "$bundle" | head -c "$2" | base64'
+    + DIGEST
+)

@@ -19,13 +19,11 @@ what could not be kept is part of its answer.
 """
 
 import asyncio
-import base64
-import binascii
-import hashlib
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from outwake.telemetry.log import get_logger
 from outwake.worker.errors import PermanentError, SessionError, TransientError
@@ -33,13 +31,12 @@ from outwake.worker.repo import steps
 from outwake.worker.repo.git import explain
 from outwake.worker.repo.hosts import Limits, Remote
 from outwake.worker.sandboxes.base import Sandbox, StepError, StepTimeout
+from outwake.worker.sandboxes.files import AGAIN, again, digest_of, read_file
 
 COMMITS = 1000
 BUNDLE_LIMIT = 16 * 2**20
 AUTHOR = ("Outwake agent", "agent@outwake.invalid")
 TOLD = 20  # lines of a kind that a turn's result holds
-_CHUNK = 96 * 1024  # bytes of a bundle printed by one step
-_AGAIN = (1.0, 5.0)  # seconds between tries of what may pass
 _FORGET_TIMEOUT = 10.0  # seconds; used when something has already gone wrong
 
 _STALE = re.compile(r"^!\t.*\[rejected\] \(stale info\)$", re.MULTILINE)  # git push --porcelain
@@ -94,7 +91,7 @@ class Workspace:
     async def save(self) -> Saved:
         """Save the work for the session's next turn. Raises no SessionError."""
         try:
-            saved = await self._again("save the work branch", steps.SAVE, self._save_arguments())
+            saved = await self._again("save the work branch", steps.SAVE, *self._save_arguments())
         except SessionError as error:
             log.warning("work_not_saved", reason=str(error))
             return Saved(None, bundle=self.stored, lost=[str(error)])
@@ -117,7 +114,7 @@ class Workspace:
     async def _commits(self, lost: list[str]) -> list[Commit]:
         try:
             arguments = (str(COMMITS), self.base, self.branch)
-            lines = await self._again("list the commits", steps.LOG, arguments)
+            lines = await self._again("list the commits", steps.LOG, *arguments)
         except SessionError as error:
             lost.append(str(error))
             return []
@@ -128,7 +125,7 @@ class Workspace:
     async def _push(self, lost: list[str]) -> bool:
         """Whether the branch was pushed; else `lost` says why."""
         try:
-            for pause in (*_AGAIN, None):
+            for pause in (*AGAIN, None):
                 try:
                     await self._push_once()
                     log.info("pushed", branch=self.branch)
@@ -156,38 +153,14 @@ class Workspace:
 
     async def _read_bundle(self) -> bytes:
         """Raises PermanentError if it is too large, TransientError if it can't be read."""
-        digest, told = _pair(await self._again("save the work branch", steps.BUNDLE, (self.branch,)))
-        size = int(told) if told.isdecimal() and len(told) < 16 else 0
+        digest, size = digest_of(await self._again("save the work branch", steps.BUNDLE, self.branch))
         if size > BUNDLE_LIMIT:
             raise PermanentError(f"the turn's commits are over {BUNDLE_LIMIT >> 20} MiB: they must be pushed")
-        content = bytearray()
-        while len(content) < size:
-            arguments = (str(len(content) + 1), str(_CHUNK))
-            try:
-                chunk = base64.b64decode(await self._again("read the commits", steps.READ, arguments))
-            except binascii.Error:
-                chunk = b""
-            if not chunk:
-                break
-            content += chunk[: size - len(content)]
-        read = await asyncio.to_thread(hashlib.sha256, content)
-        if read.hexdigest() != digest:
-            raise TransientError("the commits could not be read from the sandbox")
-        return bytes(content)
+        path = f"{self.path.rpartition('/')[0]}/work.bundle"
+        return await read_file(partial(self._again, "read the commits"), path, digest, size)
 
-    async def _again(self, step: str, script: str, arguments: tuple[str, ...]) -> str:
-        """Run a step, again after a while if it failed for a reason that may pass. One that took too long
-        would take too long again.
-        """
-        for pause in _AGAIN:
-            try:
-                return await _run(self._sandbox, step, script, *arguments)
-            except StepTimeout:
-                raise
-            except TransientError as error:
-                log.warning("step_failed", step=step, reason=str(error), retry_in=pause)
-                await asyncio.sleep(pause)
-        return await _run(self._sandbox, step, script, *arguments)
+    async def _again(self, step: str, script: str, *arguments: str) -> str:
+        return await again(step, lambda: _run(self._sandbox, step, script, *arguments))
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from uuid import uuid4
 import httpx
 
 from outwake.telemetry import trace
+from outwake.worker.agents.base import Command
 from outwake.worker.ask import NoAnswer, ask
 from outwake.worker.errors import PermanentError, TransientError
 from outwake.worker.sandboxes.base import STEP_TIMEOUT, StepError, StepTimeout
@@ -53,9 +54,9 @@ class AioSandbox:
             config = item.get("mcp_json_string")
             yield cls(client, config if isinstance(config, str) else "")
 
-    def agent_argv(self, argv: Sequence[str]) -> Sequence[str]:
+    def agent_command(self, command: Command) -> Command:
         """As given: the agent runs on this worker, and reaches the sandbox by MCP."""
-        return argv
+        return command
 
     def mcp_config(self) -> str:
         """The item's MCP configuration, unchecked; empty if it has none."""

@@ -4,16 +4,32 @@ A provider lends sandboxes of one kind. What a session holds of it is stored (`s
 `kind`, so that whichever worker gives it back asks the right provider (`worker/sandboxes/choice.py`).
 `worker/sandboxes/lending.py` calls `acquire` and sees to it that nothing leaks.
 
-To add a kind: write a module with a provider, name it in choice.py, and say in docs/sandbox.md what it keeps
-from an agent.
+To add a kind:
+1. Write a module with a provider and its sandbox. Name the provider in choice.py, and the kind in
+   OUTWAKE_SANDBOX's type (outwake/settings.py).
+2. `run` and `write` serve everything: the clone, the work that is kept, the agent's files and its memory
+   (worker/repo/workspace.py, worker/agents/place.py). So the sandbox needs git, tar, gzip, sha256sum, base64
+   and the usual small tools.
+3. Choose where the agent runs.
+   - On the worker: `mcp_config` tells how it reaches the sandbox, `agent_command` returns the command as it
+     is, and `reached_by_mcp` in choice.py names the kind.
+   - In the sandbox: `mcp_config` is None, and `agent_command` wraps the command. It sets `cwd` and `env`
+     inside, and gives the agent nothing else of the worker's environment. It passes on stdout, stderr and
+     the exit status. tests/integration/test_agent_inside.py has an example.
+4. The worker's guardian ends the process that it started and that process's children, with SIGKILL if it
+   must. An agent inside has to end with that process. Where that is not so, as with a container's client, the
+   sandbox ends what was left before anything else runs there.
+5. An agent inside need not be a program of this host. Then worker/agents/kinds.py must not look for it at a
+   worker's start.
+6. Say in docs/sandbox.md what the kind keeps from an agent.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID
 
+from outwake.worker.agents.base import Command
 from outwake.worker.errors import TransientError
 
 STEP_TIMEOUT = 600.0
@@ -60,8 +76,12 @@ class Sandbox(Protocol):
     async def write(self, path: str, content: bytes) -> None:
         """Write a file. Raises TransientError or PermanentError if the sandbox does not confirm it."""
 
-    def agent_argv(self, argv: Sequence[str]) -> Sequence[str]:
-        """The command that runs `argv` in the sandbox, as seen from this worker."""
+    def agent_command(self, command: Command) -> Command:
+        """What this worker starts so that `command` runs where the agent works: other words, another `cwd`,
+        another `env`.
+
+        The paths of `command` are as the agent sees them. What is returned is as this worker sees it.
+        """
 
     def mcp_config(self) -> str | None:
         """The MCP configuration by which an agent on this worker reaches the sandbox; None: it is inside."""

@@ -1,5 +1,6 @@
 """Which provider lends a session's sandbox, and which one gets it back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from outwake.settings import Settings
@@ -36,15 +37,24 @@ def provider_of(held: Item, settings: Settings) -> SandboxProvider:
 
 
 def _of_kind(kind: str, settings: Settings) -> SandboxProvider:
-    match kind:
-        case DirectoryProvider.kind:
-            return DirectoryProvider(Path(settings.workspace_root))
-        case "allocator":
-            from outwake.worker.sandboxes.allocator import (
-                AllocatorProvider,
-            )  # here: an idle worker saves httpx
+    if (made := PROVIDERS.get(kind)) is None:
+        raise TransientError(f"this worker knows no sandboxes of kind {kind[:50]!r}")
+    return made(settings)
 
-            if settings.ip_allocator_url is None:
-                raise TransientError("the sandbox is an allocator's, and IP_ALLOCATOR_URL is not set here")
-            return AllocatorProvider(settings.ip_allocator_url, settings.borrow_wait, settings.sandbox_keep)
-    raise TransientError(f"this worker knows no sandboxes of kind {kind[:50]!r}")
+
+def _directory(settings: Settings) -> SandboxProvider:
+    return DirectoryProvider(Path(settings.workspace_root))
+
+
+def _allocator(settings: Settings) -> SandboxProvider:
+    from outwake.worker.sandboxes.allocator import AllocatorProvider  # here: an idle worker saves httpx
+
+    if settings.ip_allocator_url is None:
+        raise TransientError("the sandbox is an allocator's, and IP_ALLOCATOR_URL is not set here")
+    return AllocatorProvider(settings.ip_allocator_url, settings.borrow_wait, settings.sandbox_keep)
+
+
+PROVIDERS: dict[str, Callable[[Settings], SandboxProvider]] = {
+    "allocator": _allocator,
+    "directory": _directory,
+}

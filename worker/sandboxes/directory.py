@@ -13,11 +13,12 @@ What the next turn goes on from is in the database, as with every kind: another 
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from outwake.worker.agents.base import Command
 from outwake.worker.errors import TransientError
 from outwake.worker.process.guarded import Guarded
 from outwake.worker.sandboxes.base import STEP_TIMEOUT, Item, Request, StepError, StepTimeout
@@ -61,9 +62,9 @@ class DirectorySandbox:
         except OSError as error:
             raise TransientError(f"cannot write a file of the workspace: {error.strerror}") from error
 
-    def agent_argv(self, argv: Sequence[str]) -> Sequence[str]:
+    def agent_command(self, command: Command) -> Command:
         """As given: the agent runs on this host."""
-        return argv
+        return command
 
     def mcp_config(self) -> str | None:
         """None: the agent uses its own tools."""
