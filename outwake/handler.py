@@ -119,6 +119,10 @@ class Handler:
         called = _called(self.run)
         if not callable(self.run):
             raise ConfigurationError(f"the handler of topic {self.topic} cannot be called: {self.run!r}")
+        if inspect.isclass(self.run) and not hasattr(self.run, "__await__"):
+            raise ConfigurationError(
+                f"the handler of topic {self.topic} is a class, whose objects nobody would run: {self.run!r}"
+            )
         if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
             raise ConfigurationError(
                 f"the handler of topic {self.topic} is a generator, which nobody would run: {self.run!r}"

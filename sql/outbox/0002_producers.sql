@@ -28,11 +28,11 @@ BEGIN
         ALTER POLICY producer_inserts ON outbox WITH CHECK (
             CASE WHEN topic::text = ANY ((SELECT :schema.producer_topics(current_user))::text[]) THEN true
                 ELSE :schema.producer_refused(current_user, topic::text) END
-            AND :schema.producer_writes(ordering_key::text, unique_key::text, pg_column_size(payload)));
+            AND :schema.producer_writes(ordering_key::text, unique_key::text, octet_length(payload::text)));
         ALTER POLICY producer_replaces ON outbox WITH CHECK (
             unique_key IS NOT NULL AND state = 'ready'
             AND topic::text = ANY ((SELECT :schema.producer_topics(current_user))::text[])
-            AND :schema.producer_writes(ordering_key::text, unique_key::text, pg_column_size(payload)));
+            AND :schema.producer_writes(ordering_key::text, unique_key::text, octet_length(payload::text)));
     END IF;
 END
 $do$;

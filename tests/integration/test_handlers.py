@@ -83,6 +83,18 @@ class Later:
         return work(self._job).__await__()
 
 
+async def returns_a_coroutine(job: Job) -> object:
+    """An `await` was forgotten."""
+    return work(job)
+
+
+def in_a_pool(job: Job) -> object:
+    """Gives a future of the standard library."""
+    return asyncio.run_coroutine_threadsafe(work(job), LOOP[0])
+
+
+LOOP: list[asyncio.AbstractEventLoop] = []
+
 KINDS: dict[str, Callable[[Job], object]] = {
     "async function": work,
     "plain function": plain,
@@ -96,6 +108,8 @@ KINDS: dict[str, Callable[[Job], object]] = {
     "behind a decorator that wraps": wrapped,
     "sync bridge that wraps": bridged,
     "class that is awaitable": Later,
+    "async function that gives a coroutine": returns_a_coroutine,
+    "function that gives a concurrent future": in_a_pool,
 }
 
 
@@ -104,6 +118,7 @@ async def test_whatever_can_be_called_is_done_before_its_row_is(
     kind: str, connect: Connect, database: str
 ) -> None:
     psql = await connect()
+    LOOP[:] = [asyncio.get_running_loop()]
     assert Handler("t", KINDS[kind]).blocking == (kind not in KNOWN_TO_BE_ASYNC)
     async with watched(database, run=KINDS[kind]):
         row = await add(psql)
@@ -113,7 +128,7 @@ async def test_whatever_can_be_called_is_done_before_its_row_is(
 
 KNOWN_TO_BE_ASYNC = {
     *("async function", "object with async __call__", "bound method", "method of a class"),
-    *("partial", "partial of an object"),
+    *("partial", "partial of an object", "async function that gives a coroutine"),
 }
 """The others run in a thread."""
 
@@ -132,22 +147,39 @@ class Generates:
 
 
 @pytest.mark.parametrize(
-    "run", [generator, plain_generator, Generates(), functools.partial(generator), "text", None]
+    "run", [generator, plain_generator, Generates(), functools.partial(generator), Service, "text", None]
 )
 def test_what_would_do_nothing_is_refused_when_it_is_loaded(run: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"topic t .*(generator|cannot be called)"):
+    with pytest.raises(ConfigurationError, match=r"topic t .*(generator|class|cannot be called)"):
         Handler("t", run)
 
 
-async def test_a_generator_that_a_handler_returns_is_a_failure_for_good(
-    connect: Connect, database: str
+async def returns_a_function(job: Job) -> object:
+    return work
+
+
+IDLE: dict[str, Callable[[Job], object]] = {
+    "async_generator": lambda job: generator(job),
+    "function": lambda job: work,
+    "function ": returns_a_function,
+    "partial": lambda job: functools.partial(work, job),
+    "coroutine": lambda job: [work(job)],
+    "coroutine ": lambda job: (None, work(job)),
+}
+"""What they return, and handlers that return it."""
+
+
+@pytest.mark.parametrize("what", IDLE)
+async def test_what_nobody_runs_is_a_failure_for_good_when_a_handler_returns_it(
+    what: str, connect: Connect, database: str
 ) -> None:
     psql = await connect()
-    async with watched(database, run=lambda job: generator(job)):
+    async with watched(database, run=IDLE[what]):
         row = await add(psql)
         await until(psql, "SELECT state = 'dead' FROM outbox WHERE id = %s", row)
         [error] = await get(psql, row, "errors")
-        assert "async_generator, which nobody runs" in error["error"]
+        assert f"returned {what.strip()}, which nobody runs" in error["error"]
+        assert DONE == []
 
 
 HANDLERS = '''

@@ -191,10 +191,14 @@ async def test_a_producer_holds_up_no_session_and_no_housekeeping(
 
 
 async def test_a_producers_payload_is_bounded(producer: Connection) -> None:
-    """To 1 MiB as jsonb holds it, before it is compressed; also when it replaces one."""
+    """To 1 MiB as text, which is how a claim reads it, whatever the table holds; also if it replaces one."""
     large, unique = "jsonb_build_object('n', repeat('x', 1048576))", "unique_key => 'u'"
     await producer.execute(f"SELECT outwake.enqueue('a', '{{}}', {unique})".encode())
+    await producer.execute(f"CREATE TEMP TABLE kept_compressed AS SELECT {large} AS payload".encode())
     for statement in (
+        "INSERT INTO outwake.outbox (topic, payload) SELECT 'a', payload FROM kept_compressed",
+        "INSERT INTO outwake.outbox (topic, payload)"
+        " SELECT 'a', jsonb_agg('1e131071'::numeric) FROM generate_series(1, 10)",
         f"INSERT INTO outwake.outbox (topic, payload) VALUES ('a', {large})",
         f"SELECT outwake.enqueue('a', {large})",
         f"SELECT outwake.enqueue('a', {large}, {unique}, on_duplicate => 'replace')",

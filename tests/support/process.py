@@ -236,7 +236,9 @@ async def running(
     taken from this tree, wherever the environment's installed packages come from.
     """
     mark = secrets.token_hex(8)
-    changes: dict[str, str | None] = {MARK: mark, "PYTHONPATH": str(ROOT), **(env or {})}
+    # A worker without its agent serves no session. Tests that run one name it.
+    agent = {"OUTWAKE_AGENT_COMMAND": "true"}
+    changes: dict[str, str | None] = {MARK: mark, "PYTHONPATH": str(ROOT), **agent, **(env or {})}
     environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     child = subprocess.Popen(  # noqa: ASYNC220 - see _exit_of
         [*command_line(command), *arguments],

@@ -220,9 +220,9 @@ class ObservedWorker:
 
             return blocks
 
-        async def runs(job: Job) -> None:
+        async def runs(job: Job) -> object:
             self._note(job)
-            await run(job)
+            return await run(job)
 
         return runs
 

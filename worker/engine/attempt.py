@@ -4,6 +4,7 @@ The reason why a handler was stopped decides what becomes of its row, so each st
 """
 
 import asyncio
+import concurrent.futures
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
@@ -145,14 +146,11 @@ class Attempt:
             result = await self._in_thread(seconds)
         else:
             result = handler.run(job)
-        if inspect.isawaitable(result):
-            if seconds is None:  # asyncio.timeout(None) would cost time for nothing
-                await result
-            else:
-                async with asyncio.timeout(seconds):
-                    await result
-        elif inspect.isgenerator(result) or inspect.isasyncgen(result):
-            raise Permanent(f"the handler returned {type(result).__name__}, which nobody runs")
+        if seconds is None:  # asyncio.timeout(None) would cost time for nothing
+            await _to_its_end(result)
+        else:
+            async with asyncio.timeout(seconds):
+                await _to_its_end(result)
 
     async def _in_thread(self, seconds: float | None) -> object:
         """Run the handler in a thread, so that the loop goes on and renews the lease. A thread cannot be
@@ -239,3 +237,33 @@ class Attempt:
             case _:
                 log.warning("handler_failed", outbox_id=job.row.id, exc_info=error)
                 return Outcome(job, End.FAIL, f"{type(error).__name__}: {error}")
+
+
+async def _to_its_end(result: object) -> None:
+    """Await what a handler returned, and what that gives in turn. Raises Permanent if it gives what nobody
+    runs: a decorator without its parentheses or a forgotten `await` would else end the row without its work.
+    """
+    while True:
+        if isinstance(result, concurrent.futures.Future):
+            result = await asyncio.wrap_future(result)
+        elif inspect.isawaitable(result):
+            result = await result
+        else:
+            break
+    parts = result if isinstance(result, list | tuple | set) else [result]
+    idle = [part for part in parts if _is_to_be_run(part)]
+    for part in idle:
+        if inspect.iscoroutine(part):
+            part.close()
+    if idle:
+        raise Permanent(f"the handler returned {type(idle[0]).__name__}, which nobody runs")
+
+
+def _is_to_be_run(value: object) -> bool:
+    return (
+        inspect.isgenerator(value)
+        or inspect.isasyncgen(value)
+        or inspect.isroutine(value)
+        or inspect.isawaitable(value)
+        or isinstance(value, partial)
+    )

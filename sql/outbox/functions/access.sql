@@ -90,7 +90,7 @@ DECLARE
     may_enqueue CONSTANT text := 'topic::text = ANY ((SELECT :schema.producer_topics(current_user))::text[])';
     -- A producer may not use the keys of sessions and of housekeeping, because its row would hold them up.
     as_producer CONSTANT text :=
-        ' AND :schema.producer_writes(ordering_key::text, unique_key::text, pg_column_size(payload))';
+        ' AND :schema.producer_writes(ordering_key::text, unique_key::text, octet_length(payload::text))';
     name text;
 BEGIN
     REVOKE ALL ON SCHEMA :schema FROM PUBLIC;
