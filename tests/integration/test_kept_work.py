@@ -7,6 +7,7 @@ import pytest
 
 from outwake.worker.repo import workspace as module
 from outwake.worker.repo.workspace import Saved
+from outwake.worker.sandboxes import files as steps
 from tests.integration.test_workspace import Open, Repository, anyio_backend, files, home, opened, origin, sh
 
 __all__ = ["anyio_backend", "home", "opened", "origin"]  # fixtures
@@ -17,7 +18,8 @@ COMMIT = "git add -A; git commit -qm inner"
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_AGAIN", (0.0,))
+    monkeypatch.setattr(module, "AGAIN", (0.0,))
+    monkeypatch.setattr(steps, "AGAIN", (0.0,))
 
 
 async def turn(opened: Open, script: str, after: Saved | None = None) -> tuple[Saved, set[str]]:
