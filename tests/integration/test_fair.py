@@ -53,7 +53,7 @@ async def test_a_user_waits_for_one_turn_of_another_and_not_for_all(
     """1. Bob creates 40 sessions, and some run. 2. Alice creates three, Carol one. Taken out: the rank."""
     conn = await connect()
     if rule == "taken out":
-        rank = "coalesce(least(others, 9), session_rank(of_user, of_id))"
+        rank = "CASE WHEN others IS NULL THEN session_rank(of_user, of_id) ELSE least(others, 9) END"
         await take_out(conn, "session_create", rank, "0")
     await create(conn, "bob", 40)
     first = await column(conn, CLAIM, await new_worker(conn, "session.run"), slots)
@@ -69,6 +69,16 @@ async def test_a_user_waits_for_one_turn_of_another_and_not_for_all(
         assert later.index("alice") <= 1
         assert later.index("carol") <= 3
         assert [n for n, user in enumerate(later) if user == "alice"][-1] <= 8
+
+
+@pytest.mark.parametrize("limit", ["1000", "NULL"])
+async def test_a_session_has_the_rank_that_it_has_among_its_users(limit: str, connect: Connect) -> None:
+    """Also where the operator limits nobody's sessions: they are not counted for a limit then."""
+    conn = await connect()
+    for n in range(12):
+        await conn.execute(CREATE.replace("1000", limit), (uuid4(), "bob", f"b{n}"))
+    ranks = await column(conn, "SELECT -priority FROM outbox ORDER BY id")
+    assert ranks == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
 
 
 @pytest.mark.parametrize("slots", [1, 5])

@@ -110,7 +110,8 @@ BEGIN
     )
     INSERT INTO outbox (topic, ordering_key, priority, payload, traceparent)
     VALUES (
-        'session.run', 'session:' || of_id, -coalesce(least(others, 9), session_rank(of_user, of_id)),
+        'session.run', 'session:' || of_id,
+        -CASE WHEN others IS NULL THEN session_rank(of_user, of_id) ELSE least(others, 9) END,
         jsonb_strip_nulls(jsonb_build_object('session_id', of_id, 'prompt_id', new_prompt.id)),
         trace);
     outcome := 'created';
