@@ -65,6 +65,30 @@ async def test_many_repositories_inside_and_odd_names_are_kept(opened: Open) -> 
     }
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(".gitignore", ".gitattributes", ".gitmodules", "in/.gitignore", ".git/info/exclude", ".git/index"),
+        *(".git/MERGE_HEAD", ".git/commondir", ".git/objects/info/alternates", ".git/refs/heads/zz"),
+    ],
+)
+@pytest.mark.parametrize("make", ["mkfifo", "ln -s /dev/zero"])
+async def test_a_pipe_or_a_device_holds_up_nobody(opened: Open, path: str, make: str) -> None:
+    """Git would wait at it, or read it without end."""
+    script = f"mkdir -p in .git/info; echo a > in/a; rm -f {path}; {make} {path}"
+    kept, left = await turn(opened, script)
+    assert (kept.lost, left) == ([], {"README.md", "in/a"})
+
+
+async def test_a_file_without_end_is_named_and_the_others_are_kept(opened: Open) -> None:
+    kept, left = await turn(opened, "truncate -s 200G 'a large file'; truncate -s 2G README.md; echo b > b")
+    assert sorted(kept.lost) == [
+        "not kept: README.md, which is larger than 1 GiB",
+        "not kept: a large file, which is larger than 1 GiB",
+    ]
+    assert left == {"README.md", "b"}
+
+
 async def test_a_detached_heads_commits_become_the_branchs(opened: Open) -> None:
     script = "git checkout -q --detach; echo a > a; git add a; git commit -qm a; echo b > b"
     kept, left = await turn(opened, script)
