@@ -30,6 +30,10 @@ class Reason(Enum):
     BACKGROUND = "a background scan is back"
 
 
+_HEEDED = {Reason.CALLED, Reason.UNPARKED}
+"""More than a scan is due for these, at the start of a cycle (worker/engine/cycle.py)."""
+
+
 class Wakes:
     """The reasons to scan, the single rows that were announced, and the event that the task awaits."""
 
@@ -65,8 +69,10 @@ class Wakes:
             self._stats.woken(cause)
 
     def take(self) -> bool:
-        """A scan begins, for all reasons that are known now. Whether there is any but a background scan."""
-        taken, self.reasons = self.reasons, set()
+        """A scan begins, for all reasons that are known now. Whether there is any but a background scan. What
+        has come since the cycle began, and asks for more than a scan, stays for the next.
+        """
+        taken, self.reasons = self.reasons, self.reasons & _HEEDED
         return bool(taken - {Reason.BACKGROUND})
 
     @property

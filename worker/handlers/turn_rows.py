@@ -8,7 +8,8 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from outwake.errors import Permanent
-from outwake.handler import Job
+from outwake.handler import Connection, Job
+from outwake.installed import has_column
 from outwake.schema import in_schema
 from outwake.settings import Settings, load
 from outwake.worker.agents.base import Memory
@@ -19,7 +20,7 @@ from outwake.worker.repo.workspace import Saved
 
 _LOAD = in_schema("""
 SELECT s.id, p.id, s.user_id, s.repo, s.target_branch, s.branch, p.text,
-    coalesce(m.agent, 'claude'), m.agent_session, m.transcript, m.bundle
+    {agent}, m.agent_session, m.transcript, m.bundle
 FROM :schema.session AS s
 LEFT JOIN :schema.prompt AS p ON p.session_id = s.id AND p.id = %s
 LEFT JOIN :schema.session_memory AS m ON m.session_id = s.id
@@ -31,14 +32,15 @@ SET status = %s, reason = %s, result = %s, finished_at = clock_timestamp()
 WHERE id = %s
 """)
 _REMEMBER = in_schema("""
-INSERT INTO :schema.session_memory AS m (session_id, agent, agent_session, transcript, bundle)
-VALUES (%s, %s, %s, %s, %s)
+INSERT INTO :schema.session_memory AS m (session_id, agent_session, transcript, bundle)
+VALUES (%s, %s, %s, %s)
 ON CONFLICT (session_id) DO UPDATE
-SET agent = coalesce(excluded.agent, m.agent),
-    agent_session = coalesce(excluded.agent_session, m.agent_session),
+SET agent_session = coalesce(excluded.agent_session, m.agent_session),
     transcript = coalesce(excluded.transcript, m.transcript),
     bundle = excluded.bundle, updated_at = clock_timestamp()
 """)
+
+_OF_AGENT = in_schema("UPDATE :schema.session_memory SET agent = %s WHERE session_id = %s")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ async def load_turn(job: Job) -> Turn | None:
     session_id, prompt_id = payload.get("session_id"), payload.get("prompt_id")
     try:
         async with job.connection() as conn:
+            agent = "coalesce(m.agent, 'claude')" if await _stores_agent(conn) else "'claude'"
             cursor = await conn.execute(
-                _LOAD,
+                _LOAD.format(agent=agent).encode(),
                 (None if prompt_id is None else str(prompt_id), str(session_id)),
                 prepare=False,  # a plan made while the tables were empty would scan them completely
             )
@@ -109,20 +112,23 @@ async def conclude(
             (*verdict, Jsonb(result), turn.prompt_id),
             prepare=False,  # as in `load_turn`
         )
+        if memory is not None and memory.agent != "claude" and not await _stores_agent(conn):
+            memory = None
         if memory or kept.bundle or turn.agent_session or turn.bundle:
             await conn.execute(
                 _REMEMBER,
-                (
-                    turn.session_id,
-                    memory and memory.agent,
-                    memory and memory.session,
-                    memory and memory.content,
-                    kept.bundle,
-                ),
+                (turn.session_id, memory and memory.session, memory and memory.content, kept.bundle),
             )
+        if memory is not None and await _stores_agent(conn):
+            await conn.execute(_OF_AGENT, (memory.agent, turn.session_id))
         if settings.pull_requests != "off" and _to_propose(job, turn, kept, settings):
             await propose(conn, turn.session_id, settings.pull_requests == "draft", job.traceparent)
         await job.complete(conn)
+
+
+async def _stores_agent(conn: Connection) -> bool:
+    """Whether the migration session/0005 is done. Before it only Claude's memory is stored."""
+    return await has_column(conn, "session_memory", "agent")
 
 
 def _to_propose(job: Job, turn: Turn, kept: Saved, settings: Settings) -> bool:
