@@ -35,6 +35,7 @@ from tests.support.process import ROOT, Process, command_line, running
 from tests.support.schema import describe
 from tests.support.scraped import scrape
 from tests.support.steps import LEASE, Connection, column, one, with_and_without
+from tests.support.waits import awaiting
 from tests.support.worker import command
 from tests.support.worker import install as install_handlers
 from tests.support.worker_env import WorkerEnv
@@ -571,7 +572,11 @@ async def test_outbox_alone_is_enough_for_handlers_of_ones_own(
                 assert {line.split()[1].partition("/")[0] for line in applied if "applying" in line} == {
                     "session"
                 }
-                assert (await client.get("/readyz")).status_code == 200
+                async with awaiting(
+                    "the API to ask the database again: an answer serves for a second or more"
+                ):
+                    while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
                 async with running("worker", env=environment) as other:
                     await other.event("parked")
                     created = await client.post("/sessions", json=asked)
