@@ -26,9 +26,11 @@ from outwake.worker.sandboxes import choice
 from outwake.worker.sandboxes.base import STEP_TIMEOUT, Item
 from outwake.worker.sandboxes.directory import DirectoryProvider, DirectorySandbox
 from tests.conftest import Connect
-from tests.support.api import Api, serving
-from tests.support.production import Production, production, rows
+from tests.support.api import Api
+from tests.support.production import Production, api, parts, rows
 from tests.support.worker import watched
+
+__all__ = ["api", "parts"]  # fixtures
 
 INSIDE = "/mnt"
 _ENTER = f'mount --bind "$0" {INSIDE}; cd "$1"; shift; exec "$@"'
@@ -108,18 +110,6 @@ class ApartProvider(DirectoryProvider):
     async def connect(self, held: Item) -> AsyncIterator[DirectorySandbox]:
         async with super().connect(held):
             yield Apart(Path(held["item"]["workspace"]))
-
-
-@pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[Production]:
-    async with production(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
-        yield made
 
 
 async def completed(api: Api, session: str) -> None:

@@ -21,13 +21,9 @@ from outwake.worker.sandboxes.base import Request, StepError
 from tests.support.allocator import allocator
 from tests.support.faults import Fault, Steps
 from tests.support.loopback import loopback
-from tests.support.production import Production, production
+from tests.support.production import Production, parts
 
-
-@pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[Production]:
-    async with production(tmp_path) as made:
-        yield made
+__all__ = ["parts"]  # fixtures
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import pytest
 
 from tests.conftest import Connect
 from tests.support.anthropic import one_call, text
-from tests.support.api import Api, serving
+from tests.support.api import Api
 from tests.support.faults import Fault
 from tests.support.process import ROOT, Process, running
-from tests.support.production import Production, production, rows
+from tests.support.production import Production, api, production, rows
+
+__all__ = ["api"]  # fixtures
 
 CLAUDE = ROOT / ".state/claude/node_modules/.bin/claude"
 KEY = "sk-ant-planted-key"
@@ -35,12 +37,6 @@ async def parts(tmp_path: Path) -> AsyncIterator[Production]:
             f"cd {repo} && echo more >> README.md && git {who} commit -qam 'Say more' && git log --format=%s"
         )
         made.anthropic.script = one_call(commit, LAST_WORDS)
-        yield made
-
-
-@pytest.fixture
-async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
         yield made
 
 

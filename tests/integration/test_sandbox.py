@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,19 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from tests.conftest import Connect
-from tests.support.api import Api, serving
+from tests.support.api import Api
 from tests.support.faults import Fault
 from tests.support.git_http import git_server
 from tests.support.pages import blocks
 from tests.support.process import Process, running
-from tests.support.production import Production, git, production, rows
+from tests.support.production import Production, api, git, parts, production, rows
+
+__all__ = ["api", "parts"]  # fixtures
 
 COMMIT = (
     "tool: cd {repo} && echo more >> README.md && git add . "
     "&& git -c user.name=A -c user.email=a@b commit -qm 'Say more'"
 )
-
-
-@pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[Production]:
-    async with production(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def api(database: str) -> AsyncIterator[Api]:
-    """An API that takes the repository of a test."""
-    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
-        yield made
 
 
 async def follow_up(api: Api, session: dict[str, Any], prompt: str) -> None:

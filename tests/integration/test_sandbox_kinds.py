@@ -1,28 +1,16 @@
 """What a session holds goes back to the provider of its kind, whatever kind a worker lends itself."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from psycopg.types.json import Jsonb
 
 from tests.conftest import Connect
-from tests.support.api import Api, serving
+from tests.support.api import Api
 from tests.support.process import running
-from tests.support.production import Production, production, rows
+from tests.support.production import Production, api, parts, rows
 
-
-@pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[Production]:
-    async with production(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def api(database: str) -> AsyncIterator[Api]:
-    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
-        yield made
+__all__ = ["api", "parts"]  # fixtures
 
 
 async def lend(parts: Production, *, kind: str | None) -> dict[str, Any]:

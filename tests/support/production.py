@@ -8,8 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.allocator import Allocator, allocator
 from tests.support.anthropic import Anthropic, anthropic
+from tests.support.api import Api, serving
 from tests.support.faults import Steps
 from tests.support.loopback import loopback
 from tests.support.process import ROOT
@@ -88,6 +91,19 @@ async def production(directory: Path, *, sandboxes: int = 1) -> AsyncIterator[Pr
             await lender.submit(one.item)
         await asyncio.to_thread(_make_origin, directory)
         yield Production(directory, lender, made, anthropic(server, steps), steps)
+
+
+@pytest.fixture
+async def parts(tmp_path: Path) -> AsyncIterator[Production]:
+    async with production(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def api(database: str) -> AsyncIterator[Api]:
+    """An API that takes the repository of a test."""
+    async with serving(database, OUTWAKE_ALLOW_FILE_REPOS=True) as made:
+        yield made
 
 
 def _make_origin(directory: Path) -> None:
