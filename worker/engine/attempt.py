@@ -250,6 +250,8 @@ async def _to_its_end(result: object) -> None:
             result = await result
         else:
             break
+    if result is None:  # as nearly always: what follows would cost each row time
+        return
     parts = result if isinstance(result, list | tuple | set) else [result]
     idle = [part for part in parts if _is_to_be_run(part)]
     for part in idle:

@@ -112,14 +112,15 @@ async def conclude(
             (*verdict, Jsonb(result), turn.prompt_id),
             prepare=False,  # as in `load_turn`
         )
-        if memory is not None and memory.agent != "claude" and not await _stores_agent(conn):
+        stores_agent = memory is not None and await _stores_agent(conn)
+        if memory is not None and memory.agent != "claude" and not stores_agent:
             memory = None
         if memory or kept.bundle or turn.agent_session or turn.bundle:
             await conn.execute(
                 _REMEMBER,
                 (turn.session_id, memory and memory.session, memory and memory.content, kept.bundle),
             )
-        if memory is not None and await _stores_agent(conn):
+        if memory is not None and stores_agent:
             await conn.execute(_OF_AGENT, (memory.agent, turn.session_id))
         if settings.pull_requests != "off" and _to_propose(job, turn, kept, settings):
             await propose(conn, turn.session_id, settings.pull_requests == "draft", job.traceparent)
