@@ -32,8 +32,8 @@ from tests.support.process import ROOT, Process, running
 from tests.support.server import running_server, with_database
 
 STALL = 250.0
-# The goal is 100; a fault that was planted took 1,900. A slow machine must not fail the run.
-"""Milliseconds of CPU, as tests/support/observed_loop.py counts them."""
+"""Milliseconds of CPU, as tests/support/observed_loop.py counts them. The goal is 100; a fault that was
+planted took 1,900. A slow machine must not fail the run."""
 LONGEST_CASE = 90.0  # seconds without any end of a turn after which a run is given up
 AGENT = ROOT / "tests" / "support" / "fuzz_agent.py"
 
